@@ -1,0 +1,27 @@
+"""Run quantized models on contexts longer than they were trained for.
+
+Importing this package makes llama-cpp-python use the patched llama.cpp, so import it before ``llama_cpp``.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from clex_local._library import use_library
+from clex_local.errors import ClexError
+
+if TYPE_CHECKING:
+    from clex_local.llama import ClexState, Llama
+
+__all__ = ["ClexError", "ClexState", "Llama"]
+
+use_library()
+
+
+def __getattr__(name: str) -> object:
+    # Loading the library takes a while, and reading metadata or `--help` does without Llama.
+    if name in ("Llama", "ClexState"):
+        from clex_local import llama
+
+        return getattr(llama, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,136 @@
+#pragma once
+
+// Length-aware RoPE tables: the internal side, see llama-clex.h for what it does.
+
+#include "llama-arch.h"
+#include "llama-clex.h"
+
+#include "ggml.h"
+
+#include <cstdint>
+#include <vector>
+
+struct gguf_context;
+
+struct llama_cparams;
+struct llama_hparams;
+struct llama_memory_i;
+struct llama_model;
+struct llama_ubatch;
+struct llm_graph_context;
+
+class llama_batch_allocr;
+class llama_io_read_i;
+class llama_io_write_i;
+class llama_kv_cache;
+class llm_graph_input_clex_rotate;
+
+//
+// tables, owned by the model and constant after loading
+//
+
+struct llama_clex_tables {
+    uint32_t n_ctx_orig = 0; // L
+    uint32_t n_freq     = 0; // n_rot/2
+    bool     log_scale  = false;
+    uint64_t hash       = 0; // of everything that decides how a key is rotated
+
+    std::vector<float> scaling_factors; // [n_bucket]
+    std::vector<float> inv_freq;        // [n_bucket*n_freq], radians per position
+    std::vector<float> attn_scale;      // [n_bucket], or empty
+
+    bool enabled() const { return n_ctx_orig > 0; }
+
+    // read and check the clex.* keys; nothing happens if there are none
+    // throws std::runtime_error with the key and the rule that it breaks
+    // sets hparams.n_ctx_train to the tokens that the last bucket covers
+    void load(const gguf_context * meta, llm_arch arch, llama_hparams & hparams);
+
+    int64_t n_ctx_max() const;
+
+    // -1 beyond the last bucket
+    int32_t bucket(int64_t n_tokens) const;
+
+    // the RoPE operator divides pos*base^(-2i/n_rot) by these; with base 1 the angle is pos*inv_freq
+    std::vector<float> freq_factors(int32_t bucket) const;
+
+    bool has_q_scale() const { return log_scale || !attn_scale.empty(); }
+
+    // factor on the queries of a sequence of n_tokens
+    float q_scale(int32_t bucket, int64_t n_tokens) const;
+};
+
+//
+// state of one KV cache: which bucket every sequence uses
+// the bucket that each cached key was rotated with is in llama_kv_cell_ext
+//
+
+struct llama_clex_cache {
+    struct seq_state {
+        int64_t n_declared =  0; // length declared by the host
+        int64_t n_tokens   =  0; // length in the current decode
+        int32_t bucket     = -1; // bucket in the current decode
+    };
+
+    // keys to bring from one table to another, and from one position to another after a shift
+    struct rotation {
+        int32_t from;
+        int32_t to;
+
+        std::vector<int32_t> rows; // cell indices over all streams
+        std::vector<int32_t> pos_old;
+        std::vector<int32_t> pos_new;
+    };
+
+    explicit llama_clex_cache(const llama_model & model);
+
+    const llama_clex_tables & tables;
+
+    std::vector<seq_state> seqs; // [LLAMA_MAX_SEQ]
+
+    llama_clex_stats stats = {};
+
+    void clear();
+
+    // choose the bucket of every sequence of the batch, and tell the batch to keep buckets apart
+    // false: a sequence is longer than the last bucket covers
+    bool select(llama_batch_allocr & balloc);
+
+    // bucket of the sequences of a ubatch, 0 for one that was not selected (a restored state sets its buckets itself)
+    int32_t bucket(const llama_ubatch & ubatch) const;
+
+    // cells to rotate: shifted ones where ubatch is null, otherwise those of its sequences that are in another bucket
+    std::vector<rotation> pending(const llama_kv_cache & kv, const llama_ubatch * ubatch) const;
+
+    // carry out the rotations in place, chunk by chunk; each chunk is recorded in its cells when it is complete
+    ggml_status rotate(llama_kv_cache & kv, llama_context * lctx, const std::vector<rotation> & rotations);
+
+    // saved states name the tables that their keys were rotated with
+    void state_write(llama_io_write_i & io) const;
+    void state_read (llama_io_read_i  & io) const; // throws on other tables
+
+private:
+    // rotate the cells of inp in every layer
+    static void build_rotate(const llama_kv_cache & kv, llm_graph_input_clex_rotate & inp, ggml_context * ctx, ggml_cgraph * gf);
+};
+
+// make the whole angle come from the table; throws if the memory of the context cannot hold per-bucket keys
+void llama_clex_init_context(const llama_model & model, llama_cparams & cparams, llama_memory_i * memory);
+
+//
+// graph
+//
+
+// factors of the bucket of the ubatch, and the query scale where the tables ask for one
+// both are null for a model without tables
+struct llama_clex_inputs {
+    ggml_tensor * factors = nullptr; // F32 [n_rot/2]
+    ggml_tensor * q_scale = nullptr; // F32 [1, 1, n_tokens]
+
+    explicit llama_clex_inputs(const llm_graph_context & graph);
+
+    // factors of the table, or those that stock would use
+    ggml_tensor * rope_factors(ggml_tensor * stock) const { return factors ? factors : stock; }
+
+    ggml_tensor * scale_q(ggml_context * ctx, ggml_tensor * q) const;
+};

@@ -1,0 +1,253 @@
+#include "llama-clex-impl.h"
+
+#include "llama-context.h"
+#include "llama-hparams.h"
+#include "llama-impl.h"
+#include "llama-io.h"
+#include "llama-kv-cache.h"
+#include "llama-model.h"
+
+#include "gguf.h"
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <limits>
+#include <stdexcept>
+
+static const uint32_t LLAMA_CLEX_VERSION = 1;
+
+// rope call sites of these architectures use llama_clex_inputs
+static const llm_arch LLAMA_CLEX_ARCHS[] = {
+    LLM_ARCH_LLAMA,
+};
+
+//
+// reading the metadata
+//
+
+[[noreturn]] static void clex_fail(const char * key, const std::string & rule) {
+    throw std::runtime_error(format("%s %s", key, rule.c_str()));
+}
+
+// -1 if the key is absent
+static int64_t clex_find(const gguf_context * meta, const char * key, gguf_type type, const char * type_name) {
+    const int64_t id = gguf_find_key(meta, key);
+    if (id >= 0 && gguf_get_kv_type(meta, id) != type) {
+        clex_fail(key, format("must be of type %s", type_name));
+    }
+    return id;
+}
+
+static uint32_t clex_u32(const gguf_context * meta, const char * key) {
+    const int64_t id = clex_find(meta, key, GGUF_TYPE_UINT32, "u32");
+    if (id < 0) {
+        clex_fail(key, "is missing");
+    }
+    return gguf_get_val_u32(meta, id);
+}
+
+// every value is finite and > 0
+static std::vector<float> clex_f32s(const gguf_context * meta, const char * key, bool required) {
+    const int64_t id = clex_find(meta, key, GGUF_TYPE_ARRAY, "f32 array");
+    if (id < 0) {
+        if (required) {
+            clex_fail(key, "is missing");
+        }
+        return {};
+    }
+    if (gguf_get_arr_type(meta, id) != GGUF_TYPE_FLOAT32) {
+        clex_fail(key, "must be of type f32 array");
+    }
+
+    const float * data = (const float *) gguf_get_arr_data(meta, id);
+    const std::vector<float> res(data, data + gguf_get_arr_n(meta, id));
+
+    for (const float v : res) {
+        if (!std::isfinite(v) || v <= 0.0f) {
+            clex_fail(key, "holds a value that is not finite or not above 0");
+        }
+    }
+    return res;
+}
+
+// FNV-1a
+static void clex_hash(uint64_t & hash, const void * data, size_t size) {
+    for (size_t i = 0; i < size; ++i) {
+        hash = (hash ^ ((const uint8_t *) data)[i])*0x100000001b3ull;
+    }
+}
+
+void llama_clex_tables::load(const gguf_context * meta, llm_arch arch, llama_hparams & hparams) {
+    bool present = false;
+    for (int64_t i = 0; i < gguf_get_n_kv(meta); ++i) {
+        present = present || strncmp(gguf_get_key(meta, i), "clex.", 5) == 0;
+    }
+    if (!present) {
+        return;
+    }
+
+    const uint32_t version = clex_u32(meta, "clex.version");
+    if (version != LLAMA_CLEX_VERSION) {
+        clex_fail("clex.version", format("is %u, this library reads version %u", version, LLAMA_CLEX_VERSION));
+    }
+
+    if (std::find(std::begin(LLAMA_CLEX_ARCHS), std::end(LLAMA_CLEX_ARCHS), arch) == std::end(LLAMA_CLEX_ARCHS)) {
+        std::string supported;
+        for (const llm_arch a : LLAMA_CLEX_ARCHS) {
+            supported += std::string(" ") + llm_arch_name(a);
+        }
+        throw std::runtime_error(format("clex.* tables are not supported for architecture '%s' (supported:%s)",
+                    llm_arch_name(arch), supported.c_str()));
+    }
+
+    if (clex_find(meta, "clex.method", GGUF_TYPE_STRING, "string") < 0) {
+        clex_fail("clex.method", "is missing");
+    }
+    clex_find(meta, "clex.provenance", GGUF_TYPE_STRING, "string");
+
+    const uint32_t orig = clex_u32(meta, "clex.original_context_length");
+    if (orig == 0) {
+        clex_fail("clex.original_context_length", "must be above 0");
+    }
+
+    scaling_factors = clex_f32s(meta, "clex.scaling_factors", true);
+    if (scaling_factors.empty() || scaling_factors[0] != 1.0f) {
+        clex_fail("clex.scaling_factors", "must start with 1.0");
+    }
+    for (size_t i = 1; i < scaling_factors.size(); ++i) {
+        if (scaling_factors[i] <= scaling_factors[i - 1]) {
+            clex_fail("clex.scaling_factors", "must be strictly ascending");
+        }
+    }
+    if ((double) scaling_factors.back()*orig > (double) std::numeric_limits<int32_t>::max()) {
+        clex_fail("clex.scaling_factors", "cover more tokens than a 32-bit position can count");
+    }
+
+    n_freq   = hparams.n_rot_full/2;
+    inv_freq = clex_f32s(meta, "clex.inv_freq", true);
+    if (n_freq == 0 || inv_freq.size() != scaling_factors.size()*n_freq) {
+        clex_fail("clex.inv_freq", format("has %zu values, %zu buckets of %u are needed",
+                    inv_freq.size(), scaling_factors.size(), n_freq));
+    }
+
+    attn_scale = clex_f32s(meta, "clex.attn_scale", false);
+    if (gguf_find_key(meta, "clex.attn_scale") >= 0 && attn_scale.size() != scaling_factors.size()) {
+        clex_fail("clex.attn_scale", format("has %zu values for %zu buckets", attn_scale.size(), scaling_factors.size()));
+    }
+
+    const int64_t id_log = clex_find(meta, "clex.log_scale", GGUF_TYPE_BOOL, "bool");
+    log_scale = id_log >= 0 && gguf_get_val_bool(meta, id_log);
+    if (log_scale && orig == 1) {
+        clex_fail("clex.log_scale", "needs an original context above 1");
+    }
+
+    n_ctx_orig = orig;
+
+    hash = 0xcbf29ce484222325ull;
+    clex_hash(hash, &n_ctx_orig, sizeof(n_ctx_orig));
+    clex_hash(hash, scaling_factors.data(), scaling_factors.size()*sizeof(float));
+    clex_hash(hash, inv_freq.data(), inv_freq.size()*sizeof(float));
+
+    hparams.n_ctx_train = (uint32_t) n_ctx_max();
+
+    LLAMA_LOG_INFO("%s: RoPE tables for %zu buckets, original context %u, maximum %u\n",
+            __func__, scaling_factors.size(), n_ctx_orig, hparams.n_ctx_train);
+}
+
+int64_t llama_clex_tables::n_ctx_max() const {
+    return enabled() ? (int64_t) ((double) scaling_factors.back()*n_ctx_orig) : 0;
+}
+
+int32_t llama_clex_tables::bucket(int64_t n_tokens) const {
+    for (size_t i = 0; i < scaling_factors.size(); ++i) {
+        if ((double) scaling_factors[i]*n_ctx_orig >= (double) n_tokens) {
+            return (int32_t) i;
+        }
+    }
+    return -1;
+}
+
+std::vector<float> llama_clex_tables::freq_factors(int32_t bucket) const {
+    GGML_ASSERT(bucket >= 0 && (size_t) bucket < scaling_factors.size());
+
+    std::vector<float> res(n_freq);
+    for (uint32_t i = 0; i < n_freq; ++i) {
+        res[i] = 1.0f/inv_freq[(size_t) bucket*n_freq + i];
+    }
+    return res;
+}
+
+float llama_clex_tables::q_scale(int32_t bucket, int64_t n_tokens) const {
+    const double scale = attn_scale.empty() ? 1.0 : attn_scale[bucket];
+
+    return (float) (log_scale ? scale*std::log((double) n_tokens)/std::log((double) n_ctx_orig) : scale);
+}
+
+//
+// saved states
+//
+
+void llama_clex_cache::state_write(llama_io_write_i & io) const {
+    if (tables.enabled()) {
+        io.write(&tables.hash, sizeof(tables.hash));
+    }
+}
+
+void llama_clex_cache::state_read(llama_io_read_i & io) const {
+    if (!tables.enabled()) {
+        return;
+    }
+    uint64_t hash;
+    io.read(&hash, sizeof(hash));
+    if (hash != tables.hash) {
+        throw std::runtime_error("the state was saved with other RoPE tables, or by a library without them");
+    }
+}
+
+//
+// public API
+//
+
+static const llama_kv_cache * clex_kv(const llama_context * ctx) {
+    return ctx->get_model().clex.enabled() ? dynamic_cast<const llama_kv_cache *>(ctx->get_memory()) : nullptr;
+}
+
+int32_t llama_clex_n_buckets(const llama_model * model) {
+    return (int32_t) model->clex.scaling_factors.size();
+}
+
+int32_t llama_clex_original_context(const llama_model * model) {
+    return (int32_t) model->clex.n_ctx_orig;
+}
+
+int32_t llama_clex_max_context(const llama_model * model) {
+    return (int32_t) model->clex.n_ctx_max();
+}
+
+float llama_clex_scaling_factor(const llama_model * model, int32_t bucket) {
+    return bucket >= 0 && bucket < llama_clex_n_buckets(model) ? model->clex.scaling_factors[bucket] : 0.0f;
+}
+
+int32_t llama_clex_bucket(const llama_model * model, int64_t n_tokens) {
+    return model->clex.bucket(n_tokens);
+}
+
+bool llama_clex_seq_reserve(llama_context * ctx, llama_seq_id seq_id, int32_t n_tokens) {
+    auto * kv = const_cast<llama_kv_cache *>(clex_kv(ctx));
+    if (!kv || seq_id < 0 || seq_id >= LLAMA_MAX_SEQ || ctx->get_model().clex.bucket(n_tokens) < 0) {
+        return false;
+    }
+    kv->clex.seqs[seq_id].n_declared = n_tokens;
+    return true;
+}
+
+int32_t llama_clex_seq_bucket(const llama_context * ctx, llama_seq_id seq_id) {
+    const auto * kv = clex_kv(ctx);
+    return kv && seq_id >= 0 && seq_id < LLAMA_MAX_SEQ ? kv->clex.seqs[seq_id].bucket : -1;
+}
+
+llama_clex_stats llama_clex_get_stats(const llama_context * ctx) {
+    const auto * kv = clex_kv(ctx);
+    return kv ? kv->clex.stats : llama_clex_stats {};
+}

@@ -1,0 +1,48 @@
+#pragma once
+
+// Length-aware RoPE tables: what a host can ask and tell.
+//
+// A model whose GGUF holds clex.* keys carries one table of inverse frequencies per bucket. A sequence of n tokens uses
+// the first bucket whose scaling factor t satisfies t*L >= n, L being the original context length. The library picks
+// the table at every decode and re-rotates the cached keys of a sequence that enters another bucket.
+
+#include "llama.h"
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+struct llama_clex_stats {
+    int64_t n_rerotations; // times that cached keys were brought to another table
+    int64_t n_cells;       // cells re-rotated, all layers of a cell counted once
+    int64_t t_us;          // time spent on it, microseconds
+};
+
+// number of buckets, 0 for a model without tables
+LLAMA_API int32_t llama_clex_n_buckets(const struct llama_model * model);
+
+// L, tokens covered at t = 1; 0 for a model without tables
+LLAMA_API int32_t llama_clex_original_context(const struct llama_model * model);
+
+// tokens covered by the last bucket; 0 for a model without tables
+LLAMA_API int32_t llama_clex_max_context(const struct llama_model * model);
+
+// scaling factor t of a bucket; 0 if there is no such bucket
+LLAMA_API float llama_clex_scaling_factor(const struct llama_model * model, int32_t bucket);
+
+// bucket of a sequence of n_tokens; -1 without tables or beyond the last bucket
+LLAMA_API int32_t llama_clex_bucket(const struct llama_model * model, int64_t n_tokens);
+
+// Declare the length that a sequence will have once its prompt is processed, so that every batch of a long prompt uses
+// the table of the whole prompt. The longer of this and the actual length counts. 0 forgets it, and so does clearing
+// the memory. Returns false without tables, for an invalid sequence and for a length beyond the last bucket.
+LLAMA_API bool llama_clex_seq_reserve(struct llama_context * ctx, llama_seq_id seq_id, int32_t n_tokens);
+
+// bucket that the sequence used in the last decode that held it; -1 if there was none
+LLAMA_API int32_t llama_clex_seq_bucket(const struct llama_context * ctx, llama_seq_id seq_id);
+
+LLAMA_API struct llama_clex_stats llama_clex_get_stats(const struct llama_context * ctx);
+
+#ifdef __cplusplus
+}
+#endif
