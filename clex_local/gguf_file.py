@@ -1,0 +1,295 @@
+"""GGUF headers through ggml's own C API, so that Python accepts exactly the files that the runtime accepts.
+
+Only the header is read: keys, and where each tensor lies. Tensor data is never loaded.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import os
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from clex_local._library import library_path
+from clex_local.errors import ClexError
+
+# enum gguf_type: its names here, and what each is in C and in numpy. Arrays have their element's name plus "[]".
+_NUMBERS: dict[int, tuple[str, Any, type[np.generic]]] = {
+    0: ("u8", ctypes.c_uint8, np.uint8),
+    1: ("i8", ctypes.c_int8, np.int8),
+    2: ("u16", ctypes.c_uint16, np.uint16),
+    3: ("i16", ctypes.c_int16, np.int16),
+    4: ("u32", ctypes.c_uint32, np.uint32),
+    5: ("i32", ctypes.c_int32, np.int32),
+    6: ("f32", ctypes.c_float, np.float32),
+    7: ("bool", ctypes.c_bool, np.bool_),
+    10: ("u64", ctypes.c_uint64, np.uint64),
+    11: ("i64", ctypes.c_int64, np.int64),
+    12: ("f64", ctypes.c_double, np.float64),
+}
+_STRING, _ARRAY = 8, 9
+_TYPE_OF = {dtype: code for code, (_, _, dtype) in _NUMBERS.items()}
+_LogCallback = ctypes.CFUNCTYPE(None, ctypes.c_int, ctypes.c_char_p, ctypes.c_void_p)
+
+
+class GGUFError(ClexError):
+    """A file that is missing, is no GGUF, or is damaged."""
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """One tensor of a GGUF file.
+
+    Attributes:
+        name: its name, such as ``blk.0.attn_q.weight``.
+        shape: elements per dimension, the contiguous one first; at least one dimension.
+        type: number of its ``ggml_type``.
+        offset: first byte, counted from the start of the file's data section.
+        size: bytes.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    type: int
+    offset: int
+    size: int
+
+
+class _InitParams(ctypes.Structure):
+    _fields_ = [("no_alloc", ctypes.c_bool), ("ctx", ctypes.c_void_p)]
+
+
+@functools.cache
+def _ggml() -> ctypes.CDLL:
+    """The ggml-base library that lies beside libllama, with the signatures that are used here."""
+    name = {"win32": "ggml-base.dll", "darwin": "libggml-base.dylib"}.get(sys.platform, "libggml-base.so")
+    path = library_path() / name
+    try:
+        library = ctypes.CDLL(str(path))
+    except OSError as error:
+        raise ClexError(f"{path}: cannot be loaded ({error}); install clex-local again") from None
+
+    pointer, i64, size, string = ctypes.c_void_p, ctypes.c_int64, ctypes.c_size_t, ctypes.c_char_p
+    signatures: dict[str, tuple[Any, list[Any]]] = {
+        "gguf_init_from_file": (pointer, [string, _InitParams]),
+        "gguf_free": (None, [pointer]),
+        "gguf_get_alignment": (size, [pointer]),
+        "gguf_get_data_offset": (size, [pointer]),
+        "gguf_get_n_kv": (i64, [pointer]),
+        "gguf_find_key": (i64, [pointer, string]),
+        "gguf_get_key": (string, [pointer, i64]),
+        "gguf_get_kv_type": (ctypes.c_int, [pointer, i64]),
+        "gguf_get_arr_type": (ctypes.c_int, [pointer, i64]),
+        "gguf_get_arr_n": (size, [pointer, i64]),
+        "gguf_get_arr_data": (pointer, [pointer, i64]),
+        "gguf_get_arr_str": (string, [pointer, i64, size]),
+        "gguf_get_val_str": (string, [pointer, i64]),
+        "gguf_get_n_tensors": (i64, [pointer]),
+        "gguf_get_tensor_name": (string, [pointer, i64]),
+        "gguf_get_tensor_ne": (ctypes.POINTER(i64 * 4), [pointer, i64]),
+        "gguf_get_tensor_type": (ctypes.c_int, [pointer, i64]),
+        "gguf_get_tensor_offset": (size, [pointer, i64]),
+        "gguf_get_tensor_size": (size, [pointer, i64]),
+        "gguf_remove_key": (i64, [pointer, string]),
+        "gguf_set_val_str": (None, [pointer, string, string]),
+        "gguf_set_arr_data": (None, [pointer, string, ctypes.c_int, pointer, size]),
+        "gguf_get_meta_size": (size, [pointer]),
+        "gguf_get_meta_data": (None, [pointer, pointer]),
+        "ggml_log_get": (None, [ctypes.POINTER(pointer), ctypes.POINTER(pointer)]),
+        "ggml_log_set": (None, [pointer, pointer]),
+    }
+    for code, (kind, ctype, _) in _NUMBERS.items():
+        del code
+        signatures[f"gguf_get_val_{kind}"] = (ctype, [pointer, i64])
+        signatures[f"gguf_set_val_{kind}"] = (None, [pointer, string, ctype])
+    for function, (result, arguments) in signatures.items():
+        getattr(library, function).restype = result
+        getattr(library, function).argtypes = arguments
+    return library
+
+
+_log_lock = threading.Lock()
+
+
+@contextmanager
+def _captured_log() -> Iterator[list[str]]:
+    """Collects what ggml logs, and gives the log back to whoever had it."""
+    library, lines = _ggml(), []
+    callback = _LogCallback(lambda level, text, data: lines.append(text.decode("utf-8", "replace")))
+    with _log_lock:
+        previous, data = ctypes.c_void_p(), ctypes.c_void_p()
+        library.ggml_log_get(ctypes.byref(previous), ctypes.byref(data))
+        library.ggml_log_set(ctypes.cast(callback, ctypes.c_void_p), None)
+        try:
+            yield lines
+        finally:
+            library.ggml_log_set(previous, data)
+
+
+class GGUFFile:
+    """The header of one GGUF file, to read and to change in memory; close it or use it in ``with``.
+
+    Source: the functions of llama.cpp's ``ggml/include/gguf.h``.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        """Reads the header.
+
+        Raises:
+            GGUFError: the file is missing or unreadable, is not GGUF, breaks a rule of ggml's reader, or ends
+                before its last tensor does.
+        """
+        self.path = Path(path)
+        self._context: int | None = None
+        try:
+            with self.path.open("rb") as file:
+                magic = file.read(4)
+                file_size = os.fstat(file.fileno()).st_size
+        except OSError as error:
+            raise GGUFError(f"{self.path}: cannot be read ({error.strerror})") from None
+        if magic != b"GGUF":
+            raise GGUFError(f"{self.path}: not a GGUF file (it does not start with the letters GGUF)")
+        with _captured_log() as log:
+            self._context = _ggml().gguf_init_from_file(os.fsencode(self.path), _InitParams(True, None))
+        if self._context is None:
+            first = next((line for line in "".join(log).splitlines() if line.strip()), "no reason given")
+            reason = first.split(": ", 1)[-1].strip()
+            raise GGUFError(f"{self.path}: damaged GGUF file ({reason}); download or convert it again")
+        self.tensors = self._read_tensors()
+        needed = self.data_offset + max((tensor.offset + tensor.size for tensor in self.tensors), default=0)
+        if file_size < needed:
+            self.close()
+            raise GGUFError(
+                f"{self.path}: truncated GGUF file (its tensors need {needed} bytes, it has {file_size}); "
+                "download or convert it again"
+            )
+
+    def _read_tensors(self) -> tuple[TensorInfo, ...]:
+        library, context = _ggml(), self._context
+        tensors = []
+        for i in range(library.gguf_get_n_tensors(context)):
+            shape = list(library.gguf_get_tensor_ne(context, i).contents)
+            while len(shape) > 1 and shape[-1] == 1:
+                shape.pop()
+            tensors.append(
+                TensorInfo(
+                    name=library.gguf_get_tensor_name(context, i).decode("utf-8", "replace"),
+                    shape=tuple(shape),
+                    type=library.gguf_get_tensor_type(context, i),
+                    offset=library.gguf_get_tensor_offset(context, i),
+                    size=library.gguf_get_tensor_size(context, i),
+                )
+            )
+        return tuple(tensors)
+
+    def close(self) -> None:
+        """Frees the header; the object is of no use afterwards."""
+        if self._context is not None:
+            _ggml().gguf_free(self._context)
+            self._context = None
+
+    def __enter__(self) -> GGUFFile:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def __del__(self) -> None:
+        # The attribute is missing when __init__ failed before it, the library when Python shuts down.
+        if getattr(self, "_context", None) is not None and sys is not None:
+            self.close()
+
+    @property
+    def data_offset(self) -> int:
+        """First byte of the data section in the file that was read."""
+        return _ggml().gguf_get_data_offset(self._context)
+
+    @property
+    def data_size(self) -> int:
+        """Bytes of the data section, with the padding after the last tensor."""
+        if not self.tensors:
+            return 0
+        last, alignment = self.tensors[-1], _ggml().gguf_get_alignment(self._context)
+        return (last.offset + last.size + alignment - 1) // alignment * alignment
+
+    def keys(self) -> list[str]:
+        """Every key, in the file's order."""
+        library = _ggml()
+        count = library.gguf_get_n_kv(self._context)
+        return [library.gguf_get_key(self._context, i).decode("utf-8", "replace") for i in range(count)]
+
+    def _find(self, key: str) -> int:
+        return _ggml().gguf_find_key(self._context, key.encode())
+
+    def __contains__(self, key: str) -> bool:
+        return self._find(key) >= 0
+
+    def kind(self, key: str) -> str | None:
+        """Type of a key: ``u32``, ``f32``, ``bool``, ``string`` ..., ``f32[]`` for arrays; None if it is absent."""
+        index = self._find(key)
+        if index < 0:
+            return None
+        code = _ggml().gguf_get_kv_type(self._context, index)
+        suffix = ""
+        if code == _ARRAY:
+            code, suffix = _ggml().gguf_get_arr_type(self._context, index), "[]"
+        return ("string" if code == _STRING else _NUMBERS[code][0]) + suffix
+
+    def get(self, key: str, default: Any = None) -> Any:
+        """Value of a key: a Python number, bool or str, a list of str, or a 1-D numpy array (a copy)."""
+        index = self._find(key)
+        if index < 0:
+            return default
+        library, context = _ggml(), self._context
+        code = library.gguf_get_kv_type(context, index)
+        if code == _STRING:
+            return library.gguf_get_val_str(context, index).decode("utf-8", "replace")
+        if code != _ARRAY:
+            return getattr(library, f"gguf_get_val_{_NUMBERS[code][0]}")(context, index)
+        code, count = library.gguf_get_arr_type(context, index), library.gguf_get_arr_n(context, index)
+        if code == _STRING:
+            strings = (library.gguf_get_arr_str(context, index, i) for i in range(count))
+            return [string.decode("utf-8", "replace") for string in strings]
+        dtype = _NUMBERS[code][2]
+        if count == 0:
+            return np.empty(0, dtype)
+        data = ctypes.string_at(library.gguf_get_arr_data(context, index), count * np.dtype(dtype).itemsize)
+        return np.frombuffer(data, dtype).copy()
+
+    def set(self, key: str, value: str | np.generic | np.ndarray[Any, Any]) -> None:
+        """Sets a key in memory; the numpy type of the value decides the GGUF type.
+
+        Raises:
+            TypeError: a value that GGUF has no type for, or a Python number, whose type would be a guess.
+        """
+        library, name = _ggml(), key.encode()
+        if isinstance(value, str):
+            library.gguf_set_val_str(self._context, name, value.encode())
+        elif isinstance(value, np.ndarray) and value.ndim == 1 and value.dtype.type in _TYPE_OF:
+            data = np.ascontiguousarray(value)
+            code = _TYPE_OF[value.dtype.type]
+            library.gguf_set_arr_data(self._context, name, code, data.ctypes.data, data.size)
+        elif isinstance(value, np.generic) and type(value) in _TYPE_OF:
+            kind = _NUMBERS[_TYPE_OF[type(value)]][0]
+            getattr(library, f"gguf_set_val_{kind}")(self._context, name, value.item())
+        else:
+            raise TypeError(f"{key}: no GGUF type for {type(value).__name__}")
+
+    def remove(self, key: str) -> None:
+        """Removes a key in memory, if it is there."""
+        _ggml().gguf_remove_key(self._context, key.encode())
+
+    def header(self) -> bytes:
+        """The header as it is in memory, padded: the tensor data follows it directly in a file."""
+        library = _ggml()
+        buffer = ctypes.create_string_buffer(library.gguf_get_meta_size(self._context))
+        library.gguf_get_meta_data(self._context, buffer)
+        return buffer.raw
