@@ -1,0 +1,211 @@
+"""A Hugging Face model folder: what its config says, which files it has, and its CLEX layer."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from clex_convert.errors import ConvertError, extra_packages, one_line
+from clex_convert.weights import OdeSettings, OdeWeights, find_names, settings_from
+from clex_local.tables import SUPPORTED_ARCHITECTURES
+
+CLEX_LAYER = ".clex_layer."
+# What llama.cpp's conversion and the tables cannot do without.
+_NEEDED = ("hidden_size", "num_attention_heads", "num_hidden_layers", "vocab_size", "max_position_embeddings")
+
+
+@dataclass(frozen=True)
+class Rope:
+    """What a source model says of its rotary embedding.
+
+    Attributes:
+        dim: rotary dimension d of a head.
+        base: RoPE base.
+        context: original context length in tokens.
+        settings: of its CLEX layer, empty where there is none.
+        facts: the same in the source's own words, for the provenance.
+    """
+
+    dim: int
+    base: float
+    context: int
+    settings: OdeSettings
+    facts: dict[str, Any]
+
+
+class Checkpoint:
+    """A model folder with ``config.json`` and weights as safetensors or ``pytorch_model*.bin``."""
+
+    def __init__(self, folder: Path) -> None:
+        """Reads the config and checks that every file of weights is there and complete.
+
+        Raises:
+            ConvertError: not a model folder, a config without a needed key, an architecture that the runtime does
+                not have, or weights that are missing or damaged.
+        """
+        self.path = folder
+        self.config = self._read_config()
+        architectures = self.config.get("architectures")
+        if not isinstance(architectures, list) or not architectures or not isinstance(architectures[0], str):
+            raise self._missing("architectures")
+        self.architecture: str = architectures[0]
+        self.rope = self._read_rope()
+        self._check_architecture()
+        self.parts = self._find_parts()
+        # Name of every tensor: its file, its type in torch's words, its number of dimensions.
+        self.tensors: dict[str, tuple[Path, str, int]] = {}
+        for part in self.parts:
+            self._read_part(part)
+        self._check_index()
+
+    # config.json
+
+    def _read_config(self) -> dict[str, Any]:
+        path = self.path / "config.json"
+        if not path.is_file():
+            raise ConvertError(f"{self.path}: not a model folder, it has no config.json")
+        try:
+            config = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError, RecursionError) as error:
+            raise ConvertError(f"{path}: cannot be read ({one_line(error)})") from None
+        if not isinstance(config, dict):
+            raise ConvertError(f"{path}: must hold a JSON object")
+        return config
+
+    def _missing(self, key: str) -> ConvertError:
+        return ConvertError(f"{self.path / 'config.json'}: the key {key} is missing or unusable; add it")
+
+    def _integer(self, key: str) -> int:
+        value = self.config.get(key)
+        if isinstance(value, bool) or not isinstance(value, int) or value <= 0:
+            raise self._missing(key)
+        return value
+
+    def _read_rope(self) -> Rope:
+        config = self.config
+        for key in _NEEDED:
+            self._integer(key)
+        # Newer releases of transformers write rope_parameters, with rope_theta inside.
+        name = "rope_parameters" if isinstance(config.get("rope_parameters"), dict) else "rope_scaling"
+        scaling = config.get(name) or {}
+        if not isinstance(scaling, dict):
+            raise self._missing(name)
+        kind = scaling.get("rope_type", scaling.get("type", "default"))
+        if kind not in ("clex", "default", "none", None) and not (kind == "linear" and scaling.get("factor") == 1):
+            raise ConvertError(
+                f"{self.path / 'config.json'}: {name} asks for {kind!r}, which cannot be combined with tables; "
+                "only clex or no scaling can be converted"
+            )
+        base = scaling.get("rope_theta", config.get("rope_theta"))
+        if isinstance(base, bool) or not isinstance(base, (int, float)) or not base > 1:
+            raise self._missing("rope_theta")
+        head_dim = config.get("head_dim")
+        if head_dim is None:
+            head_dim = self._integer("hidden_size") // self._integer("num_attention_heads")
+        elif isinstance(head_dim, bool) or not isinstance(head_dim, int) or head_dim <= 0:
+            raise self._missing("head_dim")
+        partial = scaling.get("partial_rotary_factor", config.get("partial_rotary_factor", 1.0))
+        if isinstance(partial, bool) or not isinstance(partial, (int, float)) or not 0 < partial <= 1:
+            raise self._missing("partial_rotary_factor")
+        facts: dict[str, Any] = {"architecture": self.architecture, "rope_theta": base}
+        settings = OdeSettings()
+        if kind == "clex":
+            values = {**scaling, "log_scale": config.get("log_scale")}
+            settings = settings_from(values, f"{self.path / 'config.json'}: {name}")
+            facts["rope_scaling"] = {key: value for key, value in scaling.items() if key != "rope_theta"}
+        facts["max_position_embeddings"] = config["max_position_embeddings"]
+        return Rope(int(partial * head_dim), float(base), config["max_position_embeddings"], settings, facts)
+
+    def _check_architecture(self) -> None:
+        classes = [name for names in SUPPORTED_ARCHITECTURES.values() for name in names]
+        if self.architecture not in classes:
+            raise ConvertError(
+                f"{self.path}: the architecture {self.architecture} is not supported; supported: {', '.join(classes)}"
+            )
+
+    @property
+    def gguf_architecture(self) -> str:
+        """Name of the model's architecture in GGUF."""
+        return next(name for name, classes in SUPPORTED_ARCHITECTURES.items() if self.architecture in classes)
+
+    # weights
+
+    def _find_parts(self) -> list[Path]:
+        for start, end in (("model", ".safetensors"), ("pytorch_model", ".bin")):
+            parts = sorted(path for path in self.path.iterdir() if path.name.startswith(start) and path.suffix == end)
+            if parts or (self.path / f"{start}{end}.index.json").is_file():
+                self._index = self.path / f"{start}{end}.index.json"
+                return parts
+        raise ConvertError(f"{self.path}: holds no weights, neither model*.safetensors nor pytorch_model*.bin")
+
+    def _read_part(self, path: Path) -> None:
+        with extra_packages():
+            import torch
+            from safetensors import SafetensorError, safe_open
+        try:
+            if path.suffix == ".bin":
+                tensors = torch.load(path, map_location="meta", mmap=True, weights_only=True)
+                found = {name: (str(tensor.dtype), tensor.dim()) for name, tensor in tensors.items()}
+            else:
+                with safe_open(path, "pt") as file:  # checks the whole header, and the length of the file
+                    slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
+                    found = {name: (part.get_dtype(), len(part.get_shape())) for name, part in slices.items()}
+        except SafetensorError as error:
+            raise ConvertError(f"{path}: damaged or truncated ({one_line(error)}); download it again") from None
+        except OSError as error:
+            raise ConvertError(f"{path}: cannot be read ({one_line(error.strerror or error)})") from None
+        except Exception as error:  # torch.load raises what the pickle makes it raise
+            raise ConvertError(f"{path}: damaged, truncated or not plain weights ({one_line(error)})") from None
+        for name, (dtype, dims) in found.items():
+            self.tensors[name] = (path, dtype, dims)
+
+    def _check_index(self) -> None:
+        if not self._index.is_file():
+            return
+        try:
+            weight_map = json.loads(self._index.read_text(encoding="utf-8"))["weight_map"]
+            listed = {str(name): str(part) for name, part in weight_map.items()}
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            raise ConvertError(f"{self._index}: cannot be read ({one_line(error)}); download it again") from None
+        for name, part in listed.items():
+            if name not in self.tensors:
+                state = "does not hold it" if (self.path / part).is_file() else "is missing"
+                raise ConvertError(f"{self.path}: the index places {name} in {part}, which {state}; download it again")
+
+    @cached_property
+    def precision(self) -> str:
+        """Smallest of ``f16``, ``bf16`` and ``f32`` that holds every matrix of the model without loss."""
+        matrices = {
+            dtype.removeprefix("torch.").lower()
+            for name, (_, dtype, dims) in self.tensors.items()
+            if dims >= 2 and CLEX_LAYER not in name
+        }
+        if matrices <= {"float16", "f16"}:
+            return "f16"
+        return "bf16" if matrices <= {"bfloat16", "bf16"} else "f32"
+
+    def ode_weights(self) -> OdeWeights | None:
+        """The matrices of the CLEX layer; None if the checkpoint has none.
+
+        Raises:
+            ConvertError: only one of the two is there, or it cannot be read.
+        """
+        names = find_names(list(self.tensors), str(self.path))
+        return None if names is None else OdeWeights(*map(self._read_tensor, names), where=str(self.path))
+
+    def _read_tensor(self, name: str) -> np.ndarray[Any, Any]:
+        with extra_packages():
+            import torch
+            from safetensors import safe_open
+        path = self.tensors[name][0]
+        if path.suffix == ".bin":
+            tensor = torch.load(path, map_location="cpu", mmap=True, weights_only=True)[name]
+        else:
+            with safe_open(path, "pt") as file:
+                tensor = file.get_tensor(name)
+        return tensor.to(torch.float32).numpy()

@@ -1,0 +1,146 @@
+"""The command ``clex-convert``."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import click
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from clex_convert.convert import DEFAULT_OUTTYPE, ConversionResult, convert
+from clex_convert.methods import METHODS, converter_version
+from clex_convert.native import OUTTYPES
+from clex_convert.weights import ACTIVATIONS
+from clex_local.errors import ClexError
+
+_METHODS_HELP = "; ".join(f"{name}: {method.summary}" for name, method in METHODS.items())
+
+
+@click.command("clex-convert", context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.argument("source", type=click.Path(path_type=Path))
+@click.argument("output", metavar="OUT.gguf", type=click.Path(path_type=Path))
+@click.option(
+    "--outtype",
+    type=click.Choice(["copy", *OUTTYPES], case_sensitive=False),
+    metavar="TYPE",
+    help=f"Type of the tensors: copy, {', '.join(OUTTYPES)}.  [default: {DEFAULT_OUTTYPE} for a folder, copy for a "
+    "GGUF file]",
+)
+@click.option(
+    "--method",
+    type=click.Choice(list(METHODS)),
+    help=f"How the tables are made. {_METHODS_HELP}.  [default: clex where a CLEX layer is found]",
+)
+@click.option(
+    "--clex-weights",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="Safetensors file with ode_up_proj and ode_down_proj: for a GGUF file, or instead of the folder's.",
+)
+@click.option(
+    "--original-context",
+    type=click.IntRange(min=1),
+    metavar="N",
+    help="Tokens covered without scaling.  [default: the model's context length]",
+)
+@click.option(
+    "--max-factor",
+    type=click.IntRange(min=1),
+    metavar="N",
+    help="Largest scaling factor: the model reaches N times its original context.  [default: what the CLEX layer was "
+    f"trained for; {METHODS['ntk'].default_max_factor} for ntk]",
+)
+@click.option(
+    "--act",
+    type=click.Choice(ACTIVATIONS),
+    help="Activation of the CLEX layer.  [default: as its config says, or silu]",
+)
+@click.option(
+    "--time-dt",
+    type=float,
+    metavar="X",
+    help="Step of the integration.  [default: as the layer's config says, or 0.01]",
+)
+@click.option(
+    "--log-scale/--no-log-scale",
+    default=None,
+    help="Scale attention by log(tokens) / log(original context).  [default: as the config says, or no]",
+)
+@click.option(
+    "--pre-tokenizer",
+    metavar="NAME",
+    help="llama.cpp's name of the BPE pre-tokenizer, where it cannot recognise it.",
+)
+@click.option("--overwrite", is_flag=True, help="Replace an existing OUT.gguf.")
+@click.option("-v", "--verbose", is_flag=True, help="Show llama.cpp's log.")
+@click.version_option(converter_version(), package_name="clex-local")
+def main(verbose: bool, **options: Any) -> None:
+    """Convert SOURCE to OUT.gguf with the frequency tables that let it read past its original context.
+
+    SOURCE is a Hugging Face model folder with a CLEX layer, or an existing GGUF file, to which tables are added.
+    """
+    # A conversion needs nothing from the network; transformers would ask for some files that a folder lacks.
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    for name in ("SIGTERM", "SIGHUP"):
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), _terminate)
+    # The console that prints the result is made afterwards: it looks at where standard output goes.
+    errors = Console(stderr=True)
+    try:
+        with Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            TextColumn("{task.percentage:3.0f} %"),
+            TimeRemainingColumn(),
+            console=errors,
+            transient=True,
+            disable=verbose or not errors.is_terminal,
+        ) as bars:
+            tasks: dict[str, Any] = {}
+
+            def progress(phase: str, part: float) -> None:
+                if phase not in tasks:
+                    tasks[phase] = bars.add_task(phase, total=1.0)
+                bars.update(tasks[phase], completed=part)
+
+            result = convert(**options, verbose=verbose, progress=progress)
+    except ClexError as error:
+        click.echo(f"clex-convert: error: {error}", err=True)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        click.echo("clex-convert: error: interrupted, nothing was written", err=True)
+        sys.exit(130)
+    _show(result)
+
+
+def _terminate(number: int, frame: FrameType | None) -> None:
+    sys.exit(128 + number)
+
+
+def _show(result: ConversionResult) -> None:
+    tables = result.tables
+    table = Table(box=None, pad_edge=False, show_edge=False)
+    for column in ("bucket", "factor", "tokens up to"):
+        table.add_column(column, justify="right")
+    rows = list(enumerate(zip(tables.scaling_factors, tables.context_lengths, strict=True)))
+    for index, (factor, length) in rows if len(rows) <= 12 else rows[:6]:
+        table.add_row(str(index + 1), f"{factor:g}", str(length))
+    if len(rows) > 12:
+        table.add_row("...", "...", "...")
+        index, (factor, length) = rows[-1]
+        table.add_row(str(index + 1), f"{factor:g}", str(length))
+    Console(highlight=False).print(table)
+    click.echo(f"{result.path}: {result.outtype}, method {tables.method}, {_size(result.size)}, {result.seconds:.1f} s")
+    for note in result.notes:
+        click.echo(f"note: {note}")
+
+
+def _size(count: int) -> str:
+    return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"

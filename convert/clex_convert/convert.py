@@ -1,0 +1,237 @@
+"""The conversion: source, tables, output file."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from clex_convert.checkpoint import Checkpoint
+from clex_convert.errors import ConvertError
+from clex_convert.gguf_source import GGUFSource
+from clex_convert.methods import tables as make_tables
+from clex_convert.native import OUTTYPES, check_loads, quantize
+from clex_convert.output import Output
+from clex_convert.weights import OdeSettings, read_weights
+from clex_local.gguf_file import GGUFFile
+from clex_local.tables import Tables, read_tables
+
+Progress = Callable[[str, float], None]
+DEFAULT_OUTTYPE = "q4_k_m"
+
+
+@dataclass(frozen=True)
+class ConversionResult:
+    """What a conversion made.
+
+    Attributes:
+        path: the file.
+        tables: its tables.
+        outtype: type of its tensors, or ``copy``.
+        size: bytes.
+        seconds: time taken.
+        notes: what the user should know of it, a sentence each.
+    """
+
+    path: Path
+    tables: Tables
+    outtype: str
+    size: int
+    seconds: float
+    notes: list[str] = field(default_factory=list)
+
+
+def convert(
+    source: str | os.PathLike[str],
+    output: str | os.PathLike[str],
+    *,
+    outtype: str | None = None,
+    method: str | None = None,
+    clex_weights: str | os.PathLike[str] | None = None,
+    original_context: int | None = None,
+    max_factor: int | None = None,
+    act: str | None = None,
+    time_dt: float | None = None,
+    log_scale: bool | None = None,
+    pre_tokenizer: str | None = None,
+    overwrite: bool = False,
+    verbose: bool = False,
+    progress: Progress | None = None,
+) -> ConversionResult:
+    """Converts a model folder or a GGUF file to a GGUF file with tables.
+
+    Settings of the CLEX layer are taken from the arguments, then from the metadata of `clex_weights`, then from the
+    source's config, then from the defaults of the authors' code (silu, 0.01, no log scale).
+
+    Args:
+        source: Hugging Face model folder, or GGUF file.
+        output: file to write; it appears complete or not at all.
+        outtype: type of the tensors, one of `clex_convert.native.OUTTYPES`, or ``copy`` to keep a GGUF file's tensors
+            bit for bit; default ``q4_k_m`` for a folder, ``copy`` for a GGUF file.
+        method: ``clex`` or ``ntk``; default ``clex`` where the weights of a CLEX layer are found.
+        clex_weights: safetensors file with ode_up_proj and ode_down_proj, for a GGUF file or instead of the folder's.
+        original_context: tokens that scaling factor 1 covers; default and upper bound is the source's context length.
+        max_factor: last scaling factor; one table for each of 1, 2, ..., max_factor.
+        act: activation of the CLEX layer, ``silu`` or ``tanh``.
+        time_dt: step of the integration in units of the scaling factor.
+        log_scale: whether queries are scaled by log(tokens) / log(original context).
+        pre_tokenizer: llama.cpp's name of a BPE pre-tokenizer that it cannot recognise.
+        overwrite: replace an existing output.
+        verbose: let llama.cpp log to standard error.
+        progress: called with the name of a phase and the part of it that is done, 0 to 1.
+
+    Raises:
+        clex_local.errors.ClexError: anything about the source, the options or the disk that makes it impossible;
+            the message is one line. No file is left behind.
+    """
+    started = time.monotonic()
+    source, output = Path(source), Path(output)
+    weights_path = None if clex_weights is None else Path(clex_weights)
+    if not source.exists():
+        raise ConvertError(f"{source}: no such file or folder")
+    if outtype not in (None, "copy", *OUTTYPES):
+        raise ConvertError(f"the type {outtype!r} is unknown; use copy, {', '.join(OUTTYPES)}")
+    _check_apart(source, output, weights_path)
+    with Output(output, overwrite=overwrite) as target:
+        temporary = target.temporary()  # finds out early whether the folder can be written
+        options = OdeSettings(act, time_dt, max_factor, log_scale)
+        options.check("options")
+        job = _Job(target, temporary, outtype, pre_tokenizer, verbose, progress or (lambda phase, part: None))
+
+        def tables_for(model: Checkpoint | GGUFSource) -> Tables:
+            return _tables(model, method, weights_path, original_context, options)
+
+        made = job.folder(source, tables_for) if source.is_dir() else job.gguf(source, tables_for)
+        target.commit(made.temporary)
+    tables = read_tables(output)
+    assert tables is not None
+    return ConversionResult(output, tables, made.outtype, output.stat().st_size, time.monotonic() - started, made.notes)
+
+
+def _check_apart(source: Path, output: Path, weights: Path | None) -> None:
+    """The output must be none of the files that are read."""
+    if not output.exists():
+        return
+    if output.is_dir():
+        raise ConvertError(f"{output}: is a folder; give the name of a file in it")
+    if source.is_file() and source.samefile(output):
+        raise ConvertError(f"{output}: is the source itself; choose another name for the output")
+    if weights is not None and weights.exists() and weights.samefile(output):
+        raise ConvertError(f"{output}: holds the ODE weights; choose another name for the output")
+    if source.is_dir() and output.suffix != ".gguf" and any(path.samefile(output) for path in source.iterdir()):
+        raise ConvertError(f"{output}: belongs to the source; choose another name for the output")
+
+
+def _tables(
+    model: Checkpoint | GGUFSource,
+    method: str | None,
+    weights_path: Path | None,
+    original_context: int | None,
+    options: OdeSettings,
+) -> Tables:
+    rope = model.rope
+    weights = None
+    if method != "ntk":
+        if weights_path is not None:
+            weights = read_weights(weights_path)
+        elif isinstance(model, Checkpoint):
+            weights = model.ode_weights()
+        if weights is None and method is None:
+            raise ConvertError(
+                f"{model.path}: has no CLEX layer; pass its weights with --clex-weights, or --method ntk for "
+                "NTK-aware scaling without training"
+            )
+    elif weights_path is not None:
+        raise ConvertError("the method ntk has no weights; drop --clex-weights or use --method clex")
+    context = rope.context if original_context is None else original_context
+    if not 0 < context <= rope.context:
+        raise ConvertError(
+            f"{model.path}: the original context must be from 1 to the model's own {rope.context} tokens, not {context}"
+        )
+    settings = options
+    if weights is not None:
+        settings = settings.over(weights.settings).over(rope.settings)
+    return make_tables(
+        method or "clex",
+        dim=rope.dim,
+        base=rope.base,
+        original_context=context,
+        max_factor=settings.max_factor,
+        weights=weights,
+        act=settings.act,
+        time_dt=settings.time_dt,
+        log_scale=bool(settings.log_scale),
+        source=rope.facts,
+    )
+
+
+@dataclass
+class _Made:
+    temporary: Path
+    outtype: str
+    notes: list[str]
+
+
+@dataclass
+class _Job:
+    """One conversion in progress: writes into temporary files only."""
+
+    target: Output
+    temporary: Path
+    outtype: str | None
+    pre_tokenizer: str | None
+    verbose: bool
+    progress: Progress
+
+    def folder(self, source: Path, tables_for: Callable[[Checkpoint], Tables]) -> _Made:
+        outtype = self.outtype or DEFAULT_OUTTYPE
+        if outtype == "copy":
+            raise ConvertError(f"{source}: copy keeps the tensors of a GGUF file; choose a type for a model folder")
+        checkpoint = Checkpoint(source)
+        tables = tables_for(checkpoint)
+        from clex_convert.hf import PRECISIONS, write_checkpoint
+
+        direct = outtype in PRECISIONS
+        write_checkpoint(
+            checkpoint,
+            tables,
+            self.temporary,
+            self.target.path,
+            precision=outtype if direct else checkpoint.precision,
+            pre_tokenizer=self.pre_tokenizer,
+            verbose=self.verbose,
+            progress=lambda part: self.progress("writing", part),
+        )
+        check_loads(self.temporary, self.target.path, verbose=self.verbose)
+        return _Made(self.temporary, outtype, []) if direct else self.quantized(outtype, [])
+
+    def gguf(self, source: Path, tables_for: Callable[[GGUFSource], Tables]) -> _Made:
+        outtype = self.outtype or "copy"
+        if self.pre_tokenizer is not None:
+            raise ConvertError("--pre-tokenizer is for model folders; a GGUF file keeps its own")
+        model = GGUFSource(source)
+        with model.file:
+            tables = tables_for(model)
+            notes = []
+            if outtype != "copy" and model.quantized:
+                notes.append("the source was quantized already: quantizing it again costs quality")
+            model.write_with(
+                tables, self.temporary, self.target.path, progress=lambda part: self.progress("copying", part)
+            )
+        return _Made(self.temporary, outtype, notes) if outtype == "copy" else self.quantized(outtype, notes)
+
+    def quantized(self, outtype: str, notes: list[str]) -> _Made:
+        result = self.target.temporary()
+        more = quantize(
+            self.temporary,
+            result,
+            outtype,
+            self.target.path,
+            verbose=self.verbose,
+            progress=lambda part: self.progress("quantizing", part),
+        )
+        self.target.discard(self.temporary)
+        GGUFFile(result).close()  # complete to the last tensor, or an error
+        return _Made(result, outtype, notes + more)

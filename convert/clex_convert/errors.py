@@ -1,0 +1,51 @@
+"""Errors of the converter, and the wording of those that other packages and the system raise."""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from clex_local.errors import ClexError
+
+_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+
+
+class ConvertError(ClexError):
+    """A conversion that cannot be done; nothing was written."""
+
+
+def one_line(text: object, limit: int = 300) -> str:
+    """The text of an exception or a log on one line of at most `limit` characters."""
+    line = " ".join(str(text).split())
+    return line if len(line) <= limit else line[: limit - 1] + "…"
+
+
+def disk_full(path: str | os.PathLike[str]) -> ConvertError:
+    """The error for a file that the disk has no room for."""
+    return ConvertError(f"{path}: could not be written: the disk is full or a size limit was reached; make room first")
+
+
+@contextmanager
+def writing(path: str | os.PathLike[str]) -> Iterator[None]:
+    """Words the operating system's refusal to write `path`."""
+    try:
+        yield
+    except OSError as error:
+        # numpy's tofile reports a short write without an errno.
+        if error.errno in _FULL or (error.errno is None and "written" in str(error)):
+            raise disk_full(path) from None
+        raise ConvertError(f"{path}: could not be written ({error.strerror or one_line(error)})") from None
+
+
+@contextmanager
+def extra_packages() -> Iterator[None]:
+    """Words the absence of a package that only conversions need."""
+    try:
+        yield
+    except ImportError as error:
+        missing = (error.name or one_line(error)).partition(".")[0]
+        raise ConvertError(
+            f"this conversion needs the Python package {missing}: pip install 'clex-local[convert]'"
+        ) from None

@@ -1,0 +1,222 @@
+"""Writes a checkpoint as GGUF with llama.cpp's own conversion scripts, and the tables with it.
+
+The scripts and their gguf package come from the same source as the runtime's library. They lie in
+``_llama_cpp`` beside this module, outside the import path, because other packages are named gguf too.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import logging
+import os
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+
+import clex_convert
+from clex_convert.checkpoint import CLEX_LAYER, Checkpoint
+from clex_convert.errors import ConvertError, extra_packages, one_line, writing
+from clex_local.tables import Tables
+
+PRECISIONS = {"f32": "ALL_F32", "f16": "MOSTLY_F16", "bf16": "MOSTLY_BF16"}
+
+_lock = threading.Lock()
+_loaded: dict[str, ModuleType] = {}
+
+
+def _ours(name: str) -> bool:
+    return name.partition(".")[0] in ("conversion", "gguf")
+
+
+def _scripts() -> Path:
+    # An editable install has two folders in the package's path: the sources and what the build installed.
+    for folder in clex_convert.__path__:
+        scripts = Path(folder) / "_llama_cpp"
+        if (scripts / "conversion").is_dir() and (scripts / "gguf").is_dir():
+            return scripts
+    raise ConvertError("llama.cpp's conversion scripts are not installed; install clex-local again")
+
+
+@contextlib.contextmanager
+def conversion_scripts() -> Iterator[tuple[ModuleType, ModuleType]]:
+    """Lends llama.cpp's packages ``conversion`` and ``gguf``, and leaves others of that name as they were."""
+    scripts = str(_scripts())
+    with _lock:
+        others = {name: sys.modules.pop(name) for name in list(sys.modules) if _ours(name)}
+        variable = os.environ.get("NO_LOCAL_GGUF")
+        sys.modules.update(_loaded)
+        sys.path.insert(0, scripts)
+        os.environ["NO_LOCAL_GGUF"] = "1"  # else they look for the gguf package in llama.cpp's source tree
+        try:
+            with extra_packages():
+                modules = importlib.import_module("conversion"), importlib.import_module("gguf")
+            yield modules
+        finally:
+            _loaded.update({name: sys.modules.pop(name) for name in list(sys.modules) if _ours(name)})
+            sys.modules.update(others)
+            sys.path.remove(scripts)
+            if variable is None:
+                del os.environ["NO_LOCAL_GGUF"]
+            else:
+                os.environ["NO_LOCAL_GGUF"] = variable
+
+
+@contextlib.contextmanager
+def _quiet(verbose: bool) -> Iterator[None]:
+    """Keeps the scripts' and transformers' messages off the terminal, unless they are wanted."""
+    import transformers
+
+    loggers = [logging.getLogger(name) for name in ("hf-to-gguf", "gguf", "transformers")]
+    before = [logger.level for logger in loggers]
+    shown = transformers.logging.get_verbosity()
+    for logger in loggers:
+        logger.setLevel(logging.INFO if verbose else logging.CRITICAL)
+    if not verbose:
+        transformers.logging.set_verbosity(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        for logger, level in zip(loggers, before, strict=True):
+            logger.setLevel(level)
+        transformers.logging.set_verbosity(shown)
+
+
+class _Counted:
+    """A tensor for the writer that tells how many bytes were written."""
+
+    def __init__(self, tensor: Any, written: Callable[[int], None]) -> None:
+        self.tensor, self.nbytes, self.written = tensor, tensor.nbytes, written
+
+    def tofile(self, file: Any) -> None:
+        self.tensor.tofile(file)
+        self.written(self.nbytes)
+
+
+def _model_class(base: Any, tables: Tables, pre_tokenizer: str | None) -> Any:
+    """The scripts' class for an architecture, less the CLEX layer's tensors and with the tables."""
+
+    class ClexModel(base):
+        model_arch = base.model_arch
+
+        @classmethod
+        def filter_tensors(cls, item: tuple[str, Any]) -> tuple[str, Any] | None:
+            return None if CLEX_LAYER in item[0] else super().filter_tensors(item)
+
+        def get_vocab_base_pre(self, tokenizer: Any) -> str:
+            if pre_tokenizer is not None:
+                return pre_tokenizer
+            try:
+                return super().get_vocab_base_pre(tokenizer)
+            except NotImplementedError:
+                raise ConvertError(
+                    f"{self.dir_model}: llama.cpp does not recognise the model's BPE pre-tokenizer; "
+                    "pass its name with --pre-tokenizer (such as llama-bpe, gpt-2 or qwen2)"
+                ) from None
+
+        def set_gguf_parameters(self) -> None:
+            super().set_gguf_parameters()
+            for key, value in tables.metadata().items():
+                _add_key(self.gguf_writer, key, value)
+
+    return ClexModel
+
+
+def _add_key(writer: Any, key: str, value: Any) -> None:
+    if isinstance(value, str):
+        writer.add_string(key, value)
+    elif isinstance(value, np.bool_):
+        writer.add_bool(key, bool(value))
+    elif isinstance(value, np.uint32):
+        writer.add_uint32(key, int(value))
+    else:
+        writer.add_array(key, [float(number) for number in value])  # float arrays are float32 in GGUF
+
+
+def _hparams(conversion: ModuleType, checkpoint: Checkpoint, context: int) -> dict[str, Any]:
+    """The config as the scripts read it, with the plain RoPE of the first bucket."""
+    hparams = conversion.ModelBase.load_hparams(checkpoint.path, is_mistral_format=False)
+    for key in ("rope_scaling", "rope_parameters"):
+        hparams.pop(key, None)
+    # transformers knows nothing of a base inside rope_parameters before its release 5, and would put its default.
+    hparams["rope_theta"] = checkpoint.rope.base
+    hparams["max_position_embeddings"] = context
+    return hparams
+
+
+def write_checkpoint(
+    checkpoint: Checkpoint,
+    tables: Tables,
+    target: Path,
+    shown: Path,
+    *,
+    precision: str,
+    pre_tokenizer: str | None,
+    verbose: bool,
+    progress: Callable[[float], None],
+) -> None:
+    """Writes a checkpoint and its tables to a GGUF file.
+
+    Args:
+        checkpoint: the source.
+        tables: their ``original_context_length`` becomes the file's context length.
+        target: file to write.
+        shown: the file that messages speak of.
+        precision: type of the matrices, a key of `PRECISIONS`.
+        pre_tokenizer: llama.cpp's name of the BPE pre-tokenizer, where it cannot be recognised.
+        verbose: let the scripts log.
+        progress: called with the part of the tensors written, 0 to 1.
+
+    Raises:
+        ConvertError: something that llama.cpp's scripts cannot read or the disk cannot hold.
+
+    Source: ``ModelBase.write`` of llama.cpp's conversion/base.py.
+    """
+    with conversion_scripts() as (conversion, gguf), _quiet(verbose):
+        model = None
+        try:
+            base = conversion.get_model_class(checkpoint.architecture)
+            model = _model_class(base, tables, pre_tokenizer)(
+                checkpoint.path,
+                gguf.LlamaFileType[PRECISIONS[precision]],
+                target,
+                hparams=_hparams(conversion, checkpoint, tables.original_context_length),
+            )
+            model.prepare_tensors()
+            model.prepare_metadata(vocab_only=False)
+            _write(model.gguf_writer, target, shown, progress)
+        except ConvertError:
+            raise
+        except FloatingPointError:
+            raise ConvertError(f"{checkpoint.path}: some weights are too large for f16; use --outtype bf16") from None
+        except Exception as error:
+            # The scripts raise whatever meets an odd file: KeyError, AssertionError, ValueError ...
+            reason = f"{type(error).__name__}: {one_line(error)}"
+            raise ConvertError(f"{checkpoint.path}: llama.cpp's conversion cannot read it ({reason})") from None
+        finally:
+            if model is not None:
+                with contextlib.suppress(OSError):
+                    model.gguf_writer.close()
+
+
+def _write(writer: Any, target: Path, shown: Path, progress: Callable[[float], None]) -> None:
+    tensors = [tensor for shard in writer.tensors for tensor in shard.values()]
+    total, done = sum(tensor.nbytes for tensor in tensors), 0
+
+    def written(count: int) -> None:
+        nonlocal done
+        done += count
+        progress(done / max(total, 1))
+
+    for tensor in tensors:
+        tensor.tensor = _Counted(tensor.tensor, written)
+    with writing(shown), np.errstate(over="raise"):
+        writer.write_header_to_file(path=target)
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()

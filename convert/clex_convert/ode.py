@@ -1,0 +1,80 @@
+"""The learned dynamics of CLEX: d log f / dt, and its integration with torchdiffeq.
+
+Source: CLEX (arXiv 2310.16450) and the authors' public code, whose behaviour the released weights were trained
+with. Its quirks are kept and marked.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torchdiffeq import odeint
+
+ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "silu": torch.nn.functional.silu,
+    "tanh": torch.tanh,
+}
+
+# Quirk: the base inside n(t) is 10000 in the authors' code, whatever the model's rope_theta is.
+_NTK_BASE = 10000.0
+
+
+class ClexLayer(torch.nn.Module):
+    """dx/dt of the state x(t) = log f(t), f the d/2 inverse frequencies in rad/position.
+
+    dx/dt = act((x + log n(t)) @ up) @ down + e(t), where n(t) are the NTK-aware frequencies at a stretch of
+    a = 2t - 1 (1 below t = 1) and e(t) = d/dt log n(t).
+    """
+
+    def __init__(self, up: torch.Tensor, down: torch.Tensor, activation: str) -> None:
+        """Takes the weights.
+
+        Args:
+            up: float32 [d/2, p * d], p the parameter factor.
+            down: float32 [p * d, d/2].
+            activation: ``silu`` or ``tanh``.
+        """
+        super().__init__()
+        self.ode_up_proj = torch.nn.Parameter(up)
+        self.ode_down_proj = torch.nn.Parameter(down)
+        self.activation = ACTIVATIONS[activation]
+        dim = 2 * up.shape[0]
+        self.dim = dim
+        self.register_buffer("even", torch.arange(0, dim, 2, dtype=torch.float32), persistent=False)
+
+    def forward(self, t: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        """dx/dt, float32 [d/2], at scaling factor t (a scalar) and state x [d/2]."""
+        even, dim = self.get_buffer("even"), self.dim
+        stretch = 2 * t - 1 if t >= 1 else torch.ones_like(t)
+        ntk = 1 / (_NTK_BASE * stretch ** (dim / (dim - 2))) ** (even / dim)
+        drift = -(even / (dim - 2)) * 2 / stretch
+        return self.activation((x + torch.log(ntk)) @ self.ode_up_proj) @ self.ode_down_proj + drift
+
+
+def integrate(layer: ClexLayer, base: float, max_factor: int, time_dt: float) -> npt.NDArray[np.float32]:
+    """Inverse frequencies at t = 1, 2, ..., max_factor.
+
+    Runge-Kutta of fourth order in float32 with a fixed step, as the authors do it.
+
+    Args:
+        layer: the dynamics.
+        base: the model's rope_theta; x(1) is log of base^(-2i/d).
+        max_factor: last scaling factor.
+        time_dt: step in units of t.
+
+    Returns:
+        float32 [max_factor, d/2]; may hold values that are not finite when the dynamics diverge.
+    """
+    with torch.no_grad():
+        start = 1 / base ** (layer.get_buffer("even") / layer.dim)
+        factors = torch.arange(1, max_factor + 1, dtype=torch.float32)
+        if max_factor == 1:
+            return start[None].numpy()
+        solution = odeint(layer, torch.log(start), factors, method="rk4", options={"step_size": time_dt})
+        assert isinstance(solution, torch.Tensor)  # a tensor in, a tensor out
+        frequencies = torch.exp(solution)
+        frequencies[0] = start  # f(1) itself, without the rounding of exp(log(f))
+        return frequencies.numpy()

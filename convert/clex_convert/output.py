@@ -1,0 +1,113 @@
+"""The output file: written beside its place under another name, and put there only when it is complete."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import secrets
+from pathlib import Path
+
+import psutil
+
+from clex_convert.errors import ConvertError, writing
+
+
+class Output:
+    """One output file and its temporary files, in a ``with``: whatever happens, only a complete file stays.
+
+    Temporary files are hidden files beside the target, named after it and the process. Those that a killed
+    process left behind are removed by the next run for the same target.
+    """
+
+    def __init__(self, path: Path, *, overwrite: bool) -> None:
+        """Checks the target before any work is done.
+
+        Raises:
+            ConvertError: it exists and `overwrite` is not set, is not a regular file, or its folder is missing.
+        """
+        self.path = path
+        self.overwrite = overwrite
+        self._temporary: list[Path] = []
+        self._check()
+        if not path.parent.is_dir():
+            raise ConvertError(f"{path}: the folder {path.parent} does not exist; create it first")
+
+    def _check(self) -> None:
+        if os.path.lexists(self.path):
+            if not self.path.is_file() and not self.path.is_symlink():
+                raise ConvertError(f"{self.path}: is not a regular file, choose another name for the output")
+            if not self.overwrite:
+                raise ConvertError(f"{self.path}: already exists; pass --overwrite to replace it")
+
+    def __enter__(self) -> Output:
+        self._remove_stale()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        for path in self._temporary:
+            with contextlib.suppress(OSError):
+                path.unlink()
+
+    def _prefix(self) -> str:
+        return f".{self.path.name[:180]}."
+
+    def _remove_stale(self) -> None:
+        pattern = re.compile(re.escape(self._prefix()) + r"(\d+)-[0-9a-f]{8}\.tmp")
+        for entry in os.listdir(self.path.parent):
+            match = pattern.fullmatch(entry)
+            if match and not psutil.pid_exists(int(match[1])):
+                with contextlib.suppress(OSError):
+                    (self.path.parent / entry).unlink()
+
+    def temporary(self) -> Path:
+        """Creates an empty file beside the target, which goes away with this object.
+
+        Raises:
+            ConvertError: the folder cannot be written.
+        """
+        path = self.path.parent / f"{self._prefix()}{os.getpid()}-{secrets.token_hex(4)}.tmp"
+        with writing(self.path):
+            self._temporary.append(path)
+            os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
+        return path
+
+    def discard(self, path: Path) -> None:
+        """Removes a temporary file that is needed no more."""
+        with contextlib.suppress(OSError):
+            path.unlink()
+
+    def commit(self, path: Path) -> None:
+        """Puts a complete temporary file in the target's place, on the disk and all at once.
+
+        Raises:
+            ConvertError: the target appeared meanwhile, or the disk refuses.
+        """
+        with writing(self.path):
+            with path.open("rb+") as file:
+                os.fsync(file.fileno())
+            self._check()
+            if self.overwrite:
+                os.replace(path, self.path)
+            else:
+                self._rename_new(path)
+            _sync_folder(self.path.parent)
+
+    def _rename_new(self, path: Path) -> None:
+        # A hard link fails where the name exists, at once; file systems without them get the plain rename.
+        try:
+            os.link(path, self.path)
+        except FileExistsError:
+            self._check()
+        except OSError:
+            os.replace(path, self.path)
+
+
+def _sync_folder(folder: Path) -> None:
+    # So that the new name survives a power cut; not every system lets a folder be opened.
+    with contextlib.suppress(OSError):
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
