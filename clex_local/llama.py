@@ -76,7 +76,7 @@ class Llama(llama_cpp.Llama):
     def __init__(self, model_path: str, **kwargs: Any) -> None:
         self.on_prefill: Callable[[int, int], None] | None = None
         tables = read_tables(_first_existing(model_path))
-        with _native_errors() as errors:
+        with _native_errors(forward=kwargs.get("verbose", True)) as errors:
             try:
                 super().__init__(model_path, **kwargs)
             except ValueError as error:
@@ -146,14 +146,16 @@ def _first_existing(model_path: str) -> str:
 
 
 @contextmanager
-def _native_errors() -> Iterator[list[str]]:
-    """Collect the error lines that llama.cpp logs, which say why it refuses a model."""
+def _native_errors(*, forward: bool) -> Iterator[list[str]]:
+    """Collect the error lines that llama.cpp logs, which say why it refuses a model; print them too if `forward`."""
     lines: list[str] = []
 
     @llama_cpp.llama_log_callback
     def collect(level: int, text: bytes, user_data: Any) -> None:
         if level == _ERROR_LEVEL:
             lines.append(text.decode("utf-8", errors="replace").strip())
+            if not forward:
+                return
         llama_log_callback(level, text, user_data)
 
     llama_cpp.llama_log_set(collect, None)

@@ -256,8 +256,6 @@ void llama_clex_cache::build_rotate(
 }
 
 ggml_status llama_clex_cache::rotate(llama_kv_cache & kv, llama_context * lctx, const std::vector<rotation> & rotations) {
-    const int64_t t_start_us = ggml_time_us();
-
     auto * sched = lctx->get_sched();
 
     // graphs in flight still read the keys
@@ -299,13 +297,8 @@ ggml_status llama_clex_cache::rotate(llama_kv_cache & kv, llama_context * lctx, 
                 ext.clex = rot.to;
                 cells.ext_set(i, ext);
             }
-
-            stats.n_cells += n;
         }
     }
-
-    stats.n_rerotations += !rotations.empty();
-    stats.t_us          += ggml_time_us() - t_start_us;
 
     return GGML_STATUS_SUCCESS;
 }
@@ -345,6 +338,8 @@ ggml_status llama_context::clex_update(const llama_ubatch & ubatch) {
         return GGML_STATUS_SUCCESS;
     }
 
+    const int64_t t_start_us = ggml_time_us();
+
     // the scheduler is about to be used for other graphs, see memory_update()
     for (auto & res : gf_res_prev) {
         if (res) {
@@ -365,6 +360,14 @@ ggml_status llama_context::clex_update(const llama_ubatch & ubatch) {
     const auto     mctx     = memory->init_full();
     if (!graph_reserve(n_tokens, cparams.n_seq_max, std::min(n_tokens, cparams.n_outputs_max), mctx.get())) {
         LLAMA_LOG_ERROR("%s: failed to reserve the worst-case graph after a re-rotation\n", __func__);
+    }
+
+    auto & stats = kv->clex.stats;
+
+    stats.n_rerotations += 1;
+    stats.t_us          += ggml_time_us() - t_start_us;
+    for (const auto & rot : rotations) {
+        stats.n_cells += rot.rows.size();
     }
 
     return status;
