@@ -1,0 +1,289 @@
+"""A conversation with a model: its messages, the prompt they make, the answer as it comes. No terminal code."""
+
+from __future__ import annotations
+
+import codecs
+import ctypes
+import time
+from collections.abc import Generator, Iterator
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import llama_cpp
+import numpy as np
+from llama_cpp.llama_chat_format import Jinja2ChatFormatter
+
+from clex_local.errors import ClexError
+
+if TYPE_CHECKING:
+    from clex_local.llama import Llama
+
+CHATML = (
+    "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+# The text so far, continued: for models that were never taught to chat.
+PLAIN = (
+    "{% for message in messages %}{% if message.role == 'user' and not loop.first %}{{ '\\n' }}{% endif %}"
+    "{{ message.content }}{% endfor %}"
+)
+
+
+class PromptTooLong(ClexError):
+    """A prompt of ``tokens`` tokens does not leave room for an answer in a context of ``capacity`` tokens."""
+
+    def __init__(self, tokens: int, capacity: int):
+        self.tokens = tokens
+        self.capacity = capacity
+        super().__init__(f"the prompt has {tokens:,} tokens but the context holds {capacity:,}")
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is drawn, under llama.cpp's names and with its defaults. ``temp`` 0 takes the likeliest."""
+
+    temp: float = 0.8
+    top_k: int = 40
+    top_p: float = 0.95
+    min_p: float = 0.05
+    repeat_penalty: float = 1.0
+
+
+@dataclass
+class Answer:
+    """What one turn produced and what it cost. Times are seconds.
+
+    ``finish_reason`` is ``stop`` (the model ended), ``length`` (the caller's limit), ``context`` (the context is
+    full) or ``interrupted``. ``prefill_tokens`` of the ``prompt_tokens`` were computed; the rest was in the cache.
+    """
+
+    text: str = ""
+    finish_reason: str = "interrupted"
+    prompt_tokens: int = 0
+    prefill_tokens: int = 0
+    completion_tokens: int = 0
+    prefill_seconds: float = 0.0
+    decode_seconds: float = 0.0
+    decode_steps: int = field(default=0, repr=False)
+
+    @property
+    def prefill_speed(self) -> float:
+        """Prompt tokens computed per second, 0 if nothing was measured."""
+        return self.prefill_tokens / self.prefill_seconds if self.prefill_seconds else 0.0
+
+    @property
+    def decode_speed(self) -> float:
+        """Tokens generated per second after the first one, 0 if nothing was measured."""
+        return self.decode_steps / self.decode_seconds if self.decode_seconds else 0.0
+
+
+class Session:
+    """A conversation with a loaded model.
+
+    The tokens of an answer are kept as they were generated: writing the conversation out again and cutting it into
+    tokens afresh may cut the answer differently, and everything behind the first difference would be computed again.
+
+    Args:
+        llm: the model; this session is meant to be its only user.
+        system: the system message, if any.
+        template: a Jinja chat template in place of the one in the model's file, such as ``CHATML`` or ``PLAIN``.
+        sampling: how tokens are drawn.
+
+    Raises:
+        ClexError: the template is broken or refuses a system message.
+    """
+
+    def __init__(
+        self, llm: Llama, *, system: str | None = None, template: str | None = None, sampling: Sampling | None = None
+    ):
+        self.llm = llm
+        self.system = system
+        self.sampling = sampling or Sampling()
+        self.has_own_template = own_template(llm) is not None
+        self.last: Answer | None = None
+        self.totals = Answer()
+        vocab = self._vocab = llm._model.vocab
+        bos = llm.token_bos()
+        eos = llm.token_eos()
+        self._bos = bos if llama_cpp.llama_vocab_get_add_bos(vocab) and bos >= 0 else None
+        try:
+            self._formatter = Jinja2ChatFormatter(
+                template=template or own_template(llm) or PLAIN,
+                eos_token=self._token_text(eos),
+                bos_token=self._token_text(bos),
+            )
+        except Exception as error:
+            raise ClexError(f"the model's chat template is not valid: {one_line(error)}") from error
+        self.reset()
+        if system is not None:
+            # Some templates know no system message: say so now, not after the first question.
+            self._render([*self.messages, {"role": "user", "content": "."}])
+
+    @property
+    def capacity(self) -> int:
+        """Tokens the context holds."""
+        # llama.cpp rounds the context up, the bindings' buffers keep the number that was asked for.
+        return min(self.llm.n_ctx(), len(self.llm.input_ids))
+
+    @property
+    def used(self) -> int:
+        """Tokens of the conversation so far."""
+        return len(self._tokens)
+
+    def reset(self) -> None:
+        """Start over. The system message stays, and so does what the cache holds of it."""
+        self.messages: list[dict[str, str]] = []
+        if self.system is not None:
+            self.messages.append({"role": "system", "content": self.system})
+        self._text = ""
+        self._tokens: list[int] = []
+
+    def count(self, text: str) -> int:
+        """Tokens of a text by itself."""
+        return len(self._tokenize(text, special=False))
+
+    def send(self, text: str, max_tokens: int | None = None) -> Generator[str, None, None]:
+        """Add a user message and return the answer as a stream of text; ``last`` tells afterwards how it went.
+
+        Closing the stream early, or an exception inside it, ends the turn: what was generated until then becomes the
+        answer. A turn that ends before its first token is dropped, and the conversation is what it was before.
+
+        Args:
+            text: the message.
+            max_tokens: end the answer after so many tokens; None lets it run until the model ends it or the context
+                is full.
+
+        Raises:
+            PromptTooLong: the conversation with this message does not fit; nothing was computed or changed.
+            ClexError: the template refuses the conversation, or the text is not Unicode.
+        """
+        self.last = None
+        messages = [*self.messages, {"role": "user", "content": text}]
+        prompt, tokens = self._prompt(messages)
+        if len(tokens) >= self.capacity:
+            raise PromptTooLong(len(tokens), self.capacity)
+        return self._answer(messages, prompt, tokens, max_tokens)
+
+    def _answer(
+        self, messages: list[dict[str, str]], prompt: str, tokens: list[int], max_tokens: int | None
+    ) -> Generator[str, None, None]:
+        answer = self.last = Answer(prompt_tokens=len(tokens), prefill_tokens=len(tokens) - self._cached(tokens))
+        decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        generated: list[int] = []
+        whole = 0  # generated tokens up to the last complete character
+        # Not by a `for` loop: the time a reader of the stream takes is not ours to count.
+        stream = self.llm.generate(tokens, reset=True, **asdict(self.sampling))
+        try:
+            for token in self._timed(stream, answer):
+                if llama_cpp.llama_vocab_is_eog(self._vocab, token):
+                    answer.finish_reason = "stop"
+                    break
+                generated.append(token)
+                piece = decoder.decode(self._piece(token))
+                if not decoder.getstate()[0]:
+                    whole = len(generated)
+                answer.text += piece
+                if piece:
+                    yield piece
+                if len(generated) == max_tokens:
+                    answer.finish_reason = "length"
+                    break
+                if len(tokens) + len(generated) >= self.capacity:
+                    answer.finish_reason = "context"
+                    break
+        except RuntimeError as error:  # what the bindings make of a failed llama_decode
+            raise ClexError(f"the model could not go on: {one_line(error)}") from error
+        finally:
+            stream.close()
+            answer.completion_tokens = len(generated)
+            self._add_to_totals(answer)
+            if generated or answer.finish_reason != "interrupted":
+                self.messages = [*messages, {"role": "assistant", "content": answer.text}]
+                self._text = prompt + answer.text
+                self._tokens = tokens + generated[:whole]
+
+    @staticmethod
+    def _timed(stream: Iterator[int], answer: Answer) -> Iterator[int]:
+        first = True
+        while True:
+            start = time.perf_counter()
+            token = next(stream, None)
+            elapsed = time.perf_counter() - start
+            if token is None:
+                return
+            if first:
+                answer.prefill_seconds = elapsed
+                first = False
+            else:
+                answer.decode_seconds += elapsed
+                answer.decode_steps += 1
+            yield token
+
+    def _add_to_totals(self, answer: Answer) -> None:
+        # A prefill that was interrupted has no duration; counting its tokens would make the speed wrong.
+        if answer.prefill_seconds:
+            self.totals.prefill_tokens += answer.prefill_tokens
+            self.totals.prefill_seconds += answer.prefill_seconds
+        self.totals.completion_tokens += answer.completion_tokens
+        self.totals.decode_seconds += answer.decode_seconds
+        self.totals.decode_steps += answer.decode_steps
+
+    def _cached(self, tokens: list[int]) -> int:
+        """Leading tokens that ``Llama.generate`` finds in its cache."""
+        held = self.llm.input_ids[: self.llm.n_tokens]
+        n = min(len(held), len(tokens))
+        different = np.flatnonzero(held[:n] != np.asarray(tokens[:n], dtype=held.dtype))
+        same = int(different[0]) if len(different) else n
+        return min(same, len(tokens) - 1)
+
+    def _prompt(self, messages: list[dict[str, str]]) -> tuple[str, list[int]]:
+        """The conversation as the template writes it, and as tokens."""
+        text = self._render(messages)
+        if self._text and text.startswith(self._text):
+            rest = self._tokenize(text[len(self._text) :], special=True)
+            # Only a control token is sure to be cut the same way with and without the text before it.
+            if rest and llama_cpp.llama_vocab_is_control(self._vocab, rest[0]):
+                return text, self._tokens + rest
+        tokens = self._tokenize(text, special=True)
+        # A template may write the token itself; a second one harms the answer.
+        if self._bos is not None and tokens[:1] != [self._bos]:
+            tokens.insert(0, self._bos)
+        return text, tokens
+
+    def _render(self, messages: list[dict[str, str]]) -> str:
+        untyped: Any = messages
+        try:
+            return self._formatter(messages=untyped).prompt
+        except Exception as error:  # a template is foreign code and may raise anything
+            raise ClexError(f"the model's chat template refused the conversation: {one_line(error)}") from error
+
+    def _tokenize(self, text: str, special: bool) -> list[int]:
+        try:
+            data = text.encode("utf-8")
+        except UnicodeEncodeError as error:
+            raise ClexError("the message is not valid UTF-8 text") from error
+        return self.llm.tokenize(data, add_bos=False, special=special) if data else []
+
+    def _token_text(self, token: int) -> str:
+        return self.llm._model.token_get_text(token) if token >= 0 else ""
+
+    def _piece(self, token: int) -> bytes:
+        # Not Llama.detokenize: it loses tokens of more than 32 bytes, such as long runs of spaces.
+        size = 64
+        while True:
+            buffer = ctypes.create_string_buffer(size)
+            n = llama_cpp.llama_token_to_piece(self._vocab, token, buffer, size, 0, False)
+            if n >= 0:
+                return buffer.raw[:n]
+            size = -n
+
+
+def own_template(llm: Llama) -> str | None:
+    """The chat template in the model's file, or None."""
+    template = llama_cpp.llama_model_chat_template(llm.model, None)
+    return template.decode("utf-8", "replace") if template else None
+
+
+def one_line(error: BaseException) -> str:
+    """The message of an exception on one line."""
+    return " ".join(str(error).split()) or type(error).__name__
