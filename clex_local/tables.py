@@ -20,6 +20,8 @@ SUPPORTED_ARCHITECTURES: dict[str, tuple[str, ...]] = {
     "llama": ("LlamaForCausalLM", "MistralForCausalLM", "MixtralForCausalLM"),
 }
 
+_MAX_TOKENS = 2**31 - 1  # positions are 32-bit numbers
+
 FloatArray = npt.NDArray[np.float32]
 
 _KINDS = {
@@ -96,6 +98,8 @@ class Tables:
         falling = np.diff(factors) <= 0
         if falling.any():
             raise TablesError(f"clex.scaling_factors must ascend strictly, but {_first(factors[1:], falling)} does not")
+        if float(factors[-1]) * length > _MAX_TOKENS:
+            raise TablesError(f"clex.scaling_factors must not cover more than {_MAX_TOKENS} tokens")
         if inv_freq.ndim != 2 or inv_freq.shape[0] != factors.size or inv_freq.shape[1] == 0:
             raise TablesError(f"clex.inv_freq must hold {factors.size} rows of equal length, not {inv_freq.shape}")
         _check_positive("clex.inv_freq", inv_freq)
@@ -103,6 +107,8 @@ class Tables:
             if self.attn_scale.shape != factors.shape:
                 raise TablesError(f"clex.attn_scale must hold {factors.size} values, not {self.attn_scale.size}")
             _check_positive("clex.attn_scale", self.attn_scale)
+        if self.log_scale and length == 1:
+            raise TablesError("clex.log_scale needs a clex.original_context_length above 1")
 
     @property
     def context_lengths(self) -> list[int]:
@@ -213,6 +219,10 @@ def tables_of(file: GGUFFile) -> Tables | None:
         if key == "clex.version":
             _check_version(file.get(key))
 
+    architecture = file.get("general.architecture")
+    if architecture not in SUPPORTED_ARCHITECTURES:
+        supported = ", ".join(SUPPORTED_ARCHITECTURES)
+        raise TablesError(f"clex.* tables cannot be used with the architecture {architecture!r}, only with {supported}")
     factors, inv_freq = file.get("clex.scaling_factors"), file.get("clex.inv_freq")
     n_rot = rope_dimension_count(file)
     row = n_rot // 2 if n_rot is not None else inv_freq.size // max(factors.size, 1)
@@ -223,7 +233,7 @@ def tables_of(file: GGUFFile) -> Tables | None:
         method=file.get("clex.method"),
         original_context_length=file.get("clex.original_context_length"),
         scaling_factors=factors,
-        inv_freq=inv_freq.reshape(factors.size, -1) if factors.size else inv_freq.reshape(0, 0),
+        inv_freq=inv_freq.reshape(factors.size, -1) if factors.size else inv_freq,
         attn_scale=file.get("clex.attn_scale"),
         log_scale=file.get("clex.log_scale", False),
         provenance=file.get("clex.provenance", ""),

@@ -196,7 +196,10 @@ class Checkpoint:
             ConvertError: only one of the two is there, or it cannot be read.
         """
         names = find_names(list(self.tensors), str(self.path))
-        return None if names is None else OdeWeights(*map(self._read_tensor, names), where=str(self.path))
+        if names is None:
+            return None
+        up, down = map(self._read_tensor, names)
+        return OdeWeights(up, down, str(self.path))
 
     def _read_tensor(self, name: str) -> np.ndarray[Any, Any]:
         with extra_packages():

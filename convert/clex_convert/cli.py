@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import os
 import signal
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -88,10 +91,8 @@ def main(verbose: bool, **options: Any) -> None:
     """
     # A conversion needs nothing from the network; transformers would ask for some files that a folder lacks.
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    for name in ("SIGTERM", "SIGHUP"):
-        if hasattr(signal, name):
-            signal.signal(getattr(signal, name), _terminate)
-    # The console that prints the result is made afterwards: it looks at where standard output goes.
+    if verbose:
+        logging.basicConfig(format="%(message)s")
     errors = Console(stderr=True)
     try:
         with Progress(
@@ -110,7 +111,8 @@ def main(verbose: bool, **options: Any) -> None:
                     tasks[phase] = bars.add_task(phase, total=1.0)
                 bars.update(tasks[phase], completed=part)
 
-            result = convert(**options, verbose=verbose, progress=progress)
+            with _stoppable():
+                result = convert(**options, verbose=verbose, progress=progress)
     except ClexError as error:
         click.echo(f"clex-convert: error: {error}", err=True)
         sys.exit(1)
@@ -120,8 +122,20 @@ def main(verbose: bool, **options: Any) -> None:
     _show(result)
 
 
-def _terminate(number: int, frame: FrameType | None) -> None:
-    sys.exit(128 + number)
+@contextlib.contextmanager
+def _stoppable() -> Iterator[None]:
+    """Lets a request to end the process clean up first, as Ctrl-C does."""
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        sys.exit(128 + number)
+
+    signals = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
+    before = [signal.signal(number, stop) for number in signals]
+    try:
+        yield
+    finally:
+        for number, handler in zip(signals, before, strict=True):
+            signal.signal(number, handler)
 
 
 def _show(result: ConversionResult) -> None:

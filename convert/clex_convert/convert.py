@@ -11,11 +11,12 @@ from pathlib import Path
 from clex_convert.checkpoint import Checkpoint
 from clex_convert.errors import ConvertError
 from clex_convert.gguf_source import GGUFSource
+from clex_convert.methods import METHODS
 from clex_convert.methods import tables as make_tables
 from clex_convert.native import OUTTYPES, check_loads, quantize
 from clex_convert.output import Output
 from clex_convert.weights import OdeSettings, read_weights
-from clex_local.gguf_file import GGUFFile
+from clex_local.errors import ClexError
 from clex_local.tables import Tables, read_tables
 
 Progress = Callable[[str, float], None]
@@ -104,10 +105,20 @@ def convert(
             return _tables(model, method, weights_path, original_context, options)
 
         made = job.folder(source, tables_for) if source.is_dir() else job.gguf(source, tables_for)
+        tables = _read_back(made.temporary, output)
         target.commit(made.temporary)
-    tables = read_tables(output)
-    assert tables is not None
     return ConversionResult(output, tables, made.outtype, output.stat().st_size, time.monotonic() - started, made.notes)
+
+
+def _read_back(temporary: Path, output: Path) -> Tables:
+    """The tables of a file about to be put in place, which must be complete to its last tensor."""
+    try:
+        tables = read_tables(temporary)
+    except ClexError as error:
+        reason = str(error).removeprefix(f"{temporary}: ")
+        raise ConvertError(f"{output}: the result cannot be used: {reason}") from None
+    assert tables is not None
+    return tables
 
 
 def _check_apart(source: Path, output: Path, weights: Path | None) -> None:
@@ -132,8 +143,10 @@ def _tables(
     options: OdeSettings,
 ) -> Tables:
     rope = model.rope
+    if method is not None and method not in METHODS:
+        raise ConvertError(f"the method must be one of {', '.join(METHODS)}, not {method!r}")
     weights = None
-    if method != "ntk":
+    if method is None or METHODS[method].needs_weights:
         if weights_path is not None:
             weights = read_weights(weights_path)
         elif isinstance(model, Checkpoint):
@@ -144,7 +157,7 @@ def _tables(
                 "NTK-aware scaling without training"
             )
     elif weights_path is not None:
-        raise ConvertError("the method ntk has no weights; drop --clex-weights or use --method clex")
+        raise ConvertError(f"the method {method} has no weights; drop --clex-weights or use --method clex")
     context = rope.context if original_context is None else original_context
     if not 0 < context <= rope.context:
         raise ConvertError(
@@ -233,5 +246,4 @@ class _Job:
             progress=lambda part: self.progress("quantizing", part),
         )
         self.target.discard(self.temporary)
-        GGUFFile(result).close()  # complete to the last tensor, or an error
         return _Made(result, outtype, notes + more)

@@ -130,12 +130,12 @@ def _model_class(base: Any, tables: Tables, pre_tokenizer: str | None) -> Any:
 def _add_key(writer: Any, key: str, value: Any) -> None:
     if isinstance(value, str):
         writer.add_string(key, value)
-    elif isinstance(value, np.bool_):
-        writer.add_bool(key, bool(value))
-    elif isinstance(value, np.uint32):
-        writer.add_uint32(key, int(value))
-    else:
+    elif value.ndim:
         writer.add_array(key, [float(number) for number in value])  # float arrays are float32 in GGUF
+    elif value.dtype == np.bool_:
+        writer.add_bool(key, bool(value))
+    else:
+        writer.add_uint32(key, int(value))
 
 
 def _hparams(conversion: ModuleType, checkpoint: Checkpoint, context: int) -> dict[str, Any]:
@@ -184,7 +184,7 @@ def write_checkpoint(
             model = _model_class(base, tables, pre_tokenizer)(
                 checkpoint.path,
                 gguf.LlamaFileType[PRECISIONS[precision]],
-                target,
+                target.with_name("unused.gguf"),  # they would take braces in a name for fields to fill in
                 hparams=_hparams(conversion, checkpoint, tables.original_context_length),
             )
             model.prepare_tensors()

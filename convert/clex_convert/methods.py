@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from clex_convert.errors import ConvertError, extra_packages
-from clex_convert.weights import DEFAULT_ACTIVATION, DEFAULT_TIME_DT, OdeSettings, OdeWeights
+from clex_convert.weights import DEFAULT_ACTIVATION, DEFAULT_TIME_DT, NAMES, OdeSettings, OdeWeights
 from clex_local.tables import Tables, TablesError
 
 _MAX_STEPS = 1_000_000
@@ -44,20 +44,19 @@ class Method:
     Attributes:
         summary: half a sentence for the help text.
         make: gives the inverse frequencies, [max_factor, d/2], and what to say of them in the provenance.
+        needs_weights: whether it integrates a CLEX layer.
         default_max_factor: where neither the user nor the checkpoint says; None if it must be said.
     """
 
     summary: str
     make: Callable[[Request], tuple[npt.NDArray[Any], dict[str, Any]]]
-    default_max_factor: int | None
+    needs_weights: bool = False
+    default_max_factor: int | None = None
 
 
 def _clex(request: Request) -> tuple[npt.NDArray[Any], dict[str, Any]]:
     weights, settings = request.weights, request.settings
-    if weights is None:
-        raise ConvertError(
-            "the method clex needs the weights of a CLEX layer: pass them with --clex-weights, or use --method ntk"
-        )
+    assert weights is not None
     act, time_dt = settings.act or DEFAULT_ACTIVATION, settings.time_dt or DEFAULT_TIME_DT
     param_factor = weights.check(request.dim)
     if (request.max_factor - 1) / time_dt > _MAX_STEPS:
@@ -94,8 +93,12 @@ def _ntk(request: Request) -> tuple[npt.NDArray[Any], dict[str, Any]]:
 
 
 METHODS: dict[str, Method] = {
-    "clex": Method("integrate the learned dynamics of a CLEX layer", _clex, None),
-    "ntk": Method("closed form of the untrained CLEX layer, NTK-aware scaling by 2t - 1; no weights needed", _ntk, 4),
+    "clex": Method("integrate the learned dynamics of a CLEX layer", _clex, needs_weights=True),
+    "ntk": Method(
+        "closed form of the untrained CLEX layer, NTK-aware scaling by 2t - 1; no weights needed",
+        _ntk,
+        default_max_factor=4,
+    ),
 }
 
 
@@ -152,13 +155,16 @@ def tables(
     if not (np.isfinite(base) and base > 1):
         raise ConvertError(f"the RoPE base (rope_theta) must be above 1, not {base}")
     if isinstance(weights, Mapping):
-        weights = OdeWeights(*(np.asarray(weights[name], np.float32) for name in ("ode_up_proj", "ode_down_proj")))
+        up, down = (np.asarray(weights[name], np.float32) for name in NAMES)
+        weights = OdeWeights(up, down)
     settings = OdeSettings(act, time_dt, max_factor or METHODS[method].default_max_factor, log_scale)
     settings.check("conversion")
+    if METHODS[method].needs_weights and weights is None:
+        raise ConvertError(
+            f"the method {method} needs the weights of a CLEX layer: pass them with --clex-weights, or use --method ntk"
+        )
     if settings.max_factor is None:
         raise ConvertError(f"the method {method} needs to know the largest scaling factor: pass --max-factor")
-    if original_context * settings.max_factor >= 2**31:
-        raise ConvertError(f"{original_context} tokens times {settings.max_factor} is beyond any context: lower one")
 
     inv_freq, facts = METHODS[method].make(Request(dim, base, settings.max_factor, weights, settings))
     facts = {"converter": f"clex-local {converter_version()}", "rope_base": base, **facts, "source": dict(source or {})}

@@ -147,7 +147,7 @@ def main() -> None:
         parameters = llama_cpp.llama_model_quantize_default_params()
         parameters.ftype = int(ftype)
         parameters.allow_requantize = True
-        sys.exit(llama_cpp.llama_model_quantize(os.fsencode(source), os.fsencode(target), ctypes.byref(parameters)))
+        sys.exit(llama_cpp.llama_model_quantize(os.fsencode(source), os.fsencode(target), ctypes.pointer(parameters)))
     model_parameters = llama_cpp.llama_model_default_params()
     model_parameters.vocab_only = True
     model = llama_cpp.llama_model_load_from_file(os.fsencode(arguments[0]), model_parameters)
