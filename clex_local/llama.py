@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -62,7 +62,8 @@ class Llama(llama_cpp.Llama):
     """llama-cpp-python's ``Llama``, every argument and method of it, aware of the length of the sequence.
 
     A model whose GGUF has ``clex.*`` tables uses the table of the sequence's actual length, whatever ``n_ctx``; one
-    without runs as in llama-cpp-python. ``n_ctx=0`` gives all the context that the tables cover.
+    without runs as in llama-cpp-python. ``n_ctx=0`` gives all the context that the tables cover, and so does a larger
+    one: there is no table beyond.
 
     Attributes:
         on_prefill: called with (tokens done, tokens in all) before, between and after the batches of an ``eval`` of
@@ -73,18 +74,23 @@ class Llama(llama_cpp.Llama):
         TablesError: its tables break a rule of the metadata.
     """
 
-    def __init__(self, model_path: str, **kwargs: Any) -> None:
+    def __init__(self, model_path: str, *, n_ctx: int = 512, **kwargs: Any) -> None:
         self.on_prefill: Callable[[int, int], None] | None = None
-        tables = read_tables(_first_existing(model_path))
+        self._stack = ExitStack()  # what the base class closes, should the file be refused before it has one
+        if not Path(model_path).is_file():
+            raise ModelError(f"{model_path}: no such model file")
+        tables = read_tables(model_path)
+        if tables is not None:
+            n_ctx = min(n_ctx, tables.max_context_length)
         with _native_errors(forward=kwargs.get("verbose", True)) as errors:
             try:
-                super().__init__(model_path, **kwargs)
+                super().__init__(model_path, n_ctx=n_ctx, **kwargs)
             except ValueError as error:
                 reason = errors[-1] if errors else str(error)
                 raise ModelError(f"{model_path}: {reason}") from error
         self._method = tables.method if tables and native.n_buckets(self.model) else None
         if self._method is not None:
-            # The base class stops a completion, and refuses a prompt, by this.
+            # The context is padded to a multiple of 256; the base class ends a completion by this.
             self._n_ctx = min(self._n_ctx, native.max_context(self.model))
 
     @property
@@ -137,12 +143,6 @@ class Llama(llama_cpp.Llama):
 
 def _too_long(n_tokens: int, limit: int) -> ContextError:
     return ContextError(f"{n_tokens:,} tokens do not fit in a context of {limit:,}")
-
-
-def _first_existing(model_path: str) -> str:
-    if not Path(model_path).is_file():
-        raise ModelError(f"{model_path}: no such model file")
-    return model_path
 
 
 @contextmanager

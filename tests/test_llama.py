@@ -1,0 +1,158 @@
+"""What an application sees of ``clex_local.Llama``."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import llama_cpp
+import numpy as np
+import pytest
+from clex_local import ClexError, Llama
+
+
+@pytest.fixture
+def llm(golden_gguf):
+    model = Llama(str(golden_gguf("llama")), n_ctx=0, n_batch=32, verbose=False)
+    yield model
+    model.close()
+
+
+def test_tables_are_described_and_their_use_is_counted(llm, golden_npz):
+    ids = golden_npz("llama")["ids"].tolist()
+    assert isinstance(llm, llama_cpp.Llama)
+    assert (llm.n_ctx(), llm.clex.original_context, llm.clex.max_context) == (256, 64, 256)
+    assert (llm.clex.method, llm.clex.buckets) == ("clex", (1.0, 2.0, 3.0, 4.0))
+    assert llm.clex.bucket is None
+    assert [llm.clex.bucket_of(n) for n in (1, 64, 65, 128, 129, 256)] == [0, 0, 1, 1, 2, 3]
+    with pytest.raises(ClexError, match="257"):
+        llm.clex.bucket_of(257)
+    llm.eval(ids[:64])
+    assert (llm.clex.bucket, llm.clex.rerotations) == (0, 0)
+    llm.eval(ids[64:65])
+    assert (llm.clex.bucket, llm.clex.rerotations, llm.clex.rerotated_cells) == (1, 1, 64)
+    assert llm.clex.rerotation_ms > 0
+
+
+def test_progress_of_a_long_prompt_is_reported(llm, golden_npz):
+    ids = golden_npz("llama")["ids"].tolist()
+    seen = []
+    llm.on_prefill = lambda done, total: seen.append((done, total))
+    llm.eval(ids[:80])
+    assert seen == [(0, 80), (32, 80), (64, 80), (80, 80)]
+    seen.clear()
+    llm.eval(ids[80:81])
+    assert seen == []
+
+
+def test_interrupted_prompt_leaves_a_usable_cache(llm, golden_npz):
+    ids = golden_npz("llama")["ids"].tolist()
+
+    def stop(done, total):
+        if done == 64:
+            raise KeyboardInterrupt
+
+    llm.on_prefill = stop
+    with pytest.raises(KeyboardInterrupt):
+        llm.eval(ids[:100])
+    assert llm.n_tokens == 64
+    llm.on_prefill = None
+    llm.reset()
+    llm.eval(ids[:65])
+    fresh = Llama(llm.model_path, n_ctx=0, n_batch=32, verbose=False)
+    fresh.eval(ids[:65])
+    np.testing.assert_array_equal(last_logits(llm), last_logits(fresh))
+    fresh.close()
+
+
+def last_logits(llm):
+    pointer = llama_cpp.llama_get_logits_ith(llm.ctx, -1)
+    return np.ctypeslib.as_array(pointer, shape=(llm.n_vocab(),)).copy()
+
+
+def test_prompt_longer_than_the_tables_is_refused_with_both_numbers(golden_gguf, golden_npz):
+    ids = np.tile(golden_npz("llama")["ids"], 2)[:300].tolist()
+    llm = Llama(str(golden_gguf("llama")), n_ctx=512, verbose=False)
+    with pytest.raises(ClexError, match="300 tokens do not fit in a context of 256"):
+        llm.eval(ids)
+    with pytest.raises(ValueError, match="exceed context window of 256"):
+        llm.create_completion(ids)
+    # Generation ends at the tables' end as it does at the context's.
+    done = llm.create_completion(ids[:250], max_tokens=None, temperature=0)
+    assert done["usage"]["total_tokens"] <= 256
+    llm.close()
+
+
+def test_state_is_saved_and_loaded_across_a_boundary(llm, golden_npz):
+    ids = golden_npz("llama")["ids"].tolist()
+    llm.eval(ids[:60])
+    state = llm.save_state()
+    llm.eval(ids[60:70])
+    expected = last_logits(llm)
+    llm.load_state(state)
+    llm.eval(ids[60:70])
+    np.testing.assert_allclose(last_logits(llm), expected, atol=1e-6)
+
+
+def test_model_without_tables_is_a_plain_llama(smollm):
+    llm = Llama(str(smollm), n_ctx=256, verbose=False)
+    assert llm.clex is None
+    answer = llm.create_completion("The capital of France is", max_tokens=5, temperature=0)
+    assert "Paris" in answer["choices"][0]["text"]
+    llm.close()
+
+
+def test_short_prompt_has_the_same_logits_whatever_the_context(smollm_ntk):
+    """llama.cpp chooses LongRoPE factors by the allocated context; tables must follow the actual length."""
+    prompt = list(range(1000, 1100))
+    logits = []
+    for n_ctx in (256, 0):
+        llm = Llama(str(smollm_ntk), n_ctx=n_ctx, verbose=False)
+        llm.eval(prompt)
+        assert llm.clex.bucket == 0
+        logits.append(last_logits(llm))
+        llm.close()
+    np.testing.assert_array_equal(*logits)
+
+
+@pytest.mark.parametrize("content", [None, b"", b"GGUF\3\0\0", b"x" * 9999])
+def test_file_that_is_no_model_is_one_error(tmp_path, content):
+    path = tmp_path / "model.gguf"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(ClexError) as caught:
+        Llama(str(path), verbose=False)
+    assert str(path) in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_truncated_model_is_one_error(tmp_path, golden_gguf):
+    data = golden_gguf("llama").read_bytes()
+    path = tmp_path / "model.gguf"
+    for size in (100, 20_000, len(data) - 1000):
+        path.write_bytes(data[:size])
+        with pytest.raises(ClexError) as caught:
+            Llama(str(path), verbose=False)
+        assert str(path) in str(caught.value)
+
+
+def test_quantized_values_without_flash_attention_say_what_is_wrong(golden_gguf):
+    with pytest.raises(ClexError, match="(?i)flash"):
+        Llama(str(golden_gguf("llama")), n_ctx=0, type_v=8, verbose=False)
+
+
+def run(code: str, **env: str) -> subprocess.CompletedProcess:
+    import os
+
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ, **env})
+
+
+def test_another_library_imported_first_is_an_error(stock_library):
+    code = "import llama_cpp\ntry:\n import clex_local\nexcept Exception as e: print(type(e).__name__, e)"
+    done = run(code, LLAMA_CPP_LIB_PATH=str(stock_library))
+    assert "ClexError llama_cpp was imported before clex_local" in done.stdout
+
+
+def test_runtime_never_imports_torch():
+    code = "import sys, clex_local, clex_local.chat; clex_local.Llama; print('torch' in sys.modules, 'clex_convert' in sys.modules)"
+    assert run(code).stdout.split() == ["False", "False"]
