@@ -77,7 +77,7 @@ class PrefillBar:
     def __init__(self, console: Console):
         self._progress = Progress(
             TextColumn("[dim]reading {task.fields[tokens]}[/]"),
-            BarColumn(bar_width=30),
+            BarColumn(30, style="bright_black", complete_style="cyan", finished_style="cyan", pulse_style="cyan"),
             TextColumn("[dim]{task.fields[speed]}[/]"),
             TimeRemainingColumn(),
             console=console,
@@ -192,6 +192,8 @@ class Terminal:
             self.note(f"[stopped after {answer.completion_tokens:,} tokens, the limit of --max-tokens]")
         elif answer.finish_reason == "interrupted" and answer.completion_tokens:
             self.note(f"[stopped after {answer.completion_tokens:,} tokens]")
+        elif answer.finish_reason == "stop" and not answer.text:
+            self.note("[the model had nothing to say]")
         elif answer.finish_reason == "context":
             total = answer.prompt_tokens + answer.completion_tokens
             self.note(f"[stopped: {total:,} tokens fill the context of {self.session.capacity:,}]")

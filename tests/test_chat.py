@@ -48,7 +48,7 @@ def small_buckets(smollm, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def llm(small_buckets):
-    with closing(open_model(small_buckets, ctx=1024, batch=64, threads=1, seed=1)) as llm:
+    with closing(open_model(small_buckets, ctx=1024, batch=64, threads=1, seed=0)) as llm:
         yield llm
 
 
@@ -200,7 +200,6 @@ def test_reset_keeps_the_system_message(llm):
 def test_seed_zero_is_a_seed(llm):
     def drawn() -> str:
         llm.reset()
-        llm.set_seed(0)
         return ask(Session(llm, sampling=Sampling(temp=2.0, min_p=0)), "Write.", 12)
 
     assert drawn() == drawn()
@@ -319,7 +318,7 @@ def test_a_control_groups_limit_counts(tmp_path, monkeypatch):
 @pytest.fixture(scope="module")
 def document(tmp_path_factory):
     path = tmp_path_factory.mktemp("text") / "document.txt"
-    path.write_text("".join(f"Line {i} of a document.\n" for i in range(100)))
+    path.write_text("".join(f"Line {i} of a document.\n" for i in range(70)))
     return path
 
 
@@ -378,7 +377,7 @@ def test_a_prompt_that_does_not_fit(small_buckets, document):
     line = error_line(run(small_buckets, "-f", document, "--ctx", 512))
     assert "tokens but the context holds 512; pass --ctx 2048 or shorten it" in line
     long = document.with_name("long.txt")
-    long.write_text(document.read_text() * 4)
+    long.write_text(document.read_text() * 6)
     line = error_line(run(small_buckets, "-f", long, "--ctx", 512))
     assert "tokens but the context holds 512; the model covers 2,048: shorten it" in line
 
@@ -517,7 +516,7 @@ def test_a_chat_in_a_terminal(small_buckets, tmp_path):
         pty.prompt(" 0 of 2,048 tokens")
 
     chat.send("Write a long story about the sea.\r")
-    pty.expect("sea.*\n.*[a-z]{2,} [a-z]{2,}")
+    pty.expect(r"\n[^\x1b]{40,}")  # nothing but an answer is that long without colours
     chat.sendintr()
     pty.expect(r"\[stopped after \d+ tokens\]")
     pty.prompt(r" [1-9]\d* of 2,048 tokens")
@@ -555,7 +554,7 @@ def test_ctrl_c_while_a_prompt_is_read(small_buckets, tmp_path):
     pty.chat.send(f"/file {tmp_path}/long.txt\r")
     pty.prompt(r"long.txt \(1,901 tokens\)")
     pty.chat.send("Well?\r")
-    pty.expect(r"reading 1,9\d\d tokens .*tok/s")
+    pty.expect(r"reading 1,9\d\d tokens.* tok/s")
     pty.chat.sendintr()
     pty.expect("stopped while reading: the message was not sent; the file still waits for your next message")
     pty.prompt(r" 0 of 2,048 tokens .*long.txt \(1,901 tokens\)")
