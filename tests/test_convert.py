@@ -284,8 +284,16 @@ def test_an_unknown_pre_tokenizer_can_be_named(tmp_path: Path) -> None:
     with pytest.raises(clex_convert.ConvertError, match="unknown pre-tokenizer type: 'nonsense'"):
         clex_convert.convert(folder, tmp_path / "out.gguf", outtype="f32", pre_tokenizer="nonsense")
     assert [path.name for path in tmp_path.iterdir()] == ["llama"]
+    # As transformers writes it, when it saves what it read from a GGUF: it looks like a LLaMA vocabulary.
+    tokenizer = json.loads((folder / "tokenizer.json").read_text())
+    tokenizer["model"]["byte_fallback"] = True
+    tokenizer["decoder"] = {"type": "Sequence", "decoders": [tokenizer["decoder"]]}
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
+    with pytest.raises(clex_convert.ConvertError, match="if its tokenizer is a byte-level BPE, pass the name"):
+        clex_convert.convert(folder, tmp_path / "out.gguf", outtype="f32")
     clex_convert.convert(folder, tmp_path / "out.gguf", outtype="f32", pre_tokenizer="gpt-2")
     with GGUFFile(tmp_path / "out.gguf") as file:
+        assert file.get("tokenizer.ggml.model") == "gpt2"
         assert file.get("tokenizer.ggml.pre") == "gpt-2"
 
 

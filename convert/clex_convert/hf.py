@@ -108,6 +108,20 @@ def _model_class(base: Any, tables: Tables, pre_tokenizer: str | None) -> Any:
         def filter_tensors(cls, item: tuple[str, Any]) -> tuple[str, Any] | None:
             return None if CLEX_LAYER in item[0] else super().filter_tensors(item)
 
+        # Where a pre-tokenizer is named the vocabulary is a byte-level BPE, whatever its files make of it: the
+        # scripts try the other kinds first and would take a folder that transformers saved from a GGUF for one.
+        def _set_vocab_sentencepiece(self, add_to_gguf: bool = True) -> None:
+            self._refuse_other_kinds()
+            super()._set_vocab_sentencepiece(add_to_gguf)
+
+        def _set_vocab_llama_hf(self) -> None:
+            self._refuse_other_kinds()
+            super()._set_vocab_llama_hf()
+
+        def _refuse_other_kinds(self) -> None:
+            if pre_tokenizer is not None:
+                raise FileNotFoundError("the vocabulary is a byte-level BPE")  # what the scripts go on from
+
         def get_vocab_base_pre(self, tokenizer: Any) -> str:
             if pre_tokenizer is not None:
                 return pre_tokenizer
@@ -168,7 +182,7 @@ def write_checkpoint(
         target: file to write.
         shown: the file that messages speak of.
         precision: type of the matrices, a key of `PRECISIONS`.
-        pre_tokenizer: llama.cpp's name of the BPE pre-tokenizer, where it cannot be recognised.
+        pre_tokenizer: llama.cpp's name of the pre-tokenizer of a byte-level BPE that it does not recognise.
         verbose: let the scripts log.
         progress: called with the part of the tensors written, 0 to 1.
 

@@ -24,6 +24,9 @@ OUTTYPES = (
     *("iq4_nl", "iq4_xs", "tq1_0", "tq2_0", "q1_0", "q2_0", "mxfp4_moe"),
 )
 
+# Text that a vocabulary needs its tokens for single bytes for, or a token for what is unknown.
+_PROBE = "\tNaïve 漢字 🙂\n".encode()
+
 
 def file_type(outtype: str) -> int:
     """Number of a type in llama.cpp's ``enum llama_ftype``."""
@@ -73,21 +76,26 @@ def quantize(
 
 
 def check_loads(path: Path, shown: Path, *, verbose: bool) -> None:
-    """Lets llama.cpp read a file's settings and vocabulary, without its tensors.
+    """Lets llama.cpp read a file's settings and vocabulary, without its tensors, and tokenize a few characters.
 
     Raises:
         ConvertError: it refuses them, such as a pre-tokenizer name it does not know.
     """
     reason = _run_child(["check", str(path)], lambda line: None, verbose)
-    if reason is not None:
-        hint = "; pass another --pre-tokenizer" if "pre-tokenizer" in reason else ""
-        raise ConvertError(f"{shown}: llama.cpp cannot load the result: {reason}{hint}")
+    if reason is None:
+        return
+    hint = ""
+    if "pre-tokenizer" in reason:
+        hint = "; pass another --pre-tokenizer"
+    elif "unordered_map" in reason:  # what it throws when a sentencepiece vocabulary has no tokens for bytes
+        hint = "; if its tokenizer is a byte-level BPE, pass the name of its pre-tokenizer with --pre-tokenizer"
+    raise ConvertError(f"{shown}: llama.cpp cannot load the result: {reason}{hint}")
 
 
 def _run_child(arguments: list[str], line_read: Callable[[str], None], verbose: bool) -> str | None:
     """Runs this module; None if it succeeds, otherwise the reason that llama.cpp's log gives."""
     command = [sys.executable, "-m", "clex_convert.native", *arguments]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "PYTHONUNBUFFERED": "1"}
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "GGML_NO_BACKTRACE": "1"}
     last: deque[str] = deque(maxlen=200)
     with subprocess.Popen(
         command,
@@ -114,8 +122,22 @@ def _run_child(arguments: list[str], line_read: Callable[[str], None], verbose: 
     return _reason(list(last), code)
 
 
+# A refusal of the quantizer or the loader, an exception that nobody catches, a failed assertion.
+_REASONS = (
+    r"failed to quantize: (.*)",
+    r"error loading model\b.*?: (.*)",
+    r"what\(\): *(.*)",
+    r"(\S+: GGML_ASSERT.*)",
+)
+
+
 def _reason(lines: list[str], code: int) -> str:
-    for pattern in (r"failed to quantize: (.*)", r"error loading model\b.*?: (.*)", r"(\S+: GGML_ASSERT.*)"):
+    for pattern in (
+        r"failed to quantize: (.*)",
+        r"what\(\): *(.*)",
+        r"error loading model\b.*?: (.*)",
+        r"(\S+: GGML_ASSERT.*)",
+    ):
         for line in reversed(lines):
             if match := re.search(pattern, line):
                 return one_line(match[1])
@@ -151,7 +173,12 @@ def main() -> None:
     model_parameters = llama_cpp.llama_model_default_params()
     model_parameters.vocab_only = True
     model = llama_cpp.llama_model_load_from_file(os.fsencode(arguments[0]), model_parameters)
-    sys.exit(0 if model else 1)
+    if not model:
+        sys.exit(1)
+    tokens, vocabulary = (llama_cpp.llama_token * 256)(), llama_cpp.llama_model_get_vocab(model)
+    assert vocabulary is not None
+    count = llama_cpp.llama_tokenize(vocabulary, _PROBE, len(_PROBE), tokens, len(tokens), True, False)
+    sys.exit(0 if count > 0 else "llama.cpp cannot tokenize with this vocabulary")
 
 
 if __name__ == "__main__":
