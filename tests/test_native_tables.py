@@ -1,0 +1,133 @@
+"""The native library refuses what breaks a rule of the metadata by itself, with a line that names the key."""
+
+from __future__ import annotations
+
+import llama_cpp
+import numpy as np
+import pytest
+from llama_cpp._logger import llama_log_callback
+
+from clex_local import native
+from clex_local.gguf_file import GGUFFile
+
+F32 = np.float32
+INV_FREQ = np.ones(4 * 16, F32)
+
+# The golden model has 4 buckets of 16 frequencies.
+BROKEN = {
+    "version missing": ({"clex.version": None}, "clex.version is missing"),
+    "version type": ({"clex.version": np.int32(1)}, "clex.version must be of type u32"),
+    "version newer": ({"clex.version": np.uint32(2)}, "clex.version is 2, this library reads version 1"),
+    "method missing": ({"clex.method": None}, "clex.method is missing"),
+    "method type": ({"clex.method": np.uint32(1)}, "clex.method must be of type string"),
+    "length missing": ({"clex.original_context_length": None}, "clex.original_context_length is missing"),
+    "length zero": ({"clex.original_context_length": np.uint32(0)}, "clex.original_context_length must be above 0"),
+    "factors missing": ({"clex.scaling_factors": None}, "clex.scaling_factors is missing"),
+    "factors type": ({"clex.scaling_factors": np.arange(1.0, 5)}, "clex.scaling_factors must be of type f32 array"),
+    "factors scalar": ({"clex.scaling_factors": F32(1)}, "clex.scaling_factors must be of type f32 array"),
+    "factors empty": ({"clex.scaling_factors": np.array([], F32)}, "clex.scaling_factors must start with 1.0"),
+    "factors start": ({"clex.scaling_factors": np.array([2, 3, 4, 5], F32)}, "clex.scaling_factors must start"),
+    "factors equal": ({"clex.scaling_factors": np.array([1, 2, 2, 3], F32)}, "must be strictly ascending"),
+    "factors infinite": ({"clex.scaling_factors": np.array([1, 2, 3, np.inf], F32)}, "clex.scaling_factors holds"),
+    "factors too far": ({"clex.scaling_factors": np.array([1, 2, 3, 1e9], F32)}, "32-bit position"),
+    "frequencies missing": ({"clex.inv_freq": None}, "clex.inv_freq is missing"),
+    "frequencies type": ({"clex.inv_freq": INV_FREQ.astype(np.float64)}, "clex.inv_freq must be of type f32 array"),
+    "frequencies few": ({"clex.inv_freq": INV_FREQ[:-1]}, "clex.inv_freq has 63 values, 4 buckets of 16 are needed"),
+    "frequencies many": ({"clex.inv_freq": np.ones(80, F32)}, "clex.inv_freq has 80 values"),
+    "frequency zero": ({"clex.inv_freq": INV_FREQ * np.r_[0, np.ones(63)].astype(F32)}, "clex.inv_freq holds a value"),
+    "frequency below": ({"clex.inv_freq": -INV_FREQ}, "clex.inv_freq holds a value"),
+    "frequency nan": ({"clex.inv_freq": INV_FREQ * F32(np.nan)}, "clex.inv_freq holds a value"),
+    "scale count": ({"clex.attn_scale": np.ones(3, F32)}, "clex.attn_scale has 3 values for 4 buckets"),
+    "scale empty": ({"clex.attn_scale": np.array([], F32)}, "clex.attn_scale has 0 values for 4 buckets"),
+    "scale zero": ({"clex.attn_scale": np.zeros(4, F32)}, "clex.attn_scale holds a value"),
+    "scale type": ({"clex.attn_scale": np.ones(4)}, "clex.attn_scale must be of type f32 array"),
+    "log scale type": ({"clex.log_scale": np.uint8(1)}, "clex.log_scale must be of type bool"),
+    "log scale of one token": (
+        {"clex.log_scale": np.True_, "clex.original_context_length": np.uint32(1)},
+        "clex.log_scale needs an original context above 1",
+    ),
+    "provenance type": ({"clex.provenance": np.uint32(1)}, "clex.provenance must be of type string"),
+}
+
+
+def rewrite(source, target, changes):
+    with GGUFFile(source) as file:
+        for key, value in changes.items():
+            if value is None:
+                file.remove(key)
+            else:
+                file.set(key, value)
+        data = source.read_bytes()[file.data_offset :]
+        target.write_bytes(file.header() + data)
+    return target
+
+
+def load(path):
+    """Errors that the library logs while loading, and whether it gave a model."""
+    lines = []
+
+    @llama_cpp.llama_log_callback
+    def collect(level, text, user_data):
+        if level == 4:
+            lines.append(text.decode())
+
+    llama_cpp.llama_log_set(collect, None)
+    try:
+        model = llama_cpp.llama_model_load_from_file(str(path).encode(), llama_cpp.llama_model_default_params())
+    finally:
+        llama_cpp.llama_log_set(llama_log_callback, None)
+    if model:
+        count = native.n_buckets(model)
+        llama_cpp.llama_model_free(model)
+        return count, lines
+    return None, lines
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_broken_rule_is_a_failed_load_that_names_the_key(golden_gguf, tmp_path, name):
+    changes, message = BROKEN[name]
+    count, lines = load(rewrite(golden_gguf("llama"), tmp_path / "m.gguf", changes))
+    assert count is None
+    assert any(message in line for line in lines), lines
+
+
+def test_intact_tables_load_and_so_does_a_model_without(golden_gguf, tmp_path):
+    source = golden_gguf("llama")
+    assert load(rewrite(source, tmp_path / "same.gguf", {})) == (4, [])
+    with GGUFFile(source) as file:
+        ours = {key: None for key in file.keys() if key.startswith("clex.")}  # noqa: SIM118
+    assert load(rewrite(source, tmp_path / "plain.gguf", ours)) == (0, [])
+
+
+def test_architecture_without_hooks_is_refused_by_name(golden_gguf, tmp_path):
+    source = golden_gguf("llama")
+    with GGUFFile(source) as file:
+        names = [key for key in file.keys() if key.startswith("llama.")]  # noqa: SIM118
+        kinds = {"u32": np.uint32, "f32": np.float32}
+        copies = {
+            "starcoder2" + key.removeprefix("llama"): kinds[kind](file.get(key))
+            for key in names
+            if (kind := file.kind(key)) in kinds
+        }
+    changes = {"general.architecture": "starcoder2", "starcoder2.attention.layer_norm_epsilon": F32(1e-5), **copies}
+    count, lines = load(rewrite(source, tmp_path / "m.gguf", changes))
+    assert count is None
+    assert any("not supported for architecture 'starcoder2' (supported: llama" in line for line in lines), lines
+
+
+def test_attention_scale_of_a_bucket_scales_the_logits_before_softmax(golden_gguf, golden_npz, tmp_path):
+    """A scale of 1 changes nothing; another changes only its bucket."""
+    from low_level import Context, Model
+
+    ids = golden_npz("llama")["ids"]
+    results = []
+    for scale in ([1, 1, 1, 1], [1, 1.5, 1, 1]):
+        path = rewrite(golden_gguf("llama"), tmp_path / "m.gguf", {"clex.attn_scale": np.array(scale, F32)})
+        model = Model(path)
+        with Context(model) as context:
+            results.append((context.feed(ids[:60], 0), context.feed(ids[60:70], 60)))
+        model.close()
+    golden = golden_npz("llama")["steps"]
+    np.testing.assert_allclose(results[0][0], golden[0], atol=5e-4)
+    np.testing.assert_array_equal(results[0][0], results[1][0])
+    assert np.abs(results[0][1] - results[1][1]).max() > 1e-2
