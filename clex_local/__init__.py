@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from clex_local._library import use_library
+from clex_local._library import library_path, use_library
 from clex_local.errors import ClexError
 
 if TYPE_CHECKING:
@@ -21,6 +21,7 @@ use_library()
 def __getattr__(name: str) -> object:
     # Loading the library takes a while, and reading metadata or `--help` does without Llama.
     if name in ("Llama", "ClexState"):
+        library_path()  # says what to do where llama_cpp would only miss its library
         from clex_local import llama
 
         return getattr(llama, name)

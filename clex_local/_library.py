@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 from importlib.util import find_spec
@@ -31,13 +32,14 @@ def library_path() -> Path:
 
 
 def use_library() -> None:
-    """Make ``import llama_cpp`` load the patched library.
+    """Make ``import llama_cpp`` load the patched library; one that is missing is an error when it is first needed.
 
     Raises:
         ClexError: llama_cpp was imported first, with a library that is not patched.
     """
     loaded = sys.modules.get("llama_cpp.llama_cpp")
     if loaded is None:
-        os.environ.setdefault(_VARIABLE, str(library_path()))
+        with contextlib.suppress(ClexError):
+            os.environ.setdefault(_VARIABLE, str(library_path()))
     elif not hasattr(loaded._lib, "llama_clex_n_buckets"):
         raise ClexError("llama_cpp was imported before clex_local and has loaded another llama.cpp; swap the imports")
