@@ -14,7 +14,7 @@ NATIVE_SOURCES := CMakeLists.txt pyproject.toml $(wildcard native/*.py native/*.
 .PHONY: demo test lint format bench native stock clean
 
 demo: $(NATIVE) ## set everything up, add tables to a small chat model and ask about a text longer than its context
-	$(BIN)/python -m clex_local.demo
+	$(BIN)/python examples/demo.py
 
 test: $(NATIVE) $(STOCK) ## set everything up and run the tests
 	$(BIN)/python -m pytest --numprocesses $(WORKERS)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -158,8 +159,8 @@ def _native_errors(*, forward: bool) -> Iterator[list[str]]:
                 return
         llama_log_callback(level, text, user_data)
 
-    llama_cpp.llama_log_set(collect, None)
+    llama_cpp.llama_log_set(collect, ctypes.c_void_p(0))
     try:
         yield lines
     finally:
-        llama_cpp.llama_log_set(llama_log_callback, None)
+        llama_cpp.llama_log_set(llama_log_callback, ctypes.c_void_p(0))

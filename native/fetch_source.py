@@ -1,6 +1,6 @@
 """Put the pinned llama.cpp source, with our patches applied, into a directory.
 
-CMake runs this while configuring; `make native-source` does the same by hand. pip downloads the
+CMake runs this while configuring. pip downloads the
 source distribution named in llama-cpp-python.txt and checks its sha256.
 """
 
@@ -24,8 +24,8 @@ KEEP = ("cmake", "conversion", "ggml", "gguf-py", "include", "licenses", "src", 
 
 def download(directory: Path) -> Path:
     """Let pip fetch and hash-check the pinned source distribution; return the archive's path."""
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--no-binary", ":all:",
-               "--no-build-isolation", "--require-hashes", "--requirement", str(PIN), "--dest", str(directory)]  # fmt: skip
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--no-build-isolation"]
+    command += ["--no-binary", ":all:", "--require-hashes", "--requirement", str(PIN), "--dest", str(directory)]
     # The metadata step configures llama-cpp-python's own CMake project when these leak in.
     env = {k: v for k, v in os.environ.items() if k not in ("CMAKE_ARGS", "SKBUILD_CMAKE_ARGS")}
     done = subprocess.run(command, capture_output=True, text=True, env=env)
@@ -57,6 +57,7 @@ def apply_patch(patch: Path, source: Path) -> None:
 
 
 def fingerprint(patches: list[Path]) -> str:
+    """What decides the content of the prepared source."""
     digest = hashlib.sha256(Path(__file__).read_bytes())
     for path in (PIN, *patches):
         digest.update(path.read_bytes())
@@ -102,7 +103,8 @@ def replace_changed(fresh: Path, target: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    """The command that CMake runs."""
+    parser = argparse.ArgumentParser(description="Put the pinned llama.cpp source, patched, into a directory.")
     parser.add_argument("target", type=Path)
     parser.add_argument("--only", metavar="PREFIX", help="apply only the patches whose name starts with PREFIX")
     args = parser.parse_args()

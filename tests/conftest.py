@@ -4,9 +4,10 @@ import os
 from importlib.util import find_spec
 from pathlib import Path
 
-import clex_local  # noqa: F401, before any test imports llama_cpp
 import numpy as np
 import pytest
+
+import clex_local  # noqa: F401, before any test imports llama_cpp
 
 DATA = Path(__file__).parent / "data"
 

