@@ -7,6 +7,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+# Threads that spin while they wait starve those of the other test processes.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
 import clex_local  # noqa: F401, before any test imports llama_cpp
 
 DATA = Path(__file__).parent / "data"
