@@ -82,9 +82,9 @@ def main() -> None:
     assert state is not None
     assert state.bucket is not None
     print(
-        f"\nThe text does not fit in the original context of {state.original_context:,} tokens: the model read it with\n"
-        f"the table of bucket {state.bucket + 1}. {state.rerotated_cells:,} keys of the first question, cached with that\n"
-        f"of bucket 1, were re-rotated in {state.rerotation_ms:.1f} ms instead of being computed again.\n\n"
+        f"\nThe text does not fit in the original context of {state.original_context:,} tokens: the model\n"
+        f"read it with the table of bucket {state.bucket + 1}. {state.rerotated_cells:,} keys of the first question,\n"
+        f"cached with that of bucket 1, were re-rotated in {state.rerotation_ms:.1f} ms, not computed again.\n\n"
         f"Chat with the model yourself: .venv/bin/clex-chat {model}"
     )
     llm.close()

@@ -1,0 +1,51 @@
+"""The README's tables of options are those of the commands. `python tests/test_readme.py` writes them anew."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import click
+import pytest
+from clex_convert.cli import main as clex_convert
+
+from clex_local.chat import main as clex_chat
+
+README = Path(__file__).parent.parent / "README.md"
+COMMANDS = {"clex-convert": clex_convert, "clex-chat": clex_chat}
+
+
+def options_table(command: click.Command) -> str:
+    context = click.Context(command, **command.context_settings)
+    rows = ["| option | meaning |", "| --- | --- |"]
+    for parameter in command.params:
+        record = parameter.get_help_record(context) if isinstance(parameter, click.Option) else None
+        if record:
+            names, meaning = (" ".join(part.split()).replace("|", "\\|") for part in record)
+            # Ranges such as "x>=1" are for the terminal, where a wrong value has just been refused.
+            meaning = re.sub(r"(; | \[)[-\d<=]*x[<>][^\]]*\]", lambda m: "]" if m[1] == "; " else "", meaning)
+            rows.append(f"| `{names}` | {meaning} |")
+    return "\n".join(rows)
+
+
+def with_tables(text: str) -> str:
+    for name, command in COMMANDS.items():
+        start, end = f"<!-- options of {name} -->\n", "<!-- end of options -->"
+        pattern = re.escape(start) + ".*?" + re.escape(end)
+        text, count = re.subn(pattern, lambda _: f"{start}{options_table(command)}\n{end}", text, flags=re.DOTALL)  # noqa: B023
+        assert count == 1, name
+    return text
+
+
+def test_options_in_the_readme_are_those_of_the_commands():
+    text = README.read_text(encoding="utf-8")
+    assert with_tables(text) == text, "run python tests/test_readme.py"
+
+
+@pytest.mark.parametrize("link", re.findall(r"\]\(([^)#]+)\)", README.read_text(encoding="utf-8")))
+def test_links_lead_somewhere(link):
+    assert link.startswith("https://") or (README.parent / link).exists()
+
+
+if __name__ == "__main__":
+    README.write_text(with_tables(README.read_text(encoding="utf-8")), encoding="utf-8")
