@@ -1,6 +1,4 @@
-"""A model and a context driven through llama.cpp's own API, on the patched library or on the one that
-``LLAMA_CPP_LIB_PATH`` names.
-"""
+"""A context driven through llama.cpp's own API, of the patched library or of the one in ``LLAMA_CPP_LIB_PATH``."""
 
 from __future__ import annotations
 
