@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -86,13 +86,14 @@ class Context:
         flash_attn: bool = False,
         n_batch: int = 512,
         threads: int | None = None,
+        clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         params = llama_cpp.llama_context_default_params()
         params.n_ctx, params.n_batch, params.n_ubatch = n_ctx, n_batch, n_batch
         params.type_k = params.type_v = KV_TYPES[kv_type]
         params.flash_attn_type = int(flash_attn)
         params.n_threads = params.n_threads_batch = threads or default_threads()
-        self.model, self.n_batch = model, n_batch
+        self.model, self.n_batch, self.clock = model, n_batch, clock
         pointer = llama_cpp.llama_init_from_model(model.pointer, params)
         if not pointer:
             raise RuntimeError(f"llama.cpp cannot make a context of {n_ctx} tokens with a {kv_type} cache")
@@ -122,10 +123,10 @@ class Context:
             self.batch.n_seq_id[i] = 1
             self.batch.seq_id[i][0] = 0
             self.batch.logits[i] = all_logits or i == last
-        start = time.perf_counter()
+        start = self.clock()
         status = llama_cpp.llama_decode(self.pointer, self.batch)
         llama_cpp.llama_synchronize(self.pointer)
-        seconds = time.perf_counter() - start
+        seconds = self.clock() - start
         if status:
             raise RuntimeError(f"llama.cpp failed to decode {len(tokens)} tokens at {position} (status {status})")
         return seconds

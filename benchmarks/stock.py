@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from dataclasses import dataclass
 from multiprocessing import get_context
 from multiprocessing.process import BaseProcess
@@ -131,6 +132,7 @@ def compare(sides: list[Side], rounds: int, method: str, depth: int, count: int)
 @click.option("--kv-type", type=click.Choice(["f16", "f32", "q8_0"]), default="f16", show_default=True)
 @click.option("--flash-attn", is_flag=True, help="Flash attention.")
 @click.option("--threads", type=click.IntRange(min=1), help="[default: the physical cores]")
+@click.option("--cpu-time", is_flag=True, help="Count CPU time on one thread, which a busy machine disturbs less.")
 def main(
     model: str,
     tables: str | None,
@@ -143,6 +145,7 @@ def main(
     kv_type: str,
     flash_attn: bool,
     threads: int | None,
+    cpu_time: bool,
 ) -> None:
     """Measure prefill and decode of MODEL, which has no tables, with the stock library and the patched one.
 
@@ -164,6 +167,8 @@ def main(
             rows.append(("patched, tables", tables, {}))
     n_ctx = max(prompt, *depths) + tokens + 1
     options = {"kv_type": kv_type, "flash_attn": flash_attn, "threads": threads}
+    if cpu_time:
+        options |= {"threads": 1, "clock": time.process_time}
     sides = [Side.start(name, environment, path, n_ctx, options) for name, path, environment in rows]
 
     click.echo("| | " + " | ".join([f"{sides[0].name}, tok/s", *(side.name for side in sides[1:])]) + " |")

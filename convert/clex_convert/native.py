@@ -132,12 +132,7 @@ _REASONS = (
 
 
 def _reason(lines: list[str], code: int) -> str:
-    for pattern in (
-        r"failed to quantize: (.*)",
-        r"what\(\): *(.*)",
-        r"error loading model\b.*?: (.*)",
-        r"(\S+: GGML_ASSERT.*)",
-    ):
+    for pattern in _REASONS:
         for line in reversed(lines):
             if match := re.search(pattern, line):
                 return one_line(match[1])
