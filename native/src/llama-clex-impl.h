@@ -10,12 +10,11 @@
 #include <cstdint>
 #include <vector>
 
-struct gguf_context;
-
 struct llama_cparams;
 struct llama_hparams;
 struct llama_memory_i;
 struct llama_model;
+struct llama_model_loader;
 struct llama_ubatch;
 struct llm_graph_context;
 
@@ -44,7 +43,7 @@ struct llama_clex_tables {
     // read and check the clex.* keys; nothing happens if there are none
     // throws std::runtime_error with the key and the rule that it breaks
     // sets hparams.n_ctx_train to the tokens that the last bucket covers
-    void load(const gguf_context * meta, llm_arch arch, llama_hparams & hparams);
+    void load(const llama_model_loader & ml, llm_arch arch, llama_hparams & hparams);
 
     int64_t n_ctx_max() const;
 

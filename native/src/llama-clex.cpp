@@ -6,6 +6,7 @@
 #include "llama-io.h"
 #include "llama-kv-cache.h"
 #include "llama-model.h"
+#include "llama-model-loader.h"
 
 #include "gguf.h"
 
@@ -20,7 +21,22 @@ static const uint32_t LLAMA_CLEX_VERSION = 1;
 // rope call sites of these architectures use llama_clex_inputs
 static const llm_arch LLAMA_CLEX_ARCHS[] = {
     LLM_ARCH_LLAMA,
+    LLM_ARCH_MISTRAL3,
+    LLM_ARCH_PHI2,
+    LLM_ARCH_PHI3,
+    LLM_ARCH_GPTNEOX,
+    LLM_ARCH_QWEN2,
+    LLM_ARCH_QWEN2MOE,
+    LLM_ARCH_QWEN3,
+    LLM_ARCH_QWEN3MOE,
+    LLM_ARCH_STABLELM,
+    LLM_ARCH_FALCON,
+    LLM_ARCH_OLMO2,
 };
+
+static bool clex_supports(llm_arch arch) {
+    return std::find(std::begin(LLAMA_CLEX_ARCHS), std::end(LLAMA_CLEX_ARCHS), arch) != std::end(LLAMA_CLEX_ARCHS);
+}
 
 //
 // reading the metadata
@@ -78,7 +94,26 @@ static void clex_hash(uint64_t & hash, const void * data, size_t size) {
     }
 }
 
-void llama_clex_tables::load(const gguf_context * meta, llm_arch arch, llama_hparams & hparams) {
+// what the file says of another RoPE scaling, empty if it says nothing
+static std::string clex_other_scaling(const llama_model_loader & ml, const llama_hparams & hparams) {
+    for (const char * name : { "rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight" }) {
+        if (ml.get_weight(name)) {
+            return format("the tensor %s", name);
+        }
+    }
+    if (hparams.rope_scaling_type_train != LLAMA_ROPE_SCALING_TYPE_NONE &&
+        hparams.rope_scaling_type_train != LLAMA_ROPE_SCALING_TYPE_LINEAR) {
+        return "rope.scaling.type " + llama_rope_scaling_type_name(hparams.rope_scaling_type_train);
+    }
+    if (hparams.rope_freq_scale_train != 1.0f || hparams.rope_attn_factor != 1.0f) {
+        return "a RoPE scaling factor";
+    }
+    return "";
+}
+
+void llama_clex_tables::load(const llama_model_loader & ml, llm_arch arch, llama_hparams & hparams) {
+    const gguf_context * meta = ml.metadata;
+
     bool present = false;
     for (int64_t i = 0; i < gguf_get_n_kv(meta); ++i) {
         present = present || strncmp(gguf_get_key(meta, i), "clex.", 5) == 0;
@@ -92,7 +127,7 @@ void llama_clex_tables::load(const gguf_context * meta, llm_arch arch, llama_hpa
         clex_fail("clex.version", format("is %u, this library reads version %u", version, LLAMA_CLEX_VERSION));
     }
 
-    if (std::find(std::begin(LLAMA_CLEX_ARCHS), std::end(LLAMA_CLEX_ARCHS), arch) == std::end(LLAMA_CLEX_ARCHS)) {
+    if (!clex_supports(arch)) {
         std::string supported;
         for (const llm_arch a : LLAMA_CLEX_ARCHS) {
             supported += std::string(" ") + llm_arch_name(a);
@@ -150,6 +185,11 @@ void llama_clex_tables::load(const gguf_context * meta, llm_arch arch, llama_hpa
     clex_hash(hash, inv_freq.data(), inv_freq.size()*sizeof(float));
 
     hparams.n_ctx_train = (uint32_t) n_ctx_max();
+
+    const std::string other = clex_other_scaling(ml, hparams);
+    if (!other.empty()) {
+        LLAMA_LOG_WARN("%s: the clex.* tables take the place of %s in the same file\n", __func__, other.c_str());
+    }
 
     LLAMA_LOG_INFO("%s: RoPE tables for %zu buckets, original context %u, maximum %u\n",
             __func__, scaling_factors.size(), n_ctx_orig, hparams.n_ctx_train);
