@@ -1,0 +1,268 @@
+"""Every architecture with hooks against transformers, rotated with the same inverse frequencies.
+
+The models are tiny, random and made on the spot; their tables are the closed form of NTK-aware scaling. The reference
+caches keys before RoPE, as the authors' code does, and rotates all of them with the table of the whole sequence.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from math import log
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from clex_convert import convert
+from clex_convert import tables as make_tables
+from clex_convert.hf import conversion_scripts
+from low_level import ERROR, WARN, Context, Model, logged
+from test_native_tables import rewrite
+
+from clex_local.gguf_file import GGUFFile
+from clex_local.tables import SUPPORTED_ARCHITECTURES, Tables, read_tables
+
+LENGTH = 64  # tokens of the first bucket
+SCALES = [1, 1.25, 0.8, 1.5]
+
+SIZES = dict(
+    vocab_size=512,
+    hidden_size=128,
+    intermediate_size=192,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    max_position_embeddings=LENGTH,
+    bos_token_id=0,
+    eos_token_id=0,
+    pad_token_id=0,
+    tie_word_embeddings=False,
+)
+EXPERTS = dict(moe_intermediate_size=64, num_experts=4, num_experts_per_tok=2)
+PHI3 = dict(sliding_window=None, original_max_position_embeddings=LENGTH)
+
+# Name of transformers' class, what differs from SIZES, and the golden model that lends its tokenizer.
+MODELS = {
+    "Llama": (dict(), "llama"),
+    "Mistral": (dict(sliding_window=None, head_dim=48), "llama"),
+    "Phi": (dict(num_key_value_heads=4, partial_rotary_factor=0.5), "phi2"),
+    "Phi3": (PHI3, "llama"),
+    "Phi3 partial": (dict(**PHI3, partial_rotary_factor=0.75), "llama"),
+    "GPTNeoX": (dict(rotary_pct=0.25), "phi2"),
+    "GPTNeoX sequential": (dict(rotary_pct=0.5, rotary_emb_base=50000, use_parallel_residual=False), "phi2"),
+    "Qwen2": (dict(rope_theta=1e6), "phi2"),
+    "Qwen2Moe": (dict(**EXPERTS, shared_expert_intermediate_size=64), "phi2"),
+    "Qwen3": (dict(head_dim=48), "phi2"),
+    "Qwen3Moe": (dict(**EXPERTS, head_dim=48, norm_topk_prob=True), "phi2"),
+    "StableLm": (dict(partial_rotary_factor=0.25, use_qkv_bias=True), "phi2"),
+    "StableLm parallel": (dict(partial_rotary_factor=0.5, use_parallel_residual=True), "phi2"),
+    "Falcon": (dict(multi_query=True), "phi2"),
+    "Falcon grouped": (dict(new_decoder_architecture=True, num_kv_heads=2, ffn_hidden_size=192), "phi2"),
+    "Olmo2": (dict(), "phi2"),
+}
+
+
+def kind_of(name: str) -> str:
+    return name.split()[0]
+
+
+def tolerance(name: str) -> float:
+    """ggml looks GELU up in a table of 16-bit numbers; stock is as far from transformers."""
+    return 5e-3 if kind_of(name) in ("Phi", "GPTNeoX", "Falcon") else 1e-4
+
+
+def make_model(name: str, changes: dict, folder: Path, tokenizer: Path):
+    """A model of transformers with every tensor drawn, saved in a folder, and a tokenizer with it."""
+    kind = kind_of(name)
+    config = getattr(transformers, f"{kind}Config")(**{**SIZES, **changes}, attn_implementation="eager")
+    torch.manual_seed(0)
+    model = getattr(transformers, f"{kind}ForCausalLM")(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            # norms start at 1 and biases anywhere: a little of both would not show a missing one
+            start = torch.zeros_like(parameter) if parameter.dim() > 1 else parameter.round()
+            parameter.copy_(start + 0.1 * torch.randn_like(parameter))
+    model.save_pretrained(folder)
+    for file in ("tokenizer.model", "tokenizer.json", "tokenizer_config.json"):
+        if (tokenizer / file).exists():
+            shutil.copy(tokenizer / file, folder)
+    return model
+
+
+def convert_plainly(folder: Path) -> Path:
+    """The GGUF file that llama.cpp's own conversion makes of a model folder."""
+    target = folder / "plain.gguf"
+    with conversion_scripts() as (conversion, gguf):
+        model_class = conversion.get_model_class(json.loads((folder / "config.json").read_text())["architectures"][0])
+        model_class(folder, gguf.LlamaFileType.ALL_F32, target).write()
+    return target
+
+
+def rotated(x: torch.Tensor, inv_freq: torch.Tensor, first: int) -> torch.Tensor:
+    """Keys [..., tokens, head_dim] at the positions from `first` on; what inv_freq does not cover stays."""
+    n = inv_freq.numel()
+    angles = torch.arange(first, first + x.shape[-2])[:, None] * inv_freq
+    cos, sin = angles.cos(), angles.sin()
+    a, b, rest = x[..., :n], x[..., n : 2 * n], x[..., 2 * n :]
+    return torch.cat((a * cos - b * sin, b * cos + a * sin, rest), dim=-1)
+
+
+class UnrotatedCache(transformers.DynamicCache):
+    """Keeps keys as they are before RoPE; all of them get the table, and the scale, of the present pass."""
+
+    inv_freq: torch.Tensor
+    scale: float
+
+    def update(self, key_states, value_states, layer_idx, cache_kwargs=None):
+        raw = rotated(key_states, -self.inv_freq, self.get_seq_length(layer_idx))
+        keys, values = super().update(raw, value_states, layer_idx, cache_kwargs)
+        return self.scale * rotated(keys, self.inv_freq, 0), values
+
+
+class Reference:
+    """A sequence fed to a model of transformers, with the tables' choice of the table."""
+
+    def __init__(self, model: transformers.PreTrainedModel, tables: Tables) -> None:
+        self.model, self.tables, self.cache, self.length = model, tables, UnrotatedCache(), 0
+
+    def feed(self, tokens: np.ndarray) -> np.ndarray:
+        """The logits of the last token."""
+        self.length += len(tokens)
+        tables, bucket = self.tables, self.tables.bucket(self.length)
+        self.cache.inv_freq = torch.tensor(tables.inv_freq[bucket])
+        self.cache.scale = 1.0 if tables.attn_scale is None else float(tables.attn_scale[bucket])
+        if tables.log_scale:
+            self.cache.scale *= log(self.length) / log(tables.original_context_length)
+        for module in self.model.modules():
+            if hasattr(module, "inv_freq"):
+                module.inv_freq = self.cache.inv_freq
+        with torch.no_grad():
+            out = self.model(torch.tensor(tokens[None].astype(np.int64)), past_key_values=self.cache, use_cache=True)
+        return out.logits[0, -1].numpy()
+
+
+@pytest.fixture(scope="module", params=MODELS)
+def pair(request, golden_dir, tmp_path_factory):
+    """A model of transformers, its GGUF file, and how far the two may differ."""
+    changes, tokenizer = MODELS[request.param]
+    folder = tmp_path_factory.mktemp("model")
+    model = make_model(request.param, changes, folder, golden_dir(tokenizer))
+    path = folder / "model.gguf"
+    convert(folder, path, outtype="f32", method="ntk", pre_tokenizer="gpt-2" if tokenizer == "phi2" else None)
+    return model, path, tolerance(request.param)
+
+
+@pytest.fixture
+def ids(golden_npz):
+    return golden_npz("llama")["ids"]
+
+
+def assert_growing(reference_model, path: Path, ids: np.ndarray, prefill: int, to: int, atol: float) -> None:
+    """A prompt and single tokens after it, by both."""
+    reference, model = Reference(reference_model, read_tables(path)), Model(path)
+    ends = [prefill, *range(prefill + 1, to + 1)]
+    with Context(model, n_ctx=256) as context:
+        logits = [context.feed(ids[a:b], a) for a, b in zip([0, *ends], ends, strict=False)]
+    model.close()
+    expected = [reference.feed(ids[a:b]) for a, b in zip([0, *ends], ends, strict=False)]
+    np.testing.assert_allclose(logits, expected, atol=atol, rtol=0)
+    assert np.std(expected) > 0.5
+
+
+@pytest.mark.parametrize("n", [60, 130, 250])
+def test_prompt_in_every_bucket_gives_the_logits_of_transformers(pair, ids, n):
+    reference, path, atol = pair
+    assert_growing(reference, path, ids, n, n, atol)
+
+
+def test_sequence_that_crosses_gives_the_logits_of_transformers(pair, ids):
+    reference, path, atol = pair
+    assert_growing(reference, path, ids, 62, 67, atol)
+    assert_growing(reference, path, ids, 190, 194, atol)
+
+
+def test_query_scales_count_once(pair, ids, tmp_path):
+    reference, path, atol = pair
+    changes = {"clex.attn_scale": np.array(SCALES, np.float32), "clex.log_scale": np.True_}
+    assert_growing(reference, rewrite(path, tmp_path / "m.gguf", changes), ids, 126, 130, atol)
+
+
+def test_another_table_would_be_noticed(pair, ids):
+    """The tolerances mean something: a sequence rotated with the table of its neighbours is far away."""
+    reference, path, atol = pair
+    tables = read_tables(path)
+    wrong = Tables("ntk", LENGTH, tables.scaling_factors, np.roll(tables.inv_freq, 1, axis=0))
+    difference = np.abs(Reference(reference, tables).feed(ids[:130]) - Reference(reference, wrong).feed(ids[:130]))
+    assert difference.max() > 20 * atol
+
+
+def test_every_class_that_can_be_converted_is_compared():
+    classes = {name for names in SUPPORTED_ARCHITECTURES.values() for name in names}
+    assert classes - {"MixtralForCausalLM"} == {f"{kind_of(name)}ForCausalLM" for name in MODELS}  # golden: mixtral
+
+
+# GGUF files with more than the tables
+
+
+def assert_golden_steps(path: Path, golden: dict) -> None:
+    model = Model(path)
+    with Context(model, n_ctx=256) as context:
+        logits = context.steps(golden["ids"], int(golden["step_prefill"]), len(golden["steps"]) - 1)
+    model.close()
+    np.testing.assert_allclose(logits, golden["steps"], atol=5e-4, rtol=0)
+
+
+def test_mistral3_has_the_tables(golden_gguf, golden_npz, tmp_path):
+    """No release of transformers that this project supports has the class; its mathematics are LLaMA's."""
+    source, kinds = golden_gguf("llama"), {"u32": np.uint32, "f32": np.float32}
+    with GGUFFile(source) as file:
+        copies = {
+            "mistral3" + key.removeprefix("llama"): kinds[kind](file.get(key))
+            for key in file.keys()  # noqa: SIM118
+            if key.startswith("llama.") and (kind := file.kind(key)) in kinds
+        }
+    path = rewrite(source, tmp_path / "m.gguf", {"general.architecture": "mistral3", **copies})
+    assert_golden_steps(path, golden_npz("llama"))
+
+
+OTHER_SCALING = {
+    "yarn": {
+        "llama.rope.scaling.type": "yarn",
+        "llama.rope.scaling.factor": np.float32(4),
+        "llama.rope.scaling.original_context_length": np.uint32(16),
+    },
+    "linear": {"llama.rope.scaling.type": "linear", "llama.rope.scaling.factor": np.float32(4)},
+    "attention factor": {"llama.rope.scaling.attn_factor": np.float32(1.2)},
+}
+
+
+@pytest.mark.parametrize("name", OTHER_SCALING)
+def test_tables_win_over_another_scaling_of_the_file_and_say_so(golden_gguf, golden_npz, tmp_path, name):
+    path = rewrite(golden_gguf("llama"), tmp_path / "m.gguf", OTHER_SCALING[name])
+    with logged(WARN) as lines:
+        assert_golden_steps(path, golden_npz("llama"))
+    assert sum("the clex.* tables take the place of" in line for line in lines) == 1
+
+
+def test_tables_win_over_frequency_factors_of_the_file_and_say_so(golden_dir, ids, tmp_path):
+    scaling = dict(rope_type="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0)
+    changes = dict(rope_scaling=dict(**scaling, original_max_position_embeddings=LENGTH), max_position_embeddings=512)
+    reference = make_model("Llama", changes, tmp_path, golden_dir("llama"))
+    tables = make_tables("ntk", dim=32, base=10000.0, original_context=LENGTH)
+    path = rewrite(convert_plainly(tmp_path), tmp_path / "m.gguf", tables.metadata())
+    with logged(WARN) as lines:
+        assert_growing(reference, path, ids, 62, 67, 1e-4)
+    assert sum("take the place of the tensor rope_freqs.weight" in line for line in lines) == 1
+
+
+def test_sliding_windows_are_refused_when_a_context_is_made(golden_dir, tmp_path):
+    make_model("Olmo2", {}, tmp_path, golden_dir("phi2"))
+    convert(tmp_path, tmp_path / "plain.gguf", outtype="f32", method="ntk", pre_tokenizer="gpt-2")
+    window = {"olmo2.attention.sliding_window": np.uint32(32)}
+    model = Model(rewrite(tmp_path / "plain.gguf", tmp_path / "m.gguf", window))
+    with logged(ERROR) as lines, pytest.raises(AssertionError):
+        Context(model, n_ctx=256)
+    model.close()
+    assert any("the RoPE tables of this model need a plain KV cache" in line for line in lines), lines
