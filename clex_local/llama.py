@@ -88,7 +88,10 @@ class Llama(llama_cpp.Llama):
             except ValueError as error:
                 reason = errors[-1] if errors else str(error)
                 raise ModelError(f"{model_path}: {reason}") from error
-        self._method = tables.method if tables and native.n_buckets(self.model) else None
+        self._method = None
+        if native.n_buckets(self.model):
+            # The library makes tables of its own from the factors of a LongRoPE model.
+            self._method = tables.method if tables else "longrope"
         if self._method is not None:
             # The context is padded to a multiple of 256; the base class ends a completion by this.
             self._n_ctx = min(self._n_ctx, native.max_context(self.model))
