@@ -61,9 +61,10 @@ class ClexState:
 class Llama(llama_cpp.Llama):
     """llama-cpp-python's ``Llama``, every argument and method of it, aware of the length of the sequence.
 
-    A model whose GGUF has ``clex.*`` tables uses the table of the sequence's actual length, whatever ``n_ctx``; one
-    without runs as in llama-cpp-python. ``n_ctx=0`` gives all the context that the tables cover, and so does a larger
-    one: there is no table beyond.
+    A model whose GGUF has ``clex.*`` tables uses the table of the sequence's actual length, whatever ``n_ctx``, and so
+    does one with LongRoPE factors (Phi-3), unless the environment has ``LLAMA_CLEX_LONGROPE_DISABLE``; one with neither
+    runs as in llama-cpp-python. ``n_ctx=0`` gives all the context that the tables cover, and so does a larger one:
+    there is no table beyond.
 
     Attributes:
         on_prefill: called with (tokens done, tokens in all) before, between and after the batches of an ``eval`` of

@@ -5,6 +5,9 @@ The models are tiny, random and made on the spot; their tables are the closed fo
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +18,7 @@ from low_level import ERROR, WARN, Context, Model, logged
 from test_native_tables import rewrite
 from tiny_models import LENGTH, Reference, assert_growing, convert_plainly, kind_of, make_model
 
+from clex_local._library import library_path
 from clex_local.gguf_file import GGUFFile
 from clex_local.tables import SUPPORTED_ARCHITECTURES, Tables, read_tables
 
@@ -90,6 +94,39 @@ def test_another_table_would_be_noticed(pair, ids):
     wrong = Tables("ntk", LENGTH, tables.scaling_factors, np.roll(tables.inv_freq, 1, axis=0))
     difference = np.abs(Reference(reference, tables).feed(ids[:130]) - Reference(reference, wrong).feed(ids[:130]))
     assert difference.max() > 20 * atol
+
+
+def test_file_says_of_its_rope_what_the_folder_said(pair, tmp_path):
+    """Tables made from the GGUF file are those made from the folder: same base, dimension and context."""
+    _, path, _ = pair
+    result = convert(path, tmp_path / "m.gguf", method="ntk")
+    tables = read_tables(path)
+    assert result.tables.original_context_length == tables.original_context_length
+    np.testing.assert_array_equal(result.tables.inv_freq, tables.inv_freq)
+
+
+STOCK = """
+import sys, numpy as np, llama_cpp
+llm = llama_cpp.Llama(sys.argv[1], n_ctx=256, n_threads=2, type_k=0, type_v=0, verbose=False, logits_all=True)
+llm.eval(np.load(sys.argv[2]).tolist())
+np.save(sys.argv[3], llm.scores[: llm.n_tokens])
+"""
+
+
+def test_hooks_change_nothing_without_tables(pair, ids, stock_library, tmp_path):
+    """Bit for bit stock, which runs the plain model inside its original context."""
+    reference, path, atol = pair
+    tables = read_tables(path)
+    plain = rewrite(path, tmp_path / "plain.gguf", dict.fromkeys(tables.metadata()))
+    np.save(tmp_path / "ids.npy", ids[:60])
+    logits = []
+    for library in (library_path(), stock_library):
+        out = tmp_path / "out.npy"
+        command = [sys.executable, "-c", STOCK, str(plain), str(tmp_path / "ids.npy"), str(out)]
+        subprocess.run(command, env={**os.environ, "LLAMA_CPP_LIB_PATH": str(library)}, check=True)
+        logits.append(np.load(out))
+    np.testing.assert_array_equal(*logits)
+    np.testing.assert_allclose(logits[1][-1], Reference(reference, tables).feed(ids[:60]), atol=max(atol, 5e-4), rtol=0)
 
 
 def test_every_class_that_can_be_converted_is_compared():

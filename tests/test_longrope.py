@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import shutil
+
 import numpy as np
 import pytest
 import torch
-from low_level import F32, Context, Model
+from low_level import F32, WARN, Context, Model, logged
 from tiny_models import LENGTH, assert_growing, convert_plainly, make_model
 
 from clex_local import Llama, native
+from clex_local.gguf_file import GGUFFile
 from clex_local.tables import Tables
 
 LONGEST = 4 * LENGTH
@@ -88,6 +91,23 @@ def test_llama_feeds_a_long_prompt_in_pieces_with_one_set_of_factors(pair, ids):
     assert (clex.method, clex.original_context, clex.max_context) == ("longrope", LENGTH, LONGEST)
     assert clex.buckets == (1, 4)
     llm.close()
+
+
+def test_factors_of_no_use_are_left_to_stock(pair, tmp_path):
+    _, path = pair
+    broken = tmp_path / "m.gguf"
+    shutil.copy(path, broken)
+    with GGUFFile(path) as file:
+        offset = next(tensor.offset for tensor in file.tensors if "rope_factors_long" in tensor.name)
+        start = file.data_offset + offset
+    with broken.open("r+b") as file:
+        file.seek(start)
+        file.write(np.float32(0).tobytes())
+    with logged(WARN) as lines:
+        model = Model(broken)
+    assert native.n_buckets(model.pointer) == 0
+    model.close()
+    assert any("rope_factors_long.weight holds a factor that is of no use" in line for line in lines), lines
 
 
 def test_state_of_stock_is_refused(pair, ids, monkeypatch):
