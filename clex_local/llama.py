@@ -62,9 +62,10 @@ class ClexState:
 class Llama(llama_cpp.Llama):
     """llama-cpp-python's ``Llama``, every argument and method of it, aware of the length of the sequence.
 
-    A model whose GGUF has ``clex.*`` tables uses the table of the sequence's actual length, whatever ``n_ctx``; one
-    without runs as in llama-cpp-python. ``n_ctx=0`` gives all the context that the tables cover, and so does a larger
-    one: there is no table beyond.
+    A model whose GGUF has ``clex.*`` tables uses the table of the sequence's actual length, whatever ``n_ctx``, and so
+    does one with LongRoPE factors (Phi-3), unless the environment has ``LLAMA_CLEX_LONGROPE_DISABLE``; one with neither
+    runs as in llama-cpp-python. ``n_ctx=0`` gives all the context that the tables cover, and so does a larger one:
+    there is no table beyond.
 
     Attributes:
         on_prefill: called with (tokens done, tokens in all) before, between and after the batches of an ``eval`` of
@@ -89,7 +90,10 @@ class Llama(llama_cpp.Llama):
             except ValueError as error:
                 reason = errors[-1] if errors else str(error)
                 raise ModelError(f"{model_path}: {reason}") from error
-        self._method = tables.method if tables and native.n_buckets(self.model) else None
+        self._method = None
+        if native.n_buckets(self.model):
+            # The library makes tables of its own from the factors of a LongRoPE model.
+            self._method = tables.method if tables else "longrope"
         if self._method is not None:
             # The context is padded to a multiple of 256; the base class ends a completion by this.
             self._n_ctx = min(self._n_ctx, native.max_context(self.model))

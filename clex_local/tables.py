@@ -18,6 +18,17 @@ VERSION = 1
 # GGUF architectures that the runtime can rotate, and the Hugging Face classes that become each of them.
 SUPPORTED_ARCHITECTURES: dict[str, tuple[str, ...]] = {
     "llama": ("LlamaForCausalLM", "MistralForCausalLM", "MixtralForCausalLM"),
+    "mistral3": (),  # GGUF files only: the folders all ask for YaRN
+    "phi2": ("PhiForCausalLM",),
+    "phi3": ("Phi3ForCausalLM",),
+    "gptneox": ("GPTNeoXForCausalLM",),
+    "qwen2": ("Qwen2ForCausalLM",),
+    "qwen2moe": ("Qwen2MoeForCausalLM",),
+    "qwen3": ("Qwen3ForCausalLM",),
+    "qwen3moe": ("Qwen3MoeForCausalLM",),
+    "stablelm": ("StableLmForCausalLM",),
+    "falcon": ("FalconForCausalLM",),
+    "olmo2": ("Olmo2ForCausalLM",),
 }
 
 _MAX_TOKENS = 2**31 - 1  # positions are 32-bit numbers

@@ -36,7 +36,8 @@ def golden_gguf(tmp_path_factory):
     def get(name: str) -> Path:
         target = folder / f"{name}.gguf"
         if not target.exists():
-            convert(DATA / name, target, outtype="f32")
+            # llama.cpp does not know the hash of the one byte-level BPE among them
+            convert(DATA / name, target, outtype="f32", pre_tokenizer="gpt-2" if name == "phi2" else None)
         return target
 
     return get

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 
 import llama_cpp
 import numpy as np
-from llama_cpp._logger import set_verbose
+from llama_cpp._logger import llama_log_callback, set_verbose
 
 import clex_local  # noqa: F401, the library must be chosen before llama_cpp is imported
 from clex_local import native
@@ -15,6 +16,24 @@ from clex_local import native
 set_verbose(False)
 
 F32, F16, Q8_0 = 0, 1, 8
+WARN, ERROR = 3, 4
+
+
+@contextmanager
+def logged(level: int) -> Iterator[list[str]]:
+    """The lines of one level that the library logs."""
+    lines: list[str] = []
+
+    @llama_cpp.llama_log_callback
+    def collect(line_level, text, user_data):
+        if line_level == level:
+            lines.append(text.decode())
+
+    llama_cpp.llama_log_set(collect, None)
+    try:
+        yield lines
+    finally:
+        llama_cpp.llama_log_set(llama_log_callback, None)
 
 
 class Model:

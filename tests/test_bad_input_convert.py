@@ -147,15 +147,19 @@ def test_a_config_with_unusable_scaling(
     assert message in refused(capfd, folder(tmp_path, rope_scaling=scaling(**changes)), out)
 
 
-def test_an_unsupported_folder(capfd: Any, out: Path) -> None:
-    line = refused(capfd, DATA / "phi2", out)
-    assert "the architecture PhiForCausalLM is not supported; supported: LlamaForCausalLM, Mistral" in line
+def test_an_unsupported_folder(capfd: Any, tmp_path: Path, out: Path) -> None:
+    line = refused(capfd, folder(tmp_path, architectures=["GemmaForCausalLM"]), out)
+    assert "the architecture GemmaForCausalLM is not supported; supported: LlamaForCausalLM, Mistral" in line
+
+
+def test_a_folder_without_a_rotary_embedding(capfd: Any, tmp_path: Path, out: Path) -> None:
+    assert "ALiBi" in refused(capfd, folder(tmp_path, architectures=["FalconForCausalLM"], alibi=True), out)
 
 
 def test_an_unsupported_gguf(capfd: Any, tmp_path: Path, out: Path) -> None:
-    path = gguf(tmp_path / "in.gguf", general__architecture="phi2")
+    path = gguf(tmp_path / "in.gguf", general__architecture="gemma")
     line = refused(capfd, path, out, "--method", "ntk")
-    assert "the architecture 'phi2' is not supported; supported: llama" in line
+    assert "the architecture 'gemma' is not supported; supported: llama" in line
 
 
 @pytest.mark.parametrize(

@@ -31,7 +31,9 @@ def lengths(golden):
 
 # An F16 cache can send a token of the Mixture of Experts to another expert, so that model has no loose bound.
 MODELS = [("llama", EXACT, 5e-4), ("llama-log-scale", EXACT, 5e-4), ("mixtral", EXACT, 5e-4)]
-MODELS += [("llama", FAST, 5e-2), ("llama-log-scale", FAST, 5e-2)]
+# ggml looks GELU up in a table of 16-bit numbers: stock is as far from transformers with phi2.
+MODELS += [("phi2", EXACT, 5e-3)]
+MODELS += [("llama", FAST, 5e-2), ("llama-log-scale", FAST, 5e-2), ("phi2", FAST, 5e-2)]
 
 
 @pytest.mark.parametrize(("name", "options", "tolerance"), MODELS)

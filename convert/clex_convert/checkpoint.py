@@ -17,6 +17,15 @@ from clex_local.tables import SUPPORTED_ARCHITECTURES
 CLEX_LAYER = ".clex_layer."
 # What llama.cpp's conversion and the tables cannot do without.
 _NEEDED = ("hidden_size", "num_attention_heads", "num_hidden_layers", "vocab_size", "max_position_embeddings")
+# Keys of the rotary embedding, by the names that some architectures have for them.
+_RENAMED = {"rotary_emb_base": "rope_theta", "rotary_pct": "partial_rotary_factor", "rope_pct": "partial_rotary_factor"}
+# What transformers takes for a key that a config leaves out, where configs do leave it out.
+_DEFAULTS: dict[str, dict[str, Any]] = {
+    "FalconForCausalLM": {"max_position_embeddings": 2048, "rope_theta": 10000.0},
+    "GPTNeoXForCausalLM": {"rope_theta": 10000, "partial_rotary_factor": 0.25},
+    "PhiForCausalLM": {"partial_rotary_factor": 0.5},
+    "StableLmForCausalLM": {"partial_rotary_factor": 0.25},
+}
 
 
 @dataclass(frozen=True)
@@ -54,6 +63,11 @@ class Checkpoint:
         if not isinstance(architectures, list) or not architectures or not isinstance(architectures[0], str):
             raise self._missing("architectures")
         self.architecture: str = architectures[0]
+        for old, new in _RENAMED.items():
+            if old in self.config:
+                self.config.setdefault(new, self.config[old])
+        for key, value in _DEFAULTS.get(self.architecture, {}).items():
+            self.config.setdefault(key, value)
         self.rope = self._read_rope()
         self._check_architecture()
         self.parts = self._find_parts()
@@ -126,6 +140,10 @@ class Checkpoint:
         if self.architecture not in classes:
             raise ConvertError(
                 f"{self.path}: the architecture {self.architecture} is not supported; supported: {', '.join(classes)}"
+            )
+        if self.config.get("alibi"):
+            raise ConvertError(
+                f"{self.path}: the model has ALiBi in place of a rotary embedding; tables need the latter"
             )
 
     @property

@@ -26,6 +26,9 @@ from clex_local.tables import Tables
 
 PRECISIONS = {"f32": "ALL_F32", "f16": "MOSTLY_F16", "bf16": "MOSTLY_BF16"}
 
+# The scripts write four times the width for these architectures, which only the released sizes have.
+_FEED_FORWARD = {"PhiForCausalLM": "intermediate_size", "FalconForCausalLM": "ffn_hidden_size"}
+
 _lock = threading.Lock()
 _loaded: dict[str, ModuleType] = {}
 
@@ -98,7 +101,7 @@ class _Counted:
         self.written(self.nbytes)
 
 
-def _model_class(base: Any, tables: Tables, pre_tokenizer: str | None) -> Any:
+def _model_class(base: Any, keys: Any, checkpoint: Checkpoint, tables: Tables, pre_tokenizer: str | None) -> Any:
     """The scripts' class for an architecture, less the CLEX layer's tensors and with the tables."""
 
     class ClexModel(base):
@@ -135,6 +138,18 @@ def _model_class(base: Any, tables: Tables, pre_tokenizer: str | None) -> Any:
 
         def set_gguf_parameters(self) -> None:
             super().set_gguf_parameters()
+            # The scripts leave the base out for some architectures, and write a fixed context or width for others.
+            replaced = {
+                keys.LLM.CONTEXT_LENGTH: np.uint32(tables.original_context_length),
+                keys.Rope.FREQ_BASE: np.float32(checkpoint.rope.base),
+            }
+            width = self.hparams.get(_FEED_FORWARD.get(checkpoint.architecture))
+            if width is not None:
+                replaced[keys.LLM.FEED_FORWARD_LENGTH] = np.uint32(width)
+            for key, value in replaced.items():
+                name = key.format(arch=self.gguf_writer.arch)
+                self.gguf_writer.remove_key(name)
+                _add_key(self.gguf_writer, name, value)
             for key, value in tables.metadata().items():
                 _add_key(self.gguf_writer, key, value)
 
@@ -148,6 +163,8 @@ def _add_key(writer: Any, key: str, value: Any) -> None:
         writer.add_array(key, [float(number) for number in value])  # float arrays are float32 in GGUF
     elif value.dtype == np.bool_:
         writer.add_bool(key, bool(value))
+    elif value.dtype == np.float32:
+        writer.add_float32(key, float(value))
     else:
         writer.add_uint32(key, int(value))
 
@@ -160,6 +177,10 @@ def _hparams(conversion: ModuleType, checkpoint: Checkpoint, context: int) -> di
     # transformers knows nothing of a base inside rope_parameters before its release 5, and would put its default.
     hparams["rope_theta"] = checkpoint.rope.base
     hparams["max_position_embeddings"] = context
+    if hparams.get("multi_query") and not hparams.get("new_decoder_architecture"):
+        hparams["num_kv_heads"] = 1  # transformers' Falcon ignores the number in this case, the scripts do not
+    if "original_max_position_embeddings" in hparams:
+        hparams["original_max_position_embeddings"] = context
     return hparams
 
 
@@ -195,7 +216,7 @@ def write_checkpoint(
         model = None
         try:
             base = conversion.get_model_class(checkpoint.architecture)
-            model = _model_class(base, tables, pre_tokenizer)(
+            model = _model_class(base, gguf.Keys, checkpoint, tables, pre_tokenizer)(
                 checkpoint.path,
                 gguf.LlamaFileType[PRECISIONS[precision]],
                 target.with_name("unused.gguf"),  # they would take braces in a name for fields to fill in

@@ -315,10 +315,15 @@ void llama_clex_init_context(const llama_model & model, llama_cparams & cparams,
         throw std::runtime_error("the RoPE tables of this model need a plain KV cache, which this context does not have");
     }
 
+    if (cparams.rope_freq_base  != model.hparams.rope_freq_base_train ||
+        cparams.rope_freq_scale != model.hparams.rope_freq_scale_train) {
+        LLAMA_LOG_WARN("%s: the model has RoPE tables, the RoPE parameters of the context are ignored\n", __func__);
+    }
+
     cparams.rope_freq_base   = 1.0f;
     cparams.rope_freq_scale  = 1.0f;
     cparams.yarn_ext_factor  = 0.0f;
-    cparams.yarn_attn_factor = 1.0f;
+    cparams.yarn_attn_factor = model.clex.rope_scale;
 }
 
 bool llama_context::clex_select() {

@@ -10,12 +10,11 @@
 #include <cstdint>
 #include <vector>
 
-struct gguf_context;
-
 struct llama_cparams;
 struct llama_hparams;
 struct llama_memory_i;
 struct llama_model;
+struct llama_model_loader;
 struct llama_ubatch;
 struct llm_graph_context;
 
@@ -33,7 +32,8 @@ struct llama_clex_tables {
     uint32_t n_ctx_orig = 0; // L
     uint32_t n_freq     = 0; // n_rot/2
     bool     log_scale  = false;
-    uint64_t hash       = 0; // of everything that decides how a key is rotated
+    float    rope_scale = 1.0f; // of the rotated part of queries and keys, LongRoPE's attention factor
+    uint64_t hash       = 0;    // of everything that decides how a key is rotated
 
     std::vector<float> scaling_factors; // [n_bucket]
     std::vector<float> inv_freq;        // [n_bucket*n_freq], radians per position
@@ -41,10 +41,10 @@ struct llama_clex_tables {
 
     bool enabled() const { return n_ctx_orig > 0; }
 
-    // read and check the clex.* keys; nothing happens if there are none
+    // read and check the clex.* keys, or make the tables from LongRoPE factors; nothing happens if there are neither
     // throws std::runtime_error with the key and the rule that it breaks
     // sets hparams.n_ctx_train to the tokens that the last bucket covers
-    void load(const gguf_context * meta, llm_arch arch, llama_hparams & hparams);
+    void load(const llama_model_loader & ml, llm_arch arch, llama_hparams & hparams);
 
     int64_t n_ctx_max() const;
 
@@ -58,6 +58,11 @@ struct llama_clex_tables {
 
     // factor on the queries of a sequence of n_tokens
     float q_scale(int32_t bucket, int64_t n_tokens) const;
+
+private:
+    void load_longrope(const llama_model_loader & ml, llm_arch arch, const llama_hparams & hparams);
+
+    void set_hash();
 };
 
 //

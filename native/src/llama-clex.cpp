@@ -6,11 +6,13 @@
 #include "llama-io.h"
 #include "llama-kv-cache.h"
 #include "llama-model.h"
+#include "llama-model-loader.h"
 
 #include "gguf.h"
 
 #include <algorithm>
 #include <cmath>
+#include <cstdlib>
 #include <cstring>
 #include <limits>
 #include <stdexcept>
@@ -20,7 +22,22 @@ static const uint32_t LLAMA_CLEX_VERSION = 1;
 // rope call sites of these architectures use llama_clex_inputs
 static const llm_arch LLAMA_CLEX_ARCHS[] = {
     LLM_ARCH_LLAMA,
+    LLM_ARCH_MISTRAL3,
+    LLM_ARCH_PHI2,
+    LLM_ARCH_PHI3,
+    LLM_ARCH_GPTNEOX,
+    LLM_ARCH_QWEN2,
+    LLM_ARCH_QWEN2MOE,
+    LLM_ARCH_QWEN3,
+    LLM_ARCH_QWEN3MOE,
+    LLM_ARCH_STABLELM,
+    LLM_ARCH_FALCON,
+    LLM_ARCH_OLMO2,
 };
+
+static bool clex_supports(llm_arch arch) {
+    return std::find(std::begin(LLAMA_CLEX_ARCHS), std::end(LLAMA_CLEX_ARCHS), arch) != std::end(LLAMA_CLEX_ARCHS);
+}
 
 //
 // reading the metadata
@@ -78,12 +95,100 @@ static void clex_hash(uint64_t & hash, const void * data, size_t size) {
     }
 }
 
-void llama_clex_tables::load(const gguf_context * meta, llm_arch arch, llama_hparams & hparams) {
+// what the file says of another RoPE scaling, empty if it says nothing
+static std::string clex_other_scaling(const llama_model_loader & ml, const llama_hparams & hparams) {
+    for (const char * name : { "rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight" }) {
+        if (ml.get_weight(name)) {
+            return format("the tensor %s", name);
+        }
+    }
+    if (hparams.rope_scaling_type_train != LLAMA_ROPE_SCALING_TYPE_NONE &&
+        hparams.rope_scaling_type_train != LLAMA_ROPE_SCALING_TYPE_LINEAR) {
+        return "rope.scaling.type " + llama_rope_scaling_type_name(hparams.rope_scaling_type_train);
+    }
+    if (hparams.rope_freq_scale_train != 1.0f || hparams.rope_attn_factor != 1.0f) {
+        return "a RoPE scaling factor";
+    }
+    return "";
+}
+
+// values of a small F32 tensor, empty if the file has none of this name, type and size
+static std::vector<float> clex_read_tensor(const llama_model_loader & ml, const char * name, uint32_t n) {
+    const auto * weight = ml.get_weight(name);
+    if (!weight || weight->tensor->type != GGML_TYPE_F32 || ggml_nelements(weight->tensor) != n || weight->idx >= ml.files.size()) {
+        return {};
+    }
+
+    std::vector<float> res(n);
+    ml.files[weight->idx]->seek(weight->offs, SEEK_SET);
+    ml.files[weight->idx]->read_raw(res.data(), n*sizeof(float));
+    return res;
+}
+
+// two buckets: the original context with the short factors, everything beyond it with the long ones
+// stock chooses between the two by the allocated context, so that a large one changes the answers to short prompts
+void llama_clex_tables::load_longrope(const llama_model_loader & ml, llm_arch arch, const llama_hparams & hparams) {
+    const uint32_t orig = hparams.n_ctx_orig_yarn;
+
+    if (getenv("LLAMA_CLEX_LONGROPE_DISABLE") || !clex_supports(arch) || orig == 0 || hparams.n_ctx_train <= orig) {
+        return;
+    }
+
+    const uint32_t n = hparams.n_rot_full/2;
+
+    std::vector<float> rows;
+    for (const char * name : { "rope_factors_short.weight", "rope_factors_long.weight" }) {
+        const auto factors = clex_read_tensor(ml, name, n);
+        if (factors.empty()) {
+            return;
+        }
+        for (uint32_t i = 0; i < n; ++i) {
+            const double base = std::pow((double) hparams.rope_freq_base_train, -2.0*i/hparams.n_rot_full);
+
+            rows.push_back((float) (base*hparams.rope_freq_scale_train/factors[i]));
+            if (!std::isfinite(rows.back()) || rows.back() <= 0.0f) {
+                LLAMA_LOG_WARN("%s: %s holds a factor that is of no use, the choice of the factors is left to n_ctx\n", __func__, name);
+                return;
+            }
+        }
+    }
+
+    // the nearest float may cover one token less
+    float t_max = (float) hparams.n_ctx_train/orig;
+    while ((double) t_max*orig < (double) hparams.n_ctx_train) {
+        t_max = std::nextafter(t_max, std::numeric_limits<float>::infinity());
+    }
+
+    n_ctx_orig      = orig;
+    n_freq          = n;
+    scaling_factors = { 1.0f, t_max };
+    inv_freq        = std::move(rows);
+    rope_scale      = hparams.rope_attn_factor;
+
+    set_hash();
+
+    LLAMA_LOG_INFO("%s: LongRoPE by the length of each sequence: short factors up to %u tokens, long factors up to %u"
+            " (LLAMA_CLEX_LONGROPE_DISABLE in the environment leaves the choice to n_ctx)\n",
+            __func__, n_ctx_orig, hparams.n_ctx_train);
+}
+
+void llama_clex_tables::set_hash() {
+    hash = 0xcbf29ce484222325ull;
+    clex_hash(hash, &n_ctx_orig, sizeof(n_ctx_orig));
+    clex_hash(hash, &rope_scale, sizeof(rope_scale));
+    clex_hash(hash, scaling_factors.data(), scaling_factors.size()*sizeof(float));
+    clex_hash(hash, inv_freq.data(), inv_freq.size()*sizeof(float));
+}
+
+void llama_clex_tables::load(const llama_model_loader & ml, llm_arch arch, llama_hparams & hparams) {
+    const gguf_context * meta = ml.metadata;
+
     bool present = false;
     for (int64_t i = 0; i < gguf_get_n_kv(meta); ++i) {
         present = present || strncmp(gguf_get_key(meta, i), "clex.", 5) == 0;
     }
     if (!present) {
+        load_longrope(ml, arch, hparams);
         return;
     }
 
@@ -92,7 +197,7 @@ void llama_clex_tables::load(const gguf_context * meta, llm_arch arch, llama_hpa
         clex_fail("clex.version", format("is %u, this library reads version %u", version, LLAMA_CLEX_VERSION));
     }
 
-    if (std::find(std::begin(LLAMA_CLEX_ARCHS), std::end(LLAMA_CLEX_ARCHS), arch) == std::end(LLAMA_CLEX_ARCHS)) {
+    if (!clex_supports(arch)) {
         std::string supported;
         for (const llm_arch a : LLAMA_CLEX_ARCHS) {
             supported += std::string(" ") + llm_arch_name(a);
@@ -144,12 +249,14 @@ void llama_clex_tables::load(const gguf_context * meta, llm_arch arch, llama_hpa
 
     n_ctx_orig = orig;
 
-    hash = 0xcbf29ce484222325ull;
-    clex_hash(hash, &n_ctx_orig, sizeof(n_ctx_orig));
-    clex_hash(hash, scaling_factors.data(), scaling_factors.size()*sizeof(float));
-    clex_hash(hash, inv_freq.data(), inv_freq.size()*sizeof(float));
+    set_hash();
 
     hparams.n_ctx_train = (uint32_t) n_ctx_max();
+
+    const std::string other = clex_other_scaling(ml, hparams);
+    if (!other.empty()) {
+        LLAMA_LOG_WARN("%s: the clex.* tables take the place of %s in the same file\n", __func__, other.c_str());
+    }
 
     LLAMA_LOG_INFO("%s: RoPE tables for %zu buckets, original context %u, maximum %u\n",
             __func__, scaling_factors.size(), n_ctx_orig, hparams.n_ctx_train);

@@ -5,6 +5,10 @@
 // A model whose GGUF holds clex.* keys carries one table of inverse frequencies per bucket. A sequence of n tokens uses
 // the first bucket whose scaling factor t satisfies t*L >= n, L being the original context length. The library picks
 // the table at every decode and re-rotates the cached keys of a sequence that enters another bucket.
+//
+// A model with LongRoPE factors and without clex.* keys gets two buckets: the original context with the short factors,
+// everything up to the model's context with the long ones. With LLAMA_CLEX_LONGROPE_DISABLE in the environment the size
+// of the context decides, as in stock llama.cpp.
 
 #include "llama.h"
 
