@@ -46,6 +46,8 @@ class Model:
             raise FileNotFoundError(f"{path}: no such model file")
         params = llama_cpp.llama_model_default_params()
         params.n_gpu_layers = gpu_layers
+        # Not mapped: decode differs by several percent between a file and its copy, by how they lie in the page cache.
+        params.use_mmap = False
         pointer = llama_cpp.llama_model_load_from_file(os.fspath(path).encode(), params)
         if not pointer:
             raise RuntimeError(f"{path}: llama.cpp cannot load it")
