@@ -97,7 +97,7 @@ struct llama_clex_cache {
         std::vector<int32_t> pos_new;
     };
 
-    // restores the declared lengths when a state was read, and empties what it had filled when that failed
+    // a state that is being read: its cells are removed again unless finish() was reached
     class state_guard {
     public:
         state_guard(llama_kv_cache & kv, llama_seq_id seq_id, std::vector<int64_t> declared);
@@ -105,13 +105,16 @@ struct llama_clex_cache {
 
         state_guard(const state_guard &) = delete;
 
+        void finish(); // throws if a cell is in a bucket that does not exist
+
     private:
         llama_kv_cache & kv;
 
         const llama_seq_id seq_id;
-        const int          n_exceptions;
 
         const std::vector<int64_t> declared;
+
+        bool pending;
     };
 
     explicit llama_clex_cache(const llama_model & model);

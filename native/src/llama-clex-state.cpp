@@ -6,8 +6,6 @@
 #include "llama-model-loader.h"
 
 #include <algorithm>
-#include <cinttypes>
-#include <exception>
 #include <stdexcept>
 
 //
@@ -148,27 +146,42 @@ llama_clex_cache::state_guard llama_clex_cache::state_read(llama_kv_cache & kv, 
 }
 
 llama_clex_cache::state_guard::state_guard(llama_kv_cache & kv, llama_seq_id seq_id, std::vector<int64_t> declared) :
-    kv(kv), seq_id(seq_id), n_exceptions(std::uncaught_exceptions()), declared(std::move(declared)) {}
+    kv(kv), seq_id(seq_id), declared(std::move(declared)), pending(kv.clex.tables.enabled()) {}
 
 llama_clex_cache::state_guard::~state_guard() {
-    if (!kv.clex.tables.enabled()) {
+    if (!pending) {
         return;
     }
-    if (std::uncaught_exceptions() > n_exceptions) {
-        // a state cut short would leave cells without keys
-        if (seq_id == -1) {
-            kv.clear(true);
-        } else {
-            kv.seq_rm(seq_id, -1, -1);
+    if (seq_id == -1) {
+        kv.clear(true);
+    } else {
+        kv.seq_rm(seq_id, -1, -1);
+    }
+}
+
+void llama_clex_cache::state_guard::finish() {
+    if (!pending) {
+        return;
+    }
+
+    const int32_t n_buckets = kv.clex.tables.scaling_factors.size();
+
+    for (const auto & cells : kv.v_cells) {
+        for (uint32_t i = 0; i < cells.used_max_p1(); ++i) {
+            if (!cells.is_empty(i) && (cells.ext_get(i).clex < 0 || cells.ext_get(i).clex >= n_buckets)) {
+                throw std::runtime_error("the state is damaged: a key was rotated with a table that does not exist");
+            }
         }
-        return;
     }
+
     for (size_t i = 0; i < declared.size(); ++i) {
         auto & seq = kv.clex.seqs[seq_id == -1 ? i : seq_id];
 
         seq = {};
         seq.n_declared = kv.clex.bucket(declared[i]) >= 0 ? declared[i] : 0;
     }
+
+    pending = false;
 }
 
 //
