@@ -6,11 +6,12 @@ import ctypes
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
-import clex_local  # noqa: F401, the library must be chosen before llama_cpp is imported
 import llama_cpp
 import numpy as np
-from clex_local import native
 from llama_cpp._logger import llama_log_callback, set_verbose
+
+import clex_local  # noqa: F401, the library must be chosen before llama_cpp is imported
+from clex_local import native
 
 set_verbose(False)
 
@@ -52,7 +53,7 @@ def context_params(
     params.n_ctx, params.n_batch, params.n_ubatch, params.n_seq_max = n_ctx, 512, n_ubatch, n_seq
     params.type_k, params.type_v = type_k, type_v
     params.flash_attn_type, params.kv_unified = flash_attn, unified
-    params.n_threads = params.n_threads_batch = 2
+    params.n_threads = params.n_threads_batch = 1  # tiny models: threads would only wait for each other
     return params
 
 

@@ -30,7 +30,7 @@ def load():
     opened = []
 
     def open_model(path, **options):
-        options = {"n_ctx": 0, "type_k": 0, "type_v": 0, "verbose": False, "n_threads": 2, **options}
+        options = {"n_ctx": 0, "type_k": 0, "type_v": 0, "verbose": False, "n_threads": 1, "n_threads_batch": 1, **options}
         opened.append(Llama(str(path), **options))
         return opened[-1]
 

@@ -281,7 +281,7 @@ def load(path):
     opened = []
 
     def open_llama(**options):
-        opened.append(Llama(str(path), n_ctx=0, type_k=0, type_v=0, verbose=False, **options))
+        opened.append(Llama(str(path), n_ctx=0, type_k=0, type_v=0, verbose=False, n_threads=1, **options))
         return opened[-1]
 
     yield open_llama
