@@ -243,7 +243,8 @@ class Llama(llama_cpp.Llama):
         with _native_errors(forward=self.verbose) as errors:
             size = llama_cpp.llama_state_set_data(self.ctx, data, state.llama_state_size)
         if size != state.llama_state_size:
-            if llama_cpp.llama_memory_seq_pos_max(llama_cpp.llama_get_memory(self.ctx), 0) + 1 < self.n_tokens:
+            memory = llama_cpp.llama_get_memory(self.ctx)
+            if memory is None or llama_cpp.llama_memory_seq_pos_max(memory, 0) + 1 < self.n_tokens:
                 self.reset()
             reason = errors[-1].split("error loading state: ")[-1] if errors else "llama.cpp did not take it"
             raise StateError(f"{self.model_path}: cannot load the saved state: {reason}")
@@ -290,8 +291,8 @@ def _native_errors(*, forward: bool) -> Iterator[list[str]]:
                 return
         llama_log_callback(level, text, user_data)
 
-    llama_cpp.llama_log_set(collect, None)
+    llama_cpp.llama_log_set(collect, ctypes.c_void_p())
     try:
         yield lines
     finally:
-        llama_cpp.llama_log_set(llama_log_callback, None)
+        llama_cpp.llama_log_set(llama_log_callback, ctypes.c_void_p())
