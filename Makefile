@@ -8,16 +8,27 @@ WORKERS ?= 2
 READY  := $(VENV)/.ready
 NATIVE := $(VENV)/.native
 STOCK  := build/stock/.built
+SANITIZE := build/sanitize/.built
+
+SANITIZE_FLAGS := -O1 -g1 -fno-omit-frame-pointer -fsanitize=address,undefined
+SANITIZED_TESTS := $(addprefix tests/test_,sequences.py matrix.py random.py state.py failure.py native_tables.py golden.py)
 
 NATIVE_SOURCES := CMakeLists.txt pyproject.toml $(wildcard native/*.py native/*.txt native/patches/* native/src/*)
 
-.PHONY: demo test lint format bench native stock clean
+.PHONY: demo test sanitize lint format bench native stock clean
 
 demo: $(NATIVE) ## set everything up, add tables to a small chat model and ask about a text longer than its context
 	$(BIN)/python examples/demo.py
 
 test: $(NATIVE) $(STOCK) ## set everything up and run the tests
 	$(BIN)/python -m pytest --numprocesses $(WORKERS)
+
+# The interpreter is not built with the sanitizers, so their libraries come first; it leaks on purpose.
+sanitize: $(NATIVE) $(STOCK) $(SANITIZE) ## the tests of the native library under AddressSanitizer and UBSan
+	LLAMA_CPP_LIB_PATH="$(CURDIR)/build/sanitize/bin" \
+		LD_PRELOAD="$$($${CXX:-c++} -print-file-name=libasan.so) $$($${CXX:-c++} -print-file-name=libubsan.so)" \
+		ASAN_OPTIONS=detect_leaks=0:strict_string_checks=1 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 \
+		$(BIN)/python -m pytest --capture=no $(SANITIZED_TESTS)
 
 lint: $(READY) ## style and types
 	$(BIN)/ruff check
@@ -53,6 +64,15 @@ $(STOCK): $(READY) CMakeLists.txt native/llama-cpp-python.txt native/fetch_sourc
 	PATH="$(CURDIR)/$(BIN):$$PATH" cmake -S . -B build/stock -G Ninja -DCMAKE_BUILD_TYPE=Release -DCLEX_STOCK=ON \
 		-DPython3_EXECUTABLE="$(CURDIR)/$(BIN)/python" $(CMAKE_ARGS) > build/stock.log 2>&1 || { cat build/stock.log; exit 1; }
 	PATH="$(CURDIR)/$(BIN):$$PATH" cmake --build build/stock >> build/stock.log 2>&1 || { tail -50 build/stock.log; exit 1; }
+	@touch $@
+
+# OpenMP off: the sanitizers know nothing of its threads.
+$(SANITIZE): $(READY) $(NATIVE_SOURCES)
+	@mkdir -p build
+	PATH="$(CURDIR)/$(BIN):$$PATH" cmake -S . -B build/sanitize -G Ninja -DCMAKE_BUILD_TYPE=None -DGGML_OPENMP=OFF \
+		-DCMAKE_C_FLAGS="$(SANITIZE_FLAGS)" -DCMAKE_CXX_FLAGS="$(SANITIZE_FLAGS)" \
+		-DPython3_EXECUTABLE="$(CURDIR)/$(BIN)/python" > build/sanitize.log 2>&1 || { cat build/sanitize.log; exit 1; }
+	PATH="$(CURDIR)/$(BIN):$$PATH" cmake --build build/sanitize >> build/sanitize.log 2>&1 || { tail -50 build/sanitize.log; exit 1; }
 	@touch $@
 
 clean:

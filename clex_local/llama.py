@@ -3,24 +3,36 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable, Iterator, Sequence
+import inspect
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import llama_cpp
+import numpy as np
+import numpy.typing as npt
 from llama_cpp._logger import llama_log_callback
+from llama_cpp.llama import LlamaState
+from llama_cpp.llama_speculative import LlamaDraftModel
 
 from clex_local import native
 from clex_local.errors import ClexError
 from clex_local.tables import ContextError, read_tables
 
 _ERROR_LEVEL = 4  # GGML_LOG_LEVEL_ERROR
+_GENERATE = inspect.signature(llama_cpp.Llama.generate)
 
 
 class ModelError(ClexError, ValueError):
     """A model that cannot be loaded; a ValueError too, as llama-cpp-python raises."""
+
+
+class StateError(ClexError, RuntimeError):
+    """A saved state of another model, other tables or another kind of cache; a RuntimeError too, as llama-cpp-python
+    raises.
+    """
 
 
 @dataclass(frozen=True)
@@ -67,6 +79,17 @@ class Llama(llama_cpp.Llama):
     runs as in llama-cpp-python. ``n_ctx=0`` gives all the context that the tables cover, and so does a larger one:
     there is no table beyond.
 
+    Args:
+        model_path: a GGUF file.
+        n_ctx: context size in tokens.
+        prefix_reuse: what to do with cached tokens that a new prompt starts with and that were computed with the table
+            of another length. ``fast`` keeps them and brings their keys to the table in use, as during generation.
+            ``exact`` computes them again, so that the result is that of the prompt alone; where queries are scaled by
+            the length (``clex.log_scale``), that is after every change of the length.
+        policy: ``by-length``, or ``fixed`` to use the table of ``n_ctx`` for every length.
+        clamp: allow contexts beyond the last table, which is then used; the authors' code does so.
+        **kwargs: every other argument of llama-cpp-python's ``Llama``.
+
     Attributes:
         on_prefill: called with (tokens done, tokens in all) before, between and after the batches of an ``eval`` of
             more than one batch.
@@ -76,13 +99,28 @@ class Llama(llama_cpp.Llama):
         TablesError: its tables break a rule of the metadata.
     """
 
-    def __init__(self, model_path: str, *, n_ctx: int = 512, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        model_path: str,
+        *,
+        n_ctx: int = 512,
+        prefix_reuse: Literal["fast", "exact"] = "fast",
+        policy: Literal["by-length", "fixed"] = "by-length",
+        clamp: bool = False,
+        **kwargs: Any,
+    ) -> None:
         self.on_prefill: Callable[[int, int], None] | None = None
         self._stack = ExitStack()  # what the base class closes, should the file be refused before it has one
+        self._has_tables = False
+        self._draft: LlamaDraftModel | None = None
+        if prefix_reuse not in ("fast", "exact"):
+            raise ValueError(f"prefix_reuse must be 'fast' or 'exact', not {prefix_reuse!r}")
+        if policy not in ("by-length", "fixed"):
+            raise ValueError(f"policy must be 'by-length' or 'fixed', not {policy!r}")
         if not Path(model_path).is_file():
             raise ModelError(f"{model_path}: no such model file")
         tables = read_tables(model_path)
-        if tables is not None:
+        if tables is not None and not clamp:
             n_ctx = min(n_ctx, tables.max_context_length)
         with _native_errors(forward=kwargs.get("verbose", True)) as errors:
             try:
@@ -90,23 +128,28 @@ class Llama(llama_cpp.Llama):
             except ValueError as error:
                 reason = errors[-1] if errors else str(error)
                 raise ModelError(f"{model_path}: {reason}") from error
-        self._method = None
-        if native.n_buckets(self.model):
-            # The library makes tables of its own from the factors of a LongRoPE model.
-            self._method = tables.method if tables else "longrope"
-        if self._method is not None:
-            # The context is padded to a multiple of 256; the base class ends a completion by this.
-            self._n_ctx = min(self._n_ctx, native.max_context(self.model))
+        self._has_tables = native.n_buckets(self.model) > 0
+        if self._has_tables:
+            fixed = native.Policy.FIXED if policy == "fixed" else native.Policy.BY_LENGTH
+            native.set_policy(self.ctx, fixed, clamp)
+            if not clamp:
+                # The context is padded to a multiple of 256; the base class ends a completion by this.
+                self._n_ctx = min(self._n_ctx, native.max_context(self.model))
+        self._options = {"prefix_reuse": prefix_reuse, "policy": policy, "clamp": clamp}
+        self._fixed = policy == "fixed"
+        self._exact = prefix_reuse == "exact" and self._has_tables
+        # of each cached token, the _table() that it was computed with
+        self._computed = np.full(len(self.input_ids), -1, np.int64)
 
     @property
     def clex(self) -> ClexState | None:
         """What the tables are and have done; None for a model without tables."""
-        if self._method is None:
+        if not self._has_tables:
             return None
         stats = native.get_stats(self.ctx)
         bucket = native.seq_bucket(self.ctx, 0)
         return ClexState(
-            method=self._method,
+            method=native.method(self.model),
             original_context=native.original_context(self.model),
             max_context=native.max_context(self.model),
             buckets=tuple(native.scaling_factor(self.model, i) for i in range(native.n_buckets(self.model))),
@@ -131,8 +174,9 @@ class Llama(llama_cpp.Llama):
         total = self.n_tokens + len(tokens)
         if total > self._n_ctx:
             raise _too_long(total, self._n_ctx)
-        if self._method is not None:
+        if self._has_tables:
             native.seq_reserve(self.ctx, 0, total)
+            self._computed[self.n_tokens : total] = self._table(total)
         if len(tokens) <= self.n_batch:
             super().eval(tokens)
             return
@@ -141,9 +185,94 @@ class Llama(llama_cpp.Llama):
             super().eval(tokens[start : start + self.n_batch])
         self._report(len(tokens), len(tokens))
 
+    def generate(self, tokens: Sequence[int], *args: Any, **kwargs: Any) -> Generator[int, Sequence[int] | None, None]:
+        """As llama-cpp-python's; with ``prefix_reuse="exact"``, only what a one-shot prefill would give is reused."""
+        if self._exact and _GENERATE.bind(self, tokens, *args, **kwargs).arguments.get("reset", True):
+            self._drop_inexact(tokens)
+        return (yield from super().generate(tokens, *args, **kwargs))
+
+    def _drop_inexact(self, tokens: Sequence[int]) -> None:
+        """Forget the cached tokens from the first on that was computed with another table than `tokens` needs."""
+        other = np.flatnonzero(self._computed[: self.n_tokens] != self._table(len(tokens)))
+        if other.size:
+            self.n_tokens = int(other[0])
+            self._requires_eval = True
+
+    def _table(self, n_tokens: int) -> int:
+        """What decides the values computed for a token of a sequence of n_tokens: its bucket, or its length too."""
+        if native.log_scale(self.model):
+            return n_tokens
+        if self._fixed:
+            return 0
+        return native.bucket(self.model, min(n_tokens, native.max_context(self.model)))
+
+    @property
+    def draft_model(self) -> LlamaDraftModel | None:
+        """Guesses the next tokens; with tables, only as many as leave the sequence in the table of its own length."""
+        return None if self._draft is None else _ClippedDraft(self._draft, self)
+
+    @draft_model.setter
+    def draft_model(self, model: LlamaDraftModel | None) -> None:
+        self._draft = model
+
+    def _room(self, n_tokens: int) -> int:
+        """Tokens that a sequence of n_tokens can grow by without any value of it being computed differently."""
+        if not self._has_tables:
+            return self._n_ctx - n_tokens
+        if native.log_scale(self.model):
+            return 0
+        bucket = native.bucket(self.model, n_tokens)
+        if self._fixed or bucket < 0:
+            return self._n_ctx - n_tokens
+        last = int(native.scaling_factor(self.model, bucket) * native.original_context(self.model))
+        return (self._n_ctx if last == native.max_context(self.model) else last) - n_tokens
+
+    def save_state(self) -> LlamaState:
+        """As llama-cpp-python's; for ``load_state`` of the same file and the same kind of cache."""
+        state = super().save_state()
+        state.clex_computed = self._computed[: self.n_tokens].copy()  # pyright: ignore[reportAttributeAccessIssue]
+        return state
+
+    def load_state(self, state: LlamaState) -> None:
+        """Take back a state; one that is refused leaves what was there.
+
+        Raises:
+            StateError: the state is of another model, of other tables, of another type of cache, or damaged; a damaged
+                one may leave an empty cache.
+        """
+        data = (ctypes.c_uint8 * state.llama_state_size).from_buffer_copy(state.llama_state)
+        with _native_errors(forward=self.verbose) as errors:
+            size = llama_cpp.llama_state_set_data(self.ctx, data, state.llama_state_size)
+        if size != state.llama_state_size:
+            memory = llama_cpp.llama_get_memory(self.ctx)
+            if memory is None or llama_cpp.llama_memory_seq_pos_max(memory, 0) + 1 < self.n_tokens:
+                self.reset()
+            reason = errors[-1].split("error loading state: ")[-1] if errors else "llama.cpp did not take it"
+            raise StateError(f"{self.model_path}: cannot load the saved state: {reason}")
+        rows = min(state.n_tokens, len(state.scores), len(self.scores))
+        self.scores[:rows] = state.scores[:rows]
+        self.input_ids[: state.n_tokens] = state.input_ids[: state.n_tokens]
+        self.n_tokens = state.n_tokens
+        self._requires_eval = True
+        self._seed = state.seed
+        self._computed[: self.n_tokens] = getattr(state, "clex_computed", -1)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "draft_model": self._draft, **self._options}
+
     def _report(self, done: int, total: int) -> None:
         if self.on_prefill is not None:
             self.on_prefill(done, total)
+
+
+class _ClippedDraft(LlamaDraftModel):
+    """Another draft model, kept from entering the next table: verified in one batch, all tokens would get it."""
+
+    def __init__(self, model: LlamaDraftModel, llm: Llama) -> None:
+        self.model, self.llm = model, llm
+
+    def __call__(self, input_ids: npt.NDArray[np.intc], /, **kwargs: Any) -> npt.NDArray[np.intc]:
+        return self.model(input_ids, **kwargs)[: max(0, self.llm._room(len(input_ids)))]
 
 
 def _too_long(n_tokens: int, limit: int) -> ContextError:

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import ctypes
+import enum
 
 import llama_cpp
+import numpy as np
+import numpy.typing as npt
 from llama_cpp import llama_cpp as _bindings
 
 from clex_local.errors import ClexError
@@ -20,6 +23,13 @@ class Stats(ctypes.Structure):
     )
 
 
+class Policy(enum.IntEnum):
+    """``enum llama_clex_policy``."""
+
+    BY_LENGTH = 0
+    FIXED = 1
+
+
 def _declare(name: str, result: type | None, *arguments: type) -> ctypes._NamedFuncPointer:
     try:
         function = getattr(_bindings._lib, name)
@@ -33,11 +43,30 @@ def _declare(name: str, result: type | None, *arguments: type) -> ctypes._NamedF
 _model = llama_cpp.llama_model_p_ctypes
 _context = llama_cpp.llama_context_p_ctypes
 
+_method = _declare("llama_clex_method", ctypes.c_char_p, _model)
 n_buckets = _declare("llama_clex_n_buckets", ctypes.c_int32, _model)
 original_context = _declare("llama_clex_original_context", ctypes.c_int32, _model)
 max_context = _declare("llama_clex_max_context", ctypes.c_int32, _model)
 scaling_factor = _declare("llama_clex_scaling_factor", ctypes.c_float, _model, ctypes.c_int32)
+_inv_freq = _declare(
+    "llama_clex_inv_freq", ctypes.c_int32, _model, ctypes.c_int32, ctypes.POINTER(ctypes.c_float), ctypes.c_int32
+)
+attn_scale = _declare("llama_clex_attn_scale", ctypes.c_float, _model, ctypes.c_int32)
+log_scale = _declare("llama_clex_log_scale", ctypes.c_bool, _model)
 bucket = _declare("llama_clex_bucket", ctypes.c_int32, _model, ctypes.c_int64)
+set_policy = _declare("llama_clex_set_policy", ctypes.c_bool, _context, ctypes.c_int, ctypes.c_bool)
 seq_reserve = _declare("llama_clex_seq_reserve", ctypes.c_bool, _context, ctypes.c_int32, ctypes.c_int32)
 seq_bucket = _declare("llama_clex_seq_bucket", ctypes.c_int32, _context, ctypes.c_int32)
 get_stats = _declare("llama_clex_get_stats", Stats, _context)
+
+
+def method(model: object) -> str:
+    """What made the tables of a model; empty without tables."""
+    return _method(model).decode("utf-8", errors="replace")
+
+
+def inv_freq(model: object, bucket: int) -> npt.NDArray[np.float32]:
+    """Inverse frequencies of a bucket, float32 [n_rot / 2], in rad/position; empty if there is no such bucket."""
+    values = np.empty(_inv_freq(model, bucket, None, 0), np.float32)
+    _inv_freq(model, bucket, values.ctypes.data_as(ctypes.POINTER(ctypes.c_float)), values.size)
+    return values

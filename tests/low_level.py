@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
 import llama_cpp
@@ -15,19 +15,19 @@ from clex_local import native
 
 set_verbose(False)
 
-F32, F16, Q8_0 = 0, 1, 8
+F32, F16, Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, BF16 = 0, 1, 2, 3, 6, 7, 8, 30
 WARN, ERROR = 3, 4
 
 
 @contextmanager
 def logged(level: int) -> Iterator[list[str]]:
-    """The lines of one level that the library logs."""
+    """The lines of one level that the library logs inside the block."""
     lines: list[str] = []
 
     @llama_cpp.llama_log_callback
     def collect(line_level, text, user_data):
         if line_level == level:
-            lines.append(text.decode())
+            lines.append(text.decode(errors="replace").strip())
 
     llama_cpp.llama_log_set(collect, None)
     try:
@@ -47,19 +47,36 @@ class Model:
         llama_cpp.llama_model_free(self.pointer)
 
 
+def context_params(
+    *, n_ctx=1024, n_seq=1, n_ubatch=512, type_k=F32, type_v=F32, flash_attn=0, unified=False
+) -> llama_cpp.llama_context_params:
+    params = llama_cpp.llama_context_default_params()
+    params.n_ctx, params.n_batch, params.n_ubatch, params.n_seq_max = n_ctx, 512, n_ubatch, n_seq
+    params.type_k, params.type_v = type_k, type_v
+    params.flash_attn_type, params.kv_unified = flash_attn, unified
+    params.n_threads = params.n_threads_batch = 1  # tiny models: threads would only wait for each other
+    return params
+
+
+def refusal(model: Model, **options: int) -> str | None:
+    """Why the library makes no context of these options; None if it makes one."""
+    with logged(ERROR) as lines:
+        pointer = llama_cpp.llama_init_from_model(model.pointer, context_params(**options))
+    if pointer:
+        llama_cpp.llama_free(pointer)
+        return None
+    assert lines, "refused without a message"
+    return "\n".join(lines)
+
+
 class Context:
     """One llama_context; token items are (token, position, sequences, wants logits)."""
 
-    def __init__(
-        self, model: Model, *, n_ctx=1024, n_seq=1, n_ubatch=512, type_k=F32, type_v=F32, flash_attn=0, unified=False
-    ) -> None:
-        params = llama_cpp.llama_context_default_params()
-        params.n_ctx, params.n_batch, params.n_ubatch, params.n_seq_max = n_ctx, 512, n_ubatch, n_seq
-        params.type_k, params.type_v = type_k, type_v
-        params.flash_attn_type, params.kv_unified = flash_attn, unified
-        params.n_threads = params.n_threads_batch = 2
+    def __init__(self, model: Model, *, n_seq=1, unified=False, **options: int) -> None:
         self.model = model
-        self.pointer = llama_cpp.llama_init_from_model(model.pointer, params)
+        self.pointer = llama_cpp.llama_init_from_model(
+            model.pointer, context_params(n_seq=n_seq, unified=unified, **options)
+        )
         assert self.pointer
         self.memory = llama_cpp.llama_get_memory(self.pointer)
         self.batch = llama_cpp.llama_batch_init(512, 0, n_seq)
@@ -109,6 +126,26 @@ class Context:
     def rerotated_cells(self) -> int:
         return native.get_stats(self.pointer).n_cells
 
+    def last_position(self, sequence: int = 0) -> int:
+        return llama_cpp.llama_memory_seq_pos_max(self.memory, sequence)
+
+    @contextmanager
+    def abort_at(self, count: int) -> Iterator[Callable[[], int]]:
+        """Answer the count-th question whether to abort with yes; gives how many were asked."""
+        asked = 0
+
+        def answer(user_data):
+            nonlocal asked
+            asked += 1
+            return asked == count
+
+        callback = llama_cpp.ggml_abort_callback(answer)
+        llama_cpp.llama_set_abort_callback(self.pointer, callback, None)
+        try:
+            yield lambda: asked
+        finally:
+            llama_cpp.llama_set_abort_callback(self.pointer, llama_cpp.ggml_abort_callback(), None)
+
     def save(self) -> bytes:
         size = llama_cpp.llama_state_get_size(self.pointer)
         data = (ctypes.c_uint8 * size)()
@@ -116,7 +153,7 @@ class Context:
 
     def load(self, state: bytes) -> bool:
         data = (ctypes.c_uint8 * len(state)).from_buffer_copy(state)
-        return llama_cpp.llama_state_set_data(self.pointer, data, len(state)) == len(state)
+        return llama_cpp.llama_state_set_data(self.pointer, data, len(state)) == len(state) > 0
 
     def save_sequence(self, sequence: int) -> bytes:
         size = llama_cpp.llama_state_seq_get_size(self.pointer, sequence)
@@ -126,3 +163,20 @@ class Context:
     def load_sequence(self, state: bytes, sequence: int) -> bool:
         data = (ctypes.c_uint8 * len(state)).from_buffer_copy(state)
         return llama_cpp.llama_state_seq_set_data(self.pointer, data, len(state), sequence) > 0
+
+    def save_file(self, path: object, tokens: Sequence[int], sequence: int | None = None) -> bool:
+        array = (llama_cpp.llama_token * len(tokens))(*tokens)
+        name = str(path).encode()
+        if sequence is None:
+            return llama_cpp.llama_state_save_file(self.pointer, name, array, len(tokens))
+        return llama_cpp.llama_state_seq_save_file(self.pointer, name, sequence, array, len(tokens)) > 0
+
+    def load_file(self, path: object, sequence: int | None = None) -> list[int] | None:
+        """The tokens of the file; None if it was refused."""
+        array, count = (llama_cpp.llama_token * 4096)(), ctypes.c_size_t()
+        name = str(path).encode()
+        if sequence is None:
+            done = llama_cpp.llama_state_load_file(self.pointer, name, array, 4096, ctypes.byref(count))
+        else:
+            done = llama_cpp.llama_state_seq_load_file(self.pointer, name, sequence, array, 4096, ctypes.byref(count))
+        return list(array[: count.value]) if done else None

@@ -23,6 +23,14 @@ void llama_clex_cache::clear() {
     std::fill(seqs.begin(), seqs.end(), seq_state {});
 }
 
+int32_t llama_clex_cache::bucket(int64_t n_tokens) const {
+    const int64_t n_max = tables.n_ctx_max();
+    if (n_tokens > n_max && !clamp) {
+        return -1;
+    }
+    return tables.bucket(std::min(policy == LLAMA_CLEX_POLICY_FIXED ? n_ctx : n_tokens, n_max));
+}
+
 bool llama_clex_cache::select(llama_batch_allocr & balloc) {
     const llama_batch & batch = balloc.get_batch();
 
@@ -53,7 +61,7 @@ bool llama_clex_cache::select(llama_batch_allocr & balloc) {
 
     std::vector<int32_t> classes(LLAMA_MAX_SEQ, -1);
     for (const llama_seq_id s : present) {
-        classes[s] = tables.bucket(seqs[s].n_tokens);
+        classes[s] = bucket(seqs[s].n_tokens);
         if (classes[s] < 0) {
             LLAMA_LOG_ERROR("%s: sequence %d would have %lld tokens, the tables of the model cover %lld\n", __func__,
                     s, (long long) seqs[s].n_tokens, (long long) tables.n_ctx_max());
@@ -108,14 +116,13 @@ std::vector<llama_clex_cache::rotation> llama_clex_cache::pending(const llama_kv
                 continue;
             }
 
-            const int32_t from = cells.ext_get(i).clex;
+            const int32_t   from  = cells.ext_get(i).clex;
+            const llama_pos shift = cells.get_shift(i);
 
             // nearly all cells of nearly all decodes stop here
-            if (from == wanted) {
+            if (from == wanted && shift == 0) {
                 continue;
             }
-
-            const llama_pos shift = cells.get_shift(i);
 
             if (ubatch ? !in_ubatch(cells, i) : shift == 0) {
                 continue;
@@ -255,7 +262,8 @@ void llama_clex_cache::build_rotate(
     }
 }
 
-ggml_status llama_clex_cache::rotate(llama_kv_cache & kv, llama_context * lctx, const std::vector<rotation> & rotations) {
+ggml_status llama_clex_cache::rotate(
+        llama_kv_cache & kv, llama_context * lctx, const std::vector<rotation> & rotations, const std::function<bool()> & abort) {
     auto * sched = lctx->get_sched();
 
     // graphs in flight still read the keys
@@ -264,6 +272,11 @@ ggml_status llama_clex_cache::rotate(llama_kv_cache & kv, llama_context * lctx, 
     for (const auto & rot : rotations) {
         for (size_t i0 = 0; i0 < rot.rows.size(); i0 += LLAMA_CLEX_CHUNK) {
             const size_t n = std::min(LLAMA_CLEX_CHUNK, rot.rows.size() - i0);
+
+            if (abort()) {
+                LLAMA_LOG_WARN("%s: aborted with %zu keys left\n", __func__, rot.rows.size() - i0);
+                return GGML_STATUS_ABORTED;
+            }
 
             auto * res = lctx->get_gf_res_reserve();
             res->reset();
@@ -296,7 +309,10 @@ ggml_status llama_clex_cache::rotate(llama_kv_cache & kv, llama_context * lctx, 
                 llama_kv_cell_ext ext = cells.ext_get(i);
                 ext.clex = rot.to;
                 cells.ext_set(i, ext);
+                cells.shift_done(i);
             }
+
+            stats.n_cells += rot.from != rot.to ? n : 0;
         }
     }
 
@@ -307,13 +323,35 @@ ggml_status llama_clex_cache::rotate(llama_kv_cache & kv, llama_context * lctx, 
 // context
 //
 
+void llama_clex_check_types(const llama_model & model, const llama_memory_params & params) {
+    if (!model.clex.enabled()) {
+        return;
+    }
+
+    const auto check = [](const char * name, ggml_type type, uint32_t n_embd_head) {
+        if (n_embd_head % ggml_blck_size(type) != 0) {
+            throw std::runtime_error(format("the %s cache cannot be %s: its blocks of %d do not divide the head size %u",
+                        name, ggml_type_name(type), (int) ggml_blck_size(type), n_embd_head));
+        }
+    };
+
+    for (uint32_t il = 0; il < model.hparams.n_layer(); ++il) {
+        check("K", params.type_k, model.hparams.n_embd_head_k(il));
+        check("V", params.type_v, model.hparams.n_embd_head_v(il));
+    }
+}
+
 void llama_clex_init_context(const llama_model & model, llama_cparams & cparams, llama_memory_i * memory) {
     if (!model.clex.enabled()) {
         return;
     }
-    if (!dynamic_cast<llama_kv_cache *>(memory)) {
+
+    auto * kv = dynamic_cast<llama_kv_cache *>(memory);
+    if (!kv) {
         throw std::runtime_error("the RoPE tables of this model need a plain KV cache, which this context does not have");
     }
+
+    kv->clex.n_ctx = cparams.n_ctx_seq;
 
     if (cparams.rope_freq_base  != model.hparams.rope_freq_base_train ||
         cparams.rope_freq_scale != model.hparams.rope_freq_scale_train) {
@@ -326,24 +364,38 @@ void llama_clex_init_context(const llama_model & model, llama_cparams & cparams,
     cparams.yarn_attn_factor = model.clex.rope_scale;
 }
 
+llama_kv_cache * llama_context::clex_kv() {
+    return model.clex.enabled() ? dynamic_cast<llama_kv_cache *>(memory.get()) : nullptr;
+}
+
 bool llama_context::clex_select() {
-    auto * kv = model.clex.enabled() ? dynamic_cast<llama_kv_cache *>(memory.get()) : nullptr;
+    auto * kv = clex_kv();
 
     return !kv || kv->clex.select(*balloc);
 }
 
-ggml_status llama_context::clex_update(const llama_ubatch & ubatch) {
-    auto * kv = model.clex.enabled() ? dynamic_cast<llama_kv_cache *>(memory.get()) : nullptr;
+void llama_context::clex_flush() {
+    if (clex_kv()) {
+        sched_reserve();
+        memory_update(false);
+    }
+}
+
+ggml_status llama_context::clex_update(const llama_ubatch * ubatch) {
+    auto * kv = clex_kv();
     if (!kv) {
         return GGML_STATUS_SUCCESS;
     }
 
-    const auto rotations = kv->clex.pending(*kv, &ubatch);
+    const auto rotations = kv->clex.pending(*kv, ubatch);
     if (rotations.empty()) {
         return GGML_STATUS_SUCCESS;
     }
 
+    auto & stats = kv->clex.stats;
+
     const int64_t t_start_us = ggml_time_us();
+    const int64_t n_cells    = stats.n_cells;
 
     // the scheduler is about to be used for other graphs, see memory_update()
     for (auto & res : gf_res_prev) {
@@ -353,26 +405,26 @@ ggml_status llama_context::clex_update(const llama_ubatch & ubatch) {
     }
     gf_res_prev_active = nullptr;
 
-    // an abort inside a chunk would leave some of its layers in the old bucket: chunks are short, let them finish
+    // an abort inside a chunk would leave some of its layers in the old bucket: let it come between chunks only
     const auto callback      = abort_callback;
     void *     callback_data = abort_callback_data;
 
     set_abort_callback(nullptr, nullptr);
-    const auto status = kv->clex.rotate(*kv, this, rotations);
+    const auto status = kv->clex.rotate(*kv, this, rotations, [&] { return callback && callback(callback_data); });
     set_abort_callback(callback, callback_data);
 
-    const uint32_t n_tokens = std::min(cparams.n_ctx, cparams.n_ubatch);
-    const auto     mctx     = memory->init_full();
-    if (!graph_reserve(n_tokens, cparams.n_seq_max, std::min(n_tokens, cparams.n_outputs_max), mctx.get())) {
-        LLAMA_LOG_ERROR("%s: failed to reserve the worst-case graph after a re-rotation\n", __func__);
+    // a shift comes from memory_update(), which does this itself
+    if (ubatch) {
+        const uint32_t n_tokens = std::min(cparams.n_ctx, cparams.n_ubatch);
+        const auto     mctx     = memory->init_full();
+        if (!graph_reserve(n_tokens, cparams.n_seq_max, std::min(n_tokens, cparams.n_outputs_max), mctx.get())) {
+            LLAMA_LOG_ERROR("%s: failed to reserve the worst-case graph after a re-rotation\n", __func__);
+        }
     }
 
-    auto & stats = kv->clex.stats;
-
-    stats.n_rerotations += 1;
-    stats.t_us          += ggml_time_us() - t_start_us;
-    for (const auto & rot : rotations) {
-        stats.n_cells += rot.rows.size();
+    if (stats.n_cells > n_cells) {
+        stats.n_rerotations += 1;
+        stats.t_us          += ggml_time_us() - t_start_us;
     }
 
     return status;

@@ -8,11 +8,16 @@
 #include "ggml.h"
 
 #include <cstdint>
+#include <functional>
+#include <string>
 #include <vector>
+
+struct clex_state_tag;
 
 struct llama_cparams;
 struct llama_hparams;
 struct llama_memory_i;
+struct llama_memory_params;
 struct llama_model;
 struct llama_model_loader;
 struct llama_ubatch;
@@ -24,6 +29,11 @@ class llama_io_write_i;
 class llama_kv_cache;
 class llm_graph_input_clex_rotate;
 
+// FNV-1a, to be continued from the seed or from an earlier result
+static constexpr uint64_t LLAMA_CLEX_HASH_SEED = 0xcbf29ce484222325ull;
+
+void llama_clex_hash(uint64_t & hash, const void * data, size_t size);
+
 //
 // tables, owned by the model and constant after loading
 //
@@ -33,7 +43,10 @@ struct llama_clex_tables {
     uint32_t n_freq     = 0; // n_rot/2
     bool     log_scale  = false;
     float    rope_scale = 1.0f; // of the rotated part of queries and keys, LongRoPE's attention factor
-    uint64_t hash       = 0;    // of everything that decides how a key is rotated
+    uint64_t hash       = 0;    // of everything that decides how keys are rotated and queries are scaled
+    uint64_t model_hash = 0;    // of parts of the weights, so that a state finds its model again
+
+    std::string method;
 
     std::vector<float> scaling_factors; // [n_bucket]
     std::vector<float> inv_freq;        // [n_bucket*n_freq], radians per position
@@ -45,6 +58,8 @@ struct llama_clex_tables {
     // throws std::runtime_error with the key and the rule that it breaks
     // sets hparams.n_ctx_train to the tokens that the last bucket covers
     void load(const llama_model_loader & ml, llm_arch arch, llama_hparams & hparams);
+
+    void hash_model(llama_model_loader & ml);
 
     int64_t n_ctx_max() const;
 
@@ -87,15 +102,43 @@ struct llama_clex_cache {
         std::vector<int32_t> pos_new;
     };
 
+    // a state that is being read: its cells are removed again unless finish() was reached
+    class state_guard {
+    public:
+        state_guard(llama_kv_cache & kv, llama_seq_id seq_id, std::vector<int64_t> declared);
+        ~state_guard();
+
+        state_guard(const state_guard &) = delete;
+
+        void finish(); // throws if a cell is in a bucket that does not exist
+
+    private:
+        llama_kv_cache & kv;
+
+        const llama_seq_id seq_id;
+
+        const std::vector<int64_t> declared;
+
+        bool pending;
+    };
+
     explicit llama_clex_cache(const llama_model & model);
 
     const llama_clex_tables & tables;
+
+    llama_clex_policy policy = LLAMA_CLEX_POLICY_BY_LENGTH;
+
+    bool    clamp = false;
+    int64_t n_ctx = 0; // size of the context for one sequence
 
     std::vector<seq_state> seqs; // [LLAMA_MAX_SEQ]
 
     llama_clex_stats stats = {};
 
     void clear();
+
+    // bucket of a sequence of n_tokens under the policy, -1 if there is none
+    int32_t bucket(int64_t n_tokens) const;
 
     // choose the bucket of every sequence of the batch, and tell the batch to keep buckets apart
     // false: a sequence is longer than the last bucket covers
@@ -104,20 +147,31 @@ struct llama_clex_cache {
     // bucket of the sequences of a ubatch, 0 for one that was not selected (a restored state sets its buckets itself)
     int32_t bucket(const llama_ubatch & ubatch) const;
 
-    // cells to rotate: shifted ones where ubatch is null, otherwise those of its sequences that are in another bucket
+    // cells to rotate: shifted ones where ubatch is null, otherwise those of its sequences that are not as it needs them
     std::vector<rotation> pending(const llama_kv_cache & kv, const llama_ubatch * ubatch) const;
 
-    // carry out the rotations in place, chunk by chunk; each chunk is recorded in its cells when it is complete
-    ggml_status rotate(llama_kv_cache & kv, llama_context * lctx, const std::vector<rotation> & rotations);
+    // carry out the rotations in place, chunk by chunk; each chunk is recorded in its cells when it is complete, so
+    // that a failure and an abort, which is asked for before each chunk, leave every cell in a table that is known
+    ggml_status rotate(llama_kv_cache & kv, llama_context * lctx, const std::vector<rotation> & rotations,
+            const std::function<bool()> & abort);
 
-    // saved states name the tables that their keys were rotated with
-    void state_write(llama_io_write_i & io) const;
-    void state_read (llama_io_read_i  & io) const; // throws on other tables
+    // positions cannot be divided without leaving the length that the table was chosen for: logged
+    bool refuse_div() const;
+
+    // Saved states name the model, the tables and the layout that they belong to.
+    // state_read() throws where they differ, before anything in the cache has changed.
+    void        state_write(const llama_kv_cache & kv, llama_io_write_i & io, llama_seq_id seq_id) const;
+    state_guard state_read (      llama_kv_cache & kv, llama_io_read_i  & io, llama_seq_id seq_id) const;
 
 private:
+    clex_state_tag state_tag(const llama_kv_cache & kv, llama_seq_id seq_id) const;
+
     // rotate the cells of inp in every layer
     static void build_rotate(const llama_kv_cache & kv, llm_graph_input_clex_rotate & inp, ggml_context * ctx, ggml_cgraph * gf);
 };
+
+// throws if rows of these cache types cannot hold the heads of a model with tables; stock aborts or computes NaN
+void llama_clex_check_types(const llama_model & model, const llama_memory_params & params);
 
 // make the whole angle come from the table; throws if the memory of the context cannot hold per-bucket keys
 void llama_clex_init_context(const llama_model & model, llama_cparams & cparams, llama_memory_i * memory);

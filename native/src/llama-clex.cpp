@@ -3,7 +3,6 @@
 #include "llama-context.h"
 #include "llama-hparams.h"
 #include "llama-impl.h"
-#include "llama-io.h"
 #include "llama-kv-cache.h"
 #include "llama-model.h"
 #include "llama-model-loader.h"
@@ -89,7 +88,7 @@ static std::vector<float> clex_f32s(const gguf_context * meta, const char * key,
 }
 
 // FNV-1a
-static void clex_hash(uint64_t & hash, const void * data, size_t size) {
+void llama_clex_hash(uint64_t & hash, const void * data, size_t size) {
     for (size_t i = 0; i < size; ++i) {
         hash = (hash ^ ((const uint8_t *) data)[i])*0x100000001b3ull;
     }
@@ -159,6 +158,7 @@ void llama_clex_tables::load_longrope(const llama_model_loader & ml, llm_arch ar
         t_max = std::nextafter(t_max, std::numeric_limits<float>::infinity());
     }
 
+    method          = "longrope";
     n_ctx_orig      = orig;
     n_freq          = n;
     scaling_factors = { 1.0f, t_max };
@@ -173,11 +173,13 @@ void llama_clex_tables::load_longrope(const llama_model_loader & ml, llm_arch ar
 }
 
 void llama_clex_tables::set_hash() {
-    hash = 0xcbf29ce484222325ull;
-    clex_hash(hash, &n_ctx_orig, sizeof(n_ctx_orig));
-    clex_hash(hash, &rope_scale, sizeof(rope_scale));
-    clex_hash(hash, scaling_factors.data(), scaling_factors.size()*sizeof(float));
-    clex_hash(hash, inv_freq.data(), inv_freq.size()*sizeof(float));
+    hash = LLAMA_CLEX_HASH_SEED;
+    llama_clex_hash(hash, &n_ctx_orig, sizeof(n_ctx_orig));
+    llama_clex_hash(hash, &rope_scale, sizeof(rope_scale));
+    llama_clex_hash(hash, scaling_factors.data(), scaling_factors.size()*sizeof(float));
+    llama_clex_hash(hash, inv_freq.data(), inv_freq.size()*sizeof(float));
+    llama_clex_hash(hash, attn_scale.data(), attn_scale.size()*sizeof(float));
+    llama_clex_hash(hash, &log_scale, sizeof(log_scale));
 }
 
 void llama_clex_tables::load(const llama_model_loader & ml, llm_arch arch, llama_hparams & hparams) {
@@ -206,9 +208,11 @@ void llama_clex_tables::load(const llama_model_loader & ml, llm_arch arch, llama
                     llm_arch_name(arch), supported.c_str()));
     }
 
-    if (clex_find(meta, "clex.method", GGUF_TYPE_STRING, "string") < 0) {
+    const int64_t id_method = clex_find(meta, "clex.method", GGUF_TYPE_STRING, "string");
+    if (id_method < 0) {
         clex_fail("clex.method", "is missing");
     }
+    method = gguf_get_val_str(meta, id_method);
     clex_find(meta, "clex.provenance", GGUF_TYPE_STRING, "string");
 
     const uint32_t orig = clex_u32(meta, "clex.original_context_length");
@@ -292,32 +296,19 @@ float llama_clex_tables::q_scale(int32_t bucket, int64_t n_tokens) const {
 }
 
 //
-// saved states
-//
-
-void llama_clex_cache::state_write(llama_io_write_i & io) const {
-    if (tables.enabled()) {
-        io.write(&tables.hash, sizeof(tables.hash));
-    }
-}
-
-void llama_clex_cache::state_read(llama_io_read_i & io) const {
-    if (!tables.enabled()) {
-        return;
-    }
-    uint64_t hash;
-    io.read(&hash, sizeof(hash));
-    if (hash != tables.hash) {
-        throw std::runtime_error("the state was saved with other RoPE tables, or by a library without them");
-    }
-}
-
-//
 // public API
 //
 
 static const llama_kv_cache * clex_kv(const llama_context * ctx) {
     return ctx->get_model().clex.enabled() ? dynamic_cast<const llama_kv_cache *>(ctx->get_memory()) : nullptr;
+}
+
+static bool clex_has_bucket(const llama_model * model, int32_t bucket) {
+    return bucket >= 0 && bucket < llama_clex_n_buckets(model);
+}
+
+const char * llama_clex_method(const llama_model * model) {
+    return model->clex.method.c_str();
 }
 
 int32_t llama_clex_n_buckets(const llama_model * model) {
@@ -333,16 +324,49 @@ int32_t llama_clex_max_context(const llama_model * model) {
 }
 
 float llama_clex_scaling_factor(const llama_model * model, int32_t bucket) {
-    return bucket >= 0 && bucket < llama_clex_n_buckets(model) ? model->clex.scaling_factors[bucket] : 0.0f;
+    return clex_has_bucket(model, bucket) ? model->clex.scaling_factors[bucket] : 0.0f;
+}
+
+int32_t llama_clex_inv_freq(const llama_model * model, int32_t bucket, float * dst, int32_t n) {
+    if (!clex_has_bucket(model, bucket)) {
+        return 0;
+    }
+
+    const int32_t n_freq = (int32_t) model->clex.n_freq;
+    if (n > 0) {
+        std::copy_n(model->clex.inv_freq.data() + (size_t) bucket*n_freq, std::min(n, n_freq), dst);
+    }
+    return n_freq;
+}
+
+float llama_clex_attn_scale(const llama_model * model, int32_t bucket) {
+    if (!clex_has_bucket(model, bucket)) {
+        return 0.0f;
+    }
+    return model->clex.attn_scale.empty() ? 1.0f : model->clex.attn_scale[bucket];
+}
+
+bool llama_clex_log_scale(const llama_model * model) {
+    return model->clex.log_scale;
 }
 
 int32_t llama_clex_bucket(const llama_model * model, int64_t n_tokens) {
     return model->clex.bucket(n_tokens);
 }
 
+bool llama_clex_set_policy(llama_context * ctx, llama_clex_policy policy, bool clamp) {
+    auto * kv = const_cast<llama_kv_cache *>(clex_kv(ctx));
+    if (!kv || (policy != LLAMA_CLEX_POLICY_BY_LENGTH && policy != LLAMA_CLEX_POLICY_FIXED)) {
+        return false;
+    }
+    kv->clex.policy = policy;
+    kv->clex.clamp  = clamp;
+    return true;
+}
+
 bool llama_clex_seq_reserve(llama_context * ctx, llama_seq_id seq_id, int32_t n_tokens) {
     auto * kv = const_cast<llama_kv_cache *>(clex_kv(ctx));
-    if (!kv || seq_id < 0 || seq_id >= LLAMA_MAX_SEQ || ctx->get_model().clex.bucket(n_tokens) < 0) {
+    if (!kv || seq_id < 0 || seq_id >= LLAMA_MAX_SEQ || kv->clex.bucket(n_tokens) < 0) {
         return false;
     }
     kv->clex.seqs[seq_id].n_declared = n_tokens;

@@ -22,6 +22,19 @@ struct llama_clex_stats {
     int64_t t_us;          // time spent on it, microseconds
 };
 
+// which table a sequence uses
+enum llama_clex_policy {
+    LLAMA_CLEX_POLICY_BY_LENGTH = 0, // that of its own length
+    LLAMA_CLEX_POLICY_FIXED     = 1, // that of the context's size, whatever its length: nothing is ever re-rotated
+};
+
+//
+// the tables of a model
+//
+
+// what made the tables ("clex", "ntk", ...); empty for a model without tables
+LLAMA_API const char * llama_clex_method(const struct llama_model * model);
+
 // number of buckets, 0 for a model without tables
 LLAMA_API int32_t llama_clex_n_buckets(const struct llama_model * model);
 
@@ -34,15 +47,35 @@ LLAMA_API int32_t llama_clex_max_context(const struct llama_model * model);
 // scaling factor t of a bucket; 0 if there is no such bucket
 LLAMA_API float llama_clex_scaling_factor(const struct llama_model * model, int32_t bucket);
 
+// Copy the first n inverse frequencies of a bucket, in radians per position, to dst.
+// Returns how many the bucket has, 0 if there is no such bucket; dst may be NULL where n is 0.
+LLAMA_API int32_t llama_clex_inv_freq(const struct llama_model * model, int32_t bucket, float * dst, int32_t n);
+
+// factor on the attention logits in a bucket, 1 where the tables name none; 0 if there is no such bucket
+LLAMA_API float llama_clex_attn_scale(const struct llama_model * model, int32_t bucket);
+
+// whether queries are multiplied by log(n_tokens)/log(L)
+LLAMA_API bool llama_clex_log_scale(const struct llama_model * model);
+
 // bucket of a sequence of n_tokens; -1 without tables or beyond the last bucket
 LLAMA_API int32_t llama_clex_bucket(const struct llama_model * model, int64_t n_tokens);
 
+//
+// the sequences of a context
+//
+
+// Choose the policy; the default is BY_LENGTH and no clamping. clamp: sequences longer than the last bucket covers use
+// its table (as the authors' code does) instead of being refused. Keys in the cache follow at the next decode.
+// Returns false for a context without tables and for an unknown policy.
+LLAMA_API bool llama_clex_set_policy(struct llama_context * ctx, enum llama_clex_policy policy, bool clamp);
+
 // Declare the length that a sequence will have once its prompt is processed, so that every batch of a long prompt uses
 // the table of the whole prompt. The longer of this and the actual length counts. 0 forgets it, and so does clearing
-// the memory. Returns false without tables, for an invalid sequence and for a length beyond the last bucket.
+// the memory. Returns false without tables, for an invalid sequence and for a length beyond the last bucket, unless
+// clamped. A saved state carries it.
 LLAMA_API bool llama_clex_seq_reserve(struct llama_context * ctx, llama_seq_id seq_id, int32_t n_tokens);
 
-// bucket that the sequence used in the last decode that held it; -1 if there was none
+// bucket that the sequence used in the last decode that held it; -1 if there was none since its state was loaded
 LLAMA_API int32_t llama_clex_seq_bucket(const struct llama_context * ctx, llama_seq_id seq_id);
 
 LLAMA_API struct llama_clex_stats llama_clex_get_stats(const struct llama_context * ctx);

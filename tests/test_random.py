@@ -1,0 +1,245 @@
+"""Random programs on several sequences against each sequence alone, fed the same pieces in a context of its own."""
+
+from __future__ import annotations
+
+import copy
+import operator
+from dataclasses import dataclass, field
+from typing import Any
+
+import llama_cpp
+import numpy as np
+import pytest
+from low_level import Context, Model
+from tiny_model import N_VOCAB, make_model
+
+from clex_local import native
+
+N_SEQ, LIMIT = 4, 256
+OPERATIONS = 250  # of one program
+TOLERANCE = 1e-4
+
+WEIGHTS = {
+    "step": 10,  # one token for each of some sequences
+    "prompt": 6,  # several tokens for one, in ubatches of 16
+    "both": 2,  # one token that belongs to two sequences
+    "declare": 2,
+    "copy": 3,
+    "cut": 3,
+    "shift": 2,
+    "drop": 1,
+    "save": 2,
+    "load": 2,
+    "save all": 1,
+    "load all": 1,
+}
+
+
+@dataclass
+class Sequence:
+    """What was done to a sequence since it was empty; cells have no other past."""
+
+    history: list[Any] = field(default_factory=list)
+    length: int = 0
+    declared: int = 0
+    shares: set[int] = field(default_factory=set)  # sequences that it may have cells in common with
+
+
+class Machine:
+    """Carries out operations; each takes any three numbers, and does nothing where they make no sense."""
+
+    def __init__(self, model: Model, context: Context, unified: bool) -> None:
+        self.model, self.context, self.unified = model, context, unified
+        self.sequences = [Sequence() for _ in range(N_SEQ)]
+        self.slots: list[tuple[bytes, Any]] = []
+        self.snapshot: tuple[bytes, Any] | None = None
+
+    def run(self, program: list[tuple[str, int, int, int]]) -> None:
+        for name, *numbers in program:
+            getattr(self, name.replace(" ", "_"))(*numbers)
+            for s, sequence in enumerate(self.sequences):
+                assert self.context.last_position(s) == sequence.length - 1
+        for s in range(N_SEQ):
+            self.check(s)
+
+    def check(self, s: int) -> None:
+        """Every logits of the sequence's past against a context that saw nothing else."""
+        sequence = self.sequences[s]
+        if not sequence.history:
+            return
+        with Context(self.model, n_ctx=LIMIT) as alone:
+            for what, *values in sequence.history:
+                if what == "feed":
+                    tokens, position, declared, logits = values
+                    native.seq_reserve(alone.pointer, 0, declared)
+                    np.testing.assert_allclose(logits, alone.feed(tokens, position), atol=TOLERANCE, rtol=0)
+                elif what == "cut":
+                    llama_cpp.llama_memory_seq_rm(alone.memory, 0, values[0], -1)
+                else:
+                    llama_cpp.llama_memory_seq_rm(alone.memory, 0, 0, values[0])
+                    llama_cpp.llama_memory_seq_add(alone.memory, 0, values[0], -1, -values[0])
+
+    def feed(self, batch: dict[int, list[int]]) -> None:
+        items, ends = [], {}
+        for s, tokens in batch.items():
+            length = self.sequences[s].length
+            items += [(t, length + i, [s], i == len(tokens) - 1) for i, t in enumerate(tokens)]
+            ends[s] = len(items) - 1
+        self.context.decode(items)
+        for s, tokens in batch.items():
+            self.fed(s, tokens, self.context.logits(ends[s]), self.sequences[s].declared)
+
+    def fed(self, s: int, tokens: list[int], logits: np.ndarray, declared: int) -> None:
+        sequence = self.sequences[s]
+        sequence.history.append(("feed", tokens, sequence.length, declared, logits))
+        sequence.length += len(tokens)
+        assert self.context.bucket(s) == (max(sequence.length, declared) - 1) // 64
+
+    def forget(self, s: int) -> None:
+        self.check(s)
+        llama_cpp.llama_memory_seq_rm(self.context.memory, s, -1, -1)
+        self.replace(s, Sequence(declared=self.sequences[s].declared))
+
+    def replace(self, s: int, sequence: Sequence) -> None:
+        for other in self.sequences:
+            other.shares.discard(s)
+        self.sequences[s] = sequence
+
+    def step(self, a: int, b: int, c: int) -> None:
+        chosen = [s for s in range(N_SEQ) if (a >> s) & 1 and self.sequences[s].length < LIMIT]
+        if chosen:
+            self.feed({s: [3 + (b + 31 * s) % (N_VOCAB - 3)] for s in chosen})
+
+    def prompt(self, a: int, b: int, c: int) -> None:
+        s, count = a % N_SEQ, 2 + b % 48
+        if self.sequences[s].length + count <= LIMIT:
+            self.feed({s: [3 + (c + i * i * 7) % (N_VOCAB - 3) for i in range(count)]})
+
+    def both(self, a: int, b: int, c: int) -> None:
+        first, second = a % N_SEQ, b % N_SEQ
+        one, two = self.sequences[first], self.sequences[second]
+        # one token is computed once: it must see the same cells in both, which streams of their own never share
+        same = len(one.history) == len(two.history) and all(map(operator.is_, one.history, two.history))
+        shared = self.unified and (second in one.shares or one.length == 0)
+        if first != second and shared and same and one.length < LIMIT:
+            token = 3 + c % (N_VOCAB - 3)
+            self.context.decode([(token, one.length, [first, second], True)])
+            declared = max(one.declared, two.declared)
+            self.fed(first, [token], self.context.logits(0), declared)
+            self.fed(second, [token], self.context.logits(0), declared)
+            one.shares.add(second)
+            two.shares.add(first)
+
+    def declare(self, a: int, b: int, c: int) -> None:
+        s, length = a % N_SEQ, (0 if b % 2 else c % (LIMIT + 1))
+        assert native.seq_reserve(self.context.pointer, s, length)
+        self.sequences[s].declared = length
+
+    def copy(self, a: int, b: int, c: int) -> None:
+        source, target = a % N_SEQ, b % N_SEQ
+        if source != target and self.sequences[source].length:
+            self.forget(target)
+            llama_cpp.llama_memory_seq_cp(self.context.memory, source, target, -1, -1)
+            original, declared = self.sequences[source], self.sequences[target].declared
+            self.replace(target, Sequence(list(original.history), original.length, declared))
+            if self.unified:
+                for other in {source, *original.shares}:
+                    self.sequences[other].shares.add(target)
+                    self.sequences[target].shares.add(other)
+
+    def cut(self, a: int, b: int, c: int) -> None:
+        s = a % N_SEQ
+        length = b % (self.sequences[s].length + 1)
+        if length:
+            llama_cpp.llama_memory_seq_rm(self.context.memory, s, length, -1)
+            self.sequences[s].history.append(("cut", length))
+            self.sequences[s].length = length
+
+    def shift(self, a: int, b: int, c: int) -> None:
+        s = a % N_SEQ
+        sequence, count = self.sequences[s], 1 + b % 80
+        # a cell has one position for all of its sequences
+        if not sequence.shares and sequence.length > count:
+            llama_cpp.llama_memory_seq_rm(self.context.memory, s, 0, count)
+            llama_cpp.llama_memory_seq_add(self.context.memory, s, count, -1, -count)
+            sequence.history.append(("shift", count))
+            sequence.length -= count
+
+    def drop(self, a: int, b: int, c: int) -> None:
+        self.forget(a % N_SEQ)
+
+    def save(self, a: int, b: int, c: int) -> None:
+        s = a % N_SEQ
+        if self.sequences[s].length:
+            self.slots.append((self.context.save_sequence(s), copy.deepcopy(self.sequences[s])))
+
+    def load(self, a: int, b: int, c: int) -> None:
+        s = b % N_SEQ
+        if self.slots:
+            state, sequence = self.slots[a % len(self.slots)]
+            self.check(s)
+            assert self.context.load_sequence(state, s)
+            self.replace(s, Sequence(list(sequence.history), sequence.length, sequence.declared))
+
+    def save_all(self, a: int, b: int, c: int) -> None:
+        sequences = copy.deepcopy(self.sequences)
+        last = max((s for s in range(N_SEQ) if sequences[s].length), default=-1)
+        for sequence in sequences[last + 1 :]:
+            sequence.declared = 0
+        self.snapshot = self.context.save(), sequences
+
+    def load_all(self, a: int, b: int, c: int) -> None:
+        if self.snapshot:
+            for s in range(N_SEQ):
+                self.check(s)
+            assert self.context.load(self.snapshot[0])
+            self.sequences = copy.deepcopy(self.snapshot[1])
+
+
+def program_of(seed: int) -> list[tuple[str, int, int, int]]:
+    rng = np.random.default_rng(seed)
+    weights = np.array(list(WEIGHTS.values()), float)
+    names = rng.choice(list(WEIGHTS), OPERATIONS, p=weights / weights.sum())
+    return [(str(name), *map(int, rng.integers(0, 2**16, 3))) for name in names]
+
+
+def failure(model: Model, program: list[tuple[str, int, int, int]], unified: bool) -> str:
+    """What goes wrong in a program; empty if nothing does."""
+    with Context(model, n_seq=N_SEQ, n_ctx=N_SEQ * LIMIT, n_ubatch=16, unified=unified) as context:
+        try:
+            Machine(model, context, unified).run(program)
+        except AssertionError as error:
+            return str(error) or repr(error)
+    return ""
+
+
+def shrunk(model: Model, program: list[tuple[str, int, int, int]], unified: bool) -> list[tuple[str, int, int, int]]:
+    """A shorter program that fails as well."""
+    size = len(program) // 2
+    while size:
+        start = 0
+        while start < len(program):
+            shorter = program[:start] + program[start + size :]
+            if failure(model, shorter, unified):
+                program = shorter
+            else:
+                start += size
+        size //= 2
+    return program
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    loaded = Model(make_model(tmp_path_factory.mktemp("random") / "tiny.gguf"))
+    yield loaded
+    loaded.close()
+
+
+@pytest.mark.parametrize("unified", [False, True], ids=["streams", "unified"])
+@pytest.mark.parametrize("seed", range(10))
+def test_random_operations_equal_each_sequence_alone(model, seed, unified):
+    program = program_of(seed)
+    if failure(model, program, unified):
+        program = shrunk(model, program, unified)
+        lines = "\n".join(map(str, program))
+        pytest.fail(f"{failure(model, program, unified)}\nafter {len(program)} operations:\n{lines}")
