@@ -6,7 +6,7 @@ import llama_cpp
 import numpy as np
 import pytest
 from low_level import F16, F32, Q8_0, Context, Model
-from tiny_model import make_model, random_tokens
+from random_gguf import make_model, random_tokens
 
 from clex_local import native
 

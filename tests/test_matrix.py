@@ -6,7 +6,7 @@ import llama_cpp
 import numpy as np
 import pytest
 from low_level import BF16, F16, F32, Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, Context, Model, refusal
-from tiny_model import make_model, random_tokens
+from random_gguf import make_model, random_tokens
 
 from clex_local import native
 

@@ -11,7 +11,7 @@ import llama_cpp
 import numpy as np
 import pytest
 from low_level import Context, Model
-from tiny_model import N_VOCAB, make_model
+from random_gguf import N_VOCAB, make_model
 
 from clex_local import native
 

@@ -8,7 +8,7 @@ import llama_cpp
 import numpy as np
 import pytest
 from llama_cpp.llama_speculative import LlamaDraftModel, LlamaPromptLookupDecoding
-from tiny_model import make_model, ntk_tables, random_tokens
+from random_gguf import make_model, ntk_tables, random_tokens
 
 from clex_local import ClexError, Llama, native
 

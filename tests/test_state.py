@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from low_level import BF16, ERROR, F16, Q8_0, Context, Model, logged
 from test_native_tables import rewrite
-from tiny_model import make_model, random_tokens
+from random_gguf import make_model, random_tokens
 
 from clex_local import Llama, native
 from clex_local.llama import StateError
