@@ -10,8 +10,8 @@ import llama_cpp
 import numpy as np
 import pytest
 from low_level import BF16, ERROR, F16, Q8_0, Context, Model, logged
-from test_native_tables import rewrite
 from random_gguf import make_model, random_tokens
+from test_native_tables import rewrite
 
 from clex_local import Llama, native
 from clex_local.llama import StateError
