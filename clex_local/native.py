@@ -35,7 +35,8 @@ def _declare(name: str, result: type | None, *arguments: type) -> ctypes._NamedF
         function = getattr(_bindings._lib, name)
     except AttributeError:
         directory = _bindings._lib._name
-        raise ClexError(f"{directory} is not the llama.cpp of clex-local; unset LLAMA_CPP_LIB_PATH") from None
+        advice = "unset LLAMA_CPP_LIB_PATH, or build it again (make native)"
+        raise ClexError(f"{directory} is not the llama.cpp of this clex-local: {advice}") from None
     function.restype, function.argtypes = result, arguments
     return function
 

