@@ -30,8 +30,8 @@ def load():
     opened = []
 
     def open_model(path, **options):
-        options = {"n_ctx": 0, "type_k": 0, "type_v": 0, "verbose": False, "n_threads": 1, "n_threads_batch": 1, **options}
-        opened.append(Llama(str(path), **options))
+        fixed = {"n_ctx": 0, "type_k": 0, "type_v": 0, "verbose": False, "n_threads": 1, "n_threads_batch": 1}
+        opened.append(Llama(str(path), **(fixed | options)))
         return opened[-1]
 
     yield open_model
