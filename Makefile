@@ -11,7 +11,7 @@ STOCK  := build/stock/.built
 SANITIZE := build/sanitize/.built
 
 SANITIZE_FLAGS := -O1 -g1 -fno-omit-frame-pointer -fsanitize=address,undefined
-SANITIZED_TESTS := $(addprefix tests/test_,sequences.py matrix.py random.py state.py failure.py native_tables.py golden.py)
+SANITIZED_TESTS := $(addprefix tests/test_,sequences.py matrix.py random.py state.py failure.py reuse.py native_tables.py golden.py)
 
 NATIVE_SOURCES := CMakeLists.txt pyproject.toml $(wildcard native/*.py native/*.txt native/patches/* native/src/*)
 
@@ -23,7 +23,7 @@ demo: $(NATIVE) ## set everything up, add tables to a small chat model and ask a
 test: $(NATIVE) $(STOCK) ## set everything up and run the tests
 	$(BIN)/python -m pytest --numprocesses $(WORKERS)
 
-# The interpreter is not built with the sanitizers, so their libraries come first; it leaks on purpose.
+# For GCC. The interpreter is not built with the sanitizers, so their libraries come first; it leaks on purpose.
 sanitize: $(NATIVE) $(STOCK) $(SANITIZE) ## the tests of the native library under AddressSanitizer and UBSan
 	LLAMA_CPP_LIB_PATH="$(CURDIR)/build/sanitize/bin" \
 		LD_PRELOAD="$$($${CXX:-c++} -print-file-name=libasan.so) $$($${CXX:-c++} -print-file-name=libubsan.so)" \

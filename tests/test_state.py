@@ -118,6 +118,15 @@ def test_declared_length_is_part_of_the_state(model, whole):
         assert context.rerotated_cells == 0
 
 
+@pytest.mark.parametrize("whole", [True, False])
+def test_state_of_an_empty_cache_empties_the_cache(model, whole):
+    with Context(model) as context:
+        state = context.save() if whole else context.save_sequence(0)
+        context.feed(IDS[:60], 0)
+        assert context.load(state) if whole else context.load_sequence(state, 0)
+        assert context.last_position() == (-1 if whole else 59)  # llama.cpp takes no cells as no change
+
+
 def test_shift_that_is_pending_is_applied_before_saving(model):
     with Context(model) as context:
         context.feed(IDS[:60], 0)

@@ -143,7 +143,9 @@ llama_clex_cache::state_guard llama_clex_cache::state_read(llama_kv_cache & kv, 
         }
 
         declared.resize(tag.n_declared);
-        io.read(declared.data(), declared.size()*sizeof(declared[0]));
+        for (int64_t & n_declared : declared) {
+            io.read(&n_declared, sizeof(n_declared));
+        }
     }
 
     return state_guard(kv, seq_id, std::move(declared));
