@@ -19,12 +19,12 @@ STOCK = Path(__file__).parent.parent / "build" / "stock" / "bin"
 class Server:
     """What a process holds: a model, a context, and a cache as long as the last order left it."""
 
-    def __init__(self, path: str, n_ctx: int, options: dict[str, Any]) -> None:
+    def __init__(self, path: str, n_ctx: int, gpu_layers: int, options: dict[str, Any]) -> None:
         import numpy as np
 
         from benchmarks.context import Context, Model
 
-        model = Model(path)
+        model = Model(path, gpu_layers)
         self.tokens = np.random.default_rng(0).integers(0, model.n_vocab, n_ctx, np.int32)
         self.context = Context(model, n_ctx, **options)
         self.cached = 0
@@ -123,8 +123,8 @@ def compare(sides: list[Side], rounds: int, method: str, depth: int, count: int)
 )  # fmt: skip
 @click.option("--amx", is_flag=True, help="Compare with AMX and without instead: the patched library twice.")
 @click.option(
-    "--depth", "depths", type=click.IntRange(min=1), multiple=True, default=[64, 4096], show_default=True,
-    help="Tokens cached when decoding begins. Repeatable.",
+    "--depth", "depths", type=click.IntRange(min=0), multiple=True, default=[0, 4096], show_default=True,
+    help="Tokens cached before. Repeatable.",
 )  # fmt: skip
 @click.option("--prompt", type=click.IntRange(min=1), default=512, show_default=True, help="Tokens prefilled at once.")
 @click.option("--tokens", type=click.IntRange(min=1), default=16, show_default=True, help="Tokens decoded in a turn.")
@@ -132,6 +132,7 @@ def compare(sides: list[Side], rounds: int, method: str, depth: int, count: int)
 @click.option("--kv-type", type=click.Choice(["f16", "f32", "q8_0"]), default="f16", show_default=True)
 @click.option("--flash-attn", is_flag=True, help="Flash attention.")
 @click.option("--threads", type=click.IntRange(min=1), help="[default: the physical cores]")
+@click.option("--n-gpu-layers", type=int, default=0, show_default=True, help="Layers on the GPU; -1: all.")
 @click.option("--cpu-time", is_flag=True, help="Count CPU time on one thread, which a busy machine disturbs less.")
 def main(
     model: str,
@@ -145,6 +146,7 @@ def main(
     kv_type: str,
     flash_attn: bool,
     threads: int | None,
+    n_gpu_layers: int,
     cpu_time: bool,
 ) -> None:
     """Measure prefill and decode of MODEL, which has no tables, with the stock library and the patched one.
@@ -165,19 +167,18 @@ def main(
         rows = [("stock", model, library), ("stock, again", model, library), ("patched, no tables", model, {})]
         if tables:
             rows.append(("patched, tables", tables, {}))
-    n_ctx = max(prompt, *depths) + tokens + 1
+    n_ctx = max(depths) + max(prompt, tokens + 1)
     options = {"kv_type": kv_type, "flash_attn": flash_attn, "threads": threads}
     if cpu_time:
         options |= {"threads": 1, "clock": time.process_time}
-    sides = [Side.start(name, environment, path, n_ctx, options) for name, path, environment in rows]
+    sides = [Side.start(name, environment, path, n_ctx, n_gpu_layers, options) for name, path, environment in rows]
 
     click.echo("| | " + " | ".join([f"{sides[0].name}, tok/s", *(side.name for side in sides[1:])]) + " |")
     click.echo("| --- |" + " ---: |" * len(sides))
-    for name, method, depth, count in [
-        (f"prefill {prompt:,}", "prefill", 0, prompt),
-        *((f"decode at {depth:,}", "decode", depth, tokens) for depth in sorted(depths)),
-    ]:
-        click.echo(f"| {name} | " + " | ".join(compare(sides, rounds, method, depth, count)) + " |")
+    for depth in sorted(depths):
+        for method, count in (("prefill", prompt), ("decode", tokens)):
+            cells = [f"{method} {count:,} at {depth:,}", *compare(sides, rounds, method, depth, count)]
+            click.echo("| " + " | ".join(cells) + " |")
     for side in sides:
         side.stop()
 

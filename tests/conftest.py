@@ -1,11 +1,17 @@
 from __future__ import annotations
 
+import contextlib
 import os
+import signal
 from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
 import pytest
+
+# A shell that starts the tests in the background lets them ignore Ctrl-C, and so would every command that they run.
+with contextlib.suppress(ValueError):  # not in the main thread
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Threads that spin while they wait starve those of the other test processes.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
@@ -17,6 +18,9 @@ set_verbose(False)
 
 F32, F16, Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, BF16 = 0, 1, 2, 3, 6, 7, 8, 30
 WARN, ERROR = 3, 4
+
+# benchmarks/gpu_check.sh runs the tests with all layers on a GPU.
+GPU_LAYERS = int(os.environ.get("CLEX_TEST_GPU_LAYERS", "0"))
 
 
 @contextmanager
@@ -39,6 +43,7 @@ def logged(level: int) -> Iterator[list[str]]:
 class Model:
     def __init__(self, path: object) -> None:
         params = llama_cpp.llama_model_default_params()
+        params.n_gpu_layers = GPU_LAYERS
         self.pointer = llama_cpp.llama_model_load_from_file(str(path).encode(), params)
         assert self.pointer, f"{path} was refused"
         self.n_vocab = llama_cpp.llama_vocab_n_tokens(llama_cpp.llama_model_get_vocab(self.pointer))

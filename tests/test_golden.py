@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from low_level import F16, F32
+from low_level import F16, F32, GPU_LAYERS
 
 from clex_local import Llama
 
@@ -17,7 +17,9 @@ def load(golden_gguf):
     opened = []
 
     def open_model(name, **options):
-        opened.append(Llama(str(golden_gguf(name)), n_ctx=512, logits_all=True, verbose=False, **options))
+        opened.append(
+            Llama(str(golden_gguf(name)), n_ctx=512, logits_all=True, verbose=False, n_gpu_layers=GPU_LAYERS, **options)
+        )
         return opened[-1]
 
     yield open_model
