@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import llama_cpp
 import numpy as np
 import pytest
@@ -189,3 +194,46 @@ def test_positions_are_not_divided(model):
         llama_cpp.llama_memory_seq_div(context.memory, 0, 0, -1, 2)
         assert context.last_position() == 59
         np.testing.assert_array_equal(context.feed(IDS[60:61], 60), expected)
+
+
+OUT_OF_MEMORY = """
+import resource, sys
+from pathlib import Path
+import numpy as np
+from low_level import Context, Model
+from random_gguf import make_model, random_tokens
+
+# Keys wide enough that re-rotating a chunk needs far more memory than the ubatches of 16 tokens ever did.
+model = Model(make_model(Path(sys.argv[1]), original=1024, n_buckets=2, head=256, n_head=4, n_head_kv=4, n_layer=1))
+ids = random_tokens(1030)
+outcomes = []
+for short in (False, True):
+    with Context(model, n_ctx=1280, n_ubatch=16) as context:
+        for start in range(0, 1024, 512):
+            context.feed(ids[start : start + 512], start)
+        if short:
+            soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+            used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+            resource.setrlimit(resource.RLIMIT_AS, (used + 2**21, hard))
+            code = context.try_decode([(ids[1024], 1024, [0], True)])
+            resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
+            print("code", code, "rotated", context.rerotated_cells, "last", context.last_position())
+        outcomes.append(np.stack([context.feed(ids[i : i + 1], i) for i in range(1024, 1028)]))
+        print("rotated", context.rerotated_cells)
+print("difference", np.abs(outcomes[0] - outcomes[1]).max())
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="needs Linux")
+def test_memory_that_is_not_there_fails_the_decode_and_the_next_one_works(tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-c", OUT_OF_MEMORY, str(tmp_path / "wide.gguf")],
+        cwd=Path(__file__).parent,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "MALLOC_MMAP_THRESHOLD_": "131072"},  # freed memory goes back, so that the limit is felt
+    )
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert lines[:3] == ["rotated 1024", "code -2 rotated 0 last 1023", "rotated 1024"]
+    assert float(lines[3].removeprefix("difference ")) < 1e-4
