@@ -225,6 +225,7 @@ print("difference", np.abs(outcomes[0] - outcomes[1]).max())
 
 
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="needs Linux")
+@pytest.mark.skipif("asan" in os.environ.get("LD_PRELOAD", ""), reason="AddressSanitizer ends the program itself")
 def test_memory_that_is_not_there_fails_the_decode_and_the_next_one_works(tmp_path):
     done = subprocess.run(
         [sys.executable, "-c", OUT_OF_MEMORY, str(tmp_path / "wide.gguf")],
