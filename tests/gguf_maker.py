@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import struct
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from clex_local.gguf_file import GGUFFile
 
 _CODES = {
     np.uint8: 0,
@@ -67,3 +70,16 @@ def gguf_bytes(
     if pad_end:
         data += bytes(-len(data) % alignment)
     return head + bytes(-len(head) % alignment) + data
+
+
+def rewrite(source: Path, target: Path, changes: dict[str, Any]) -> Path:
+    """A copy of a GGUF file with some keys set, or removed where the value is None."""
+    with GGUFFile(source) as file:
+        for key, value in changes.items():
+            if value is None:
+                file.remove(key)
+            else:
+                file.set(key, value)
+        data = source.read_bytes()[file.data_offset :]
+        target.write_bytes(file.header() + data)
+    return target

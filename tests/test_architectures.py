@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 from clex_convert import convert
 from clex_convert import tables as make_tables
+from gguf_maker import rewrite
 from low_level import ERROR, WARN, Context, Model, logged
-from test_native_tables import rewrite
 from tiny_models import LENGTH, Reference, assert_growing, convert_plainly, kind_of, make_model
 
 from clex_local._library import library_path

@@ -5,6 +5,7 @@ from __future__ import annotations
 import llama_cpp
 import numpy as np
 import pytest
+from gguf_maker import rewrite
 from llama_cpp._logger import llama_log_callback
 
 from clex_local import native
@@ -48,18 +49,6 @@ BROKEN = {
     ),
     "provenance type": ({"clex.provenance": np.uint32(1)}, "clex.provenance must be of type string"),
 }
-
-
-def rewrite(source, target, changes):
-    with GGUFFile(source) as file:
-        for key, value in changes.items():
-            if value is None:
-                file.remove(key)
-            else:
-                file.set(key, value)
-        data = source.read_bytes()[file.data_offset :]
-        target.write_bytes(file.header() + data)
-    return target
 
 
 def load(path):

@@ -200,7 +200,7 @@ def test_clamp_uses_the_last_table_beyond_it(load, tiny, tmp_path):
     clamped.eval(IDS)
     assert clamped.clex.bucket == 3
     # tables whose last bucket reaches further but holds the same frequencies
-    from test_native_tables import rewrite
+    from gguf_maker import rewrite
 
     factors = np.array([1, 2, 3, 8], np.float32)
     longer = load(rewrite(tiny, tmp_path / "longer.gguf", {"clex.scaling_factors": factors}))

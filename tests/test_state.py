@@ -9,9 +9,9 @@ import sys
 import llama_cpp
 import numpy as np
 import pytest
+from gguf_maker import rewrite
 from low_level import BF16, ERROR, F16, Q8_0, Context, Model, logged
 from random_gguf import make_model, random_tokens
-from test_native_tables import rewrite
 
 from clex_local import Llama, native
 from clex_local.llama import StateError
