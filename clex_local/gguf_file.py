@@ -1,6 +1,6 @@
 """GGUF headers through ggml's own C API, so that Python accepts exactly the files that the runtime accepts.
 
-Only the header is read: keys, and where each tensor lies. Tensor data is never loaded.
+Only headers are read and made: keys, and where each tensor lies. Tensor data is never loaded.
 """
 
 from __future__ import annotations
@@ -14,12 +14,15 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from clex_local._library import library_path
 from clex_local.errors import ClexError
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 # enum gguf_type: its names here, and what each is in C and in numpy. Arrays have their element's name plus "[]".
 _NUMBERS: dict[int, tuple[str, Any, type[np.generic]]] = {
@@ -67,6 +70,12 @@ class _InitParams(ctypes.Structure):
     _fields_ = [("no_alloc", ctypes.c_bool), ("ctx", ctypes.c_void_p)]
 
 
+class _MemoryParams(ctypes.Structure):
+    """``ggml_init_params``."""
+
+    _fields_ = [("mem_size", ctypes.c_size_t), ("mem_buffer", ctypes.c_void_p), ("no_alloc", ctypes.c_bool)]
+
+
 @functools.cache
 def _ggml() -> ctypes.CDLL:
     """The ggml-base library that lies beside libllama, with the signatures that are used here."""
@@ -80,6 +89,7 @@ def _ggml() -> ctypes.CDLL:
     pointer, i64, size, string = ctypes.c_void_p, ctypes.c_int64, ctypes.c_size_t, ctypes.c_char_p
     signatures: dict[str, tuple[Any, list[Any]]] = {
         "gguf_init_from_file": (pointer, [string, _InitParams]),
+        "gguf_init_from_buffer": (pointer, [string, size, _InitParams]),
         "gguf_free": (None, [pointer]),
         "gguf_get_alignment": (size, [pointer]),
         "gguf_get_data_offset": (size, [pointer]),
@@ -101,8 +111,14 @@ def _ggml() -> ctypes.CDLL:
         "gguf_remove_key": (i64, [pointer, string]),
         "gguf_set_val_str": (None, [pointer, string, string]),
         "gguf_set_arr_data": (None, [pointer, string, ctypes.c_int, pointer, size]),
+        "gguf_add_tensor": (None, [pointer, pointer]),
         "gguf_get_meta_size": (size, [pointer]),
         "gguf_get_meta_data": (None, [pointer, pointer]),
+        "ggml_init": (pointer, [_MemoryParams]),
+        "ggml_free": (None, [pointer]),
+        "ggml_tensor_overhead": (size, []),
+        "ggml_new_tensor": (pointer, [pointer, ctypes.c_int, ctypes.c_int, ctypes.POINTER(i64)]),
+        "ggml_set_name": (pointer, [pointer, string]),
         "ggml_log_get": (None, [ctypes.POINTER(pointer), ctypes.POINTER(pointer)]),
         "ggml_log_set": (None, [pointer, pointer]),
     }
@@ -134,61 +150,13 @@ def _captured_log() -> Iterator[list[str]]:
             library.ggml_log_set(previous, data)
 
 
-class GGUFFile:
-    """The header of one GGUF file, to read and to change in memory; close it or use it in ``with``.
+class _Header:
+    """Keys of a GGUF header in memory; close it or use it in ``with``.
 
     Source: the functions of llama.cpp's ``ggml/include/gguf.h``.
     """
 
-    def __init__(self, path: str | os.PathLike[str]) -> None:
-        """Reads the header.
-
-        Raises:
-            GGUFError: the file is missing or unreadable, is not GGUF, breaks a rule of ggml's reader, or ends
-                before its last tensor does.
-        """
-        self.path = Path(path)
-        self._context: int | None = None
-        try:
-            with self.path.open("rb") as file:
-                magic = file.read(4)
-                file_size = os.fstat(file.fileno()).st_size
-        except OSError as error:
-            raise GGUFError(f"{self.path}: cannot be read ({error.strerror})") from None
-        if magic != b"GGUF":
-            raise GGUFError(f"{self.path}: not a GGUF file (it does not start with the letters GGUF)")
-        with _captured_log() as log:
-            self._context = _ggml().gguf_init_from_file(os.fsencode(self.path), _InitParams(True, None))
-        if self._context is None:
-            first = next((line for line in "".join(log).splitlines() if line.strip()), "no reason given")
-            reason = first.split(": ", 1)[-1].strip()
-            raise GGUFError(f"{self.path}: damaged GGUF file ({reason}); download or convert it again")
-        self.tensors = self._read_tensors()
-        needed = self.data_offset + max((tensor.offset + tensor.size for tensor in self.tensors), default=0)
-        if file_size < needed:
-            self.close()
-            raise GGUFError(
-                f"{self.path}: truncated GGUF file (its tensors need {needed} bytes, it has {file_size}); "
-                "download or convert it again"
-            )
-
-    def _read_tensors(self) -> tuple[TensorInfo, ...]:
-        library, context = _ggml(), self._context
-        tensors = []
-        for i in range(library.gguf_get_n_tensors(context)):
-            shape = list(library.gguf_get_tensor_ne(context, i).contents)
-            while len(shape) > 1 and shape[-1] == 1:
-                shape.pop()
-            tensors.append(
-                TensorInfo(
-                    name=library.gguf_get_tensor_name(context, i).decode("utf-8", "replace"),
-                    shape=tuple(shape),
-                    type=library.gguf_get_tensor_type(context, i),
-                    offset=library.gguf_get_tensor_offset(context, i),
-                    size=library.gguf_get_tensor_size(context, i),
-                )
-            )
-        return tuple(tensors)
+    _context: int | None = None
 
     def close(self) -> None:
         """Frees the header; the object is of no use afterwards."""
@@ -196,29 +164,20 @@ class GGUFFile:
             _ggml().gguf_free(self._context)
             self._context = None
 
-    def __enter__(self) -> GGUFFile:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *exception: object) -> None:
         self.close()
 
     def __del__(self) -> None:
-        # The attribute is missing when __init__ failed before it, the library when Python shuts down.
-        if getattr(self, "_context", None) is not None and sys is not None:
+        if self._context is not None and sys is not None:  # the library is missing when Python shuts down
             self.close()
 
     @property
-    def data_offset(self) -> int:
-        """First byte of the data section in the file that was read."""
-        return _ggml().gguf_get_data_offset(self._context)
-
-    @property
-    def data_size(self) -> int:
-        """Bytes of the data section, with the padding after the last tensor."""
-        if not self.tensors:
-            return 0
-        last, alignment = self.tensors[-1], _ggml().gguf_get_alignment(self._context)
-        return (last.offset + last.size + alignment - 1) // alignment * alignment
+    def alignment(self) -> int:
+        """Bytes that the data section, and each tensor in it, is aligned to."""
+        return _ggml().gguf_get_alignment(self._context)
 
     def keys(self) -> list[str]:
         """Every key, in the file's order."""
@@ -264,6 +223,91 @@ class GGUFFile:
         data = ctypes.string_at(library.gguf_get_arr_data(context, index), count * np.dtype(dtype).itemsize)
         return np.frombuffer(data, dtype).copy()
 
+
+
+class GGUFFile(_Header):
+    """The header of one GGUF file, to read."""
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        """Reads the header.
+
+        Raises:
+            GGUFError: the file is missing or unreadable, is not GGUF, breaks a rule of ggml's reader, or ends
+                before its last tensor does.
+        """
+        self.path = Path(path)
+        try:
+            with self.path.open("rb") as file:
+                magic = file.read(4)
+                file_size = os.fstat(file.fileno()).st_size
+        except OSError as error:
+            raise GGUFError(f"{self.path}: cannot be read ({error.strerror})") from None
+        if magic != b"GGUF":
+            raise GGUFError(f"{self.path}: not a GGUF file (it does not start with the letters GGUF)")
+        with _captured_log() as log:
+            self._context = _ggml().gguf_init_from_file(os.fsencode(self.path), _InitParams(True, None))
+        if self._context is None:
+            first = next((line for line in "".join(log).splitlines() if line.strip()), "no reason given")
+            reason = first.split(": ", 1)[-1].strip()
+            raise GGUFError(f"{self.path}: damaged GGUF file ({reason}); download or convert it again")
+        self.tensors = self._read_tensors()
+        needed = self.data_offset + max((tensor.offset + tensor.size for tensor in self.tensors), default=0)
+        if file_size < needed:
+            self.close()
+            raise GGUFError(
+                f"{self.path}: truncated GGUF file (its tensors need {needed} bytes, it has {file_size}); "
+                "download or convert it again"
+            )
+
+    def _read_tensors(self) -> tuple[TensorInfo, ...]:
+        library, context = _ggml(), self._context
+        tensors = []
+        for i in range(library.gguf_get_n_tensors(context)):
+            shape = list(library.gguf_get_tensor_ne(context, i).contents)
+            while len(shape) > 1 and shape[-1] == 1:
+                shape.pop()
+            tensors.append(
+                TensorInfo(
+                    name=library.gguf_get_tensor_name(context, i).decode("utf-8", "replace"),
+                    shape=tuple(shape),
+                    type=library.gguf_get_tensor_type(context, i),
+                    offset=library.gguf_get_tensor_offset(context, i),
+                    size=library.gguf_get_tensor_size(context, i),
+                )
+            )
+        return tuple(tensors)
+
+    @property
+    def data_offset(self) -> int:
+        """First byte of the data section in the file that was read."""
+        return _ggml().gguf_get_data_offset(self._context)
+
+    @property
+    def data_size(self) -> int:
+        """Bytes of the data section, with the padding after the last tensor."""
+        if not self.tensors:
+            return 0
+        last, alignment = self.tensors[-1], self.alignment
+        return (last.offset + last.size + alignment - 1) // alignment * alignment
+
+
+class GGUFHeader(_Header):
+    """The header of a GGUF file to be written: it begins with the keys of another file, and without tensors."""
+
+    def __init__(self, source: GGUFFile) -> None:
+        """Takes the keys.
+
+        Raises:
+            GGUFError: the file changed since it was opened.
+        """
+        with source.path.open("rb") as file:
+            data = bytearray(file.read(source.data_offset))
+        data[8:16] = bytes(8)  # the number of tensors: the reader stops after the keys
+        with _captured_log():
+            self._context = _ggml().gguf_init_from_buffer(bytes(data), len(data), _InitParams(True, None))
+        if self._context is None:
+            raise GGUFError(f"{source.path}: changed while it was read; try again")
+
     def set(self, key: str, value: str | np.generic | np.ndarray[Any, Any]) -> None:
         """Sets a key in memory; the numpy type of the value decides the GGUF type.
 
@@ -287,7 +331,29 @@ class GGUFFile:
         """Removes a key in memory, if it is there."""
         _ggml().gguf_remove_key(self._context, key.encode())
 
-    def header(self) -> bytes:
+    def add_tensor(self, name: str, shape: tuple[int, ...], type: int) -> int:
+        """Adds a tensor after the last one.
+
+        Args:
+            name: its name, which no other tensor has.
+            shape: elements per dimension, the contiguous one first.
+            type: number of its ``ggml_type``.
+
+        Returns:
+            Its first byte, counted from the start of the data section.
+        """
+        library = _ggml()
+        memory = library.ggml_init(_MemoryParams(library.ggml_tensor_overhead(), None, True))
+        try:
+            dimensions = (ctypes.c_int64 * len(shape))(*shape)
+            tensor = library.ggml_new_tensor(memory, type, len(shape), dimensions)
+            library.ggml_set_name(tensor, name.encode())
+            library.gguf_add_tensor(self._context, tensor)  # which copies it
+        finally:
+            library.ggml_free(memory)
+        return library.gguf_get_tensor_offset(self._context, library.gguf_get_n_tensors(self._context) - 1)
+
+    def encoded(self) -> bytes:
         """The header as it is in memory, padded: the tensor data follows it directly in a file."""
         library = _ggml()
         buffer = ctypes.create_string_buffer(library.gguf_get_meta_size(self._context))

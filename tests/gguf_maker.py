@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from clex_local.gguf_file import GGUFFile
+from clex_local.gguf_file import GGUFFile, GGUFHeader
 
 _CODES = {
     np.uint8: 0,
@@ -74,12 +74,14 @@ def gguf_bytes(
 
 def rewrite(source: Path, target: Path, changes: dict[str, Any]) -> Path:
     """A copy of a GGUF file with some keys set, or removed where the value is None."""
-    with GGUFFile(source) as file:
+    with GGUFFile(source) as file, GGUFHeader(file) as header:
         for key, value in changes.items():
             if value is None:
-                file.remove(key)
+                header.remove(key)
             else:
-                file.set(key, value)
+                header.set(key, value)
+        for tensor in file.tensors:
+            header.add_tensor(tensor.name, tensor.shape, tensor.type)
         data = source.read_bytes()[file.data_offset :]
-        target.write_bytes(file.header() + data)
+        target.write_bytes(header.encoded() + data)
     return target

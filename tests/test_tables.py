@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from clex_local.errors import ClexError
-from clex_local.gguf_file import GGUFError, GGUFFile
+from clex_local.gguf_file import GGUFError, GGUFFile, GGUFHeader
 from clex_local.tables import ContextError, Tables, TablesError, read_tables
 
 
@@ -175,17 +175,20 @@ def test_the_header_can_be_changed_and_written(tmp_path: Path) -> None:
     with GGUFFile(path) as file:
         assert file.get("some.list") == ["x", "yä"]
         assert file.kind("some.list") == "string[]"
-        file.remove("some.text")
-        file.set("some.number", np.int64(-5))
-        file.set("some.flag", np.bool_(True))
-        data = path.read_bytes()[file.data_offset :]
-        (tmp_path / "n.gguf").write_bytes(file.header() + data)
+        with GGUFHeader(file) as header:
+            header.remove("some.text")
+            header.set("some.number", np.int64(-5))
+            header.set("some.flag", np.bool_(True))
+            for tensor in file.tensors:
+                assert header.add_tensor(tensor.name, tensor.shape, tensor.type) == tensor.offset
+            with pytest.raises(TypeError, match="no GGUF type for int"):
+                header.set("some.number", 5)  # type: ignore[arg-type]
+            data = path.read_bytes()[file.data_offset :]
+            (tmp_path / "n.gguf").write_bytes(header.encoded() + data)
     with GGUFFile(tmp_path / "n.gguf") as file:
         assert "some.text" not in file
         assert (file.get("some.number"), file.get("some.flag"), file.get("none", 3)) == (-5, True, 3)
         assert [(tensor.name, tensor.shape) for tensor in file.tensors] == [("a.weight", (12,)), ("b.weight", (5,))]
-        with pytest.raises(TypeError, match="no GGUF type for int"):
-            file.set("some.number", 5)  # type: ignore[arg-type]
 
 
 SOUND = gguf_bytes({**MODEL, **GOOD})

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from clex_convert.errors import ConvertError, extra_packages, one_line
+from clex_convert.gguf_parts import first_parts
 from clex_convert.weights import OdeSettings, OdeWeights, find_names, settings_from
 from clex_local.tables import SUPPORTED_ARCHITECTURES
 
@@ -34,6 +35,7 @@ class Rope:
 
     Attributes:
         dim: rotary dimension d of a head.
+        head_dim: the whole dimension of a head.
         base: RoPE base.
         context: original context length in tokens.
         settings: of its CLEX layer, empty where there is none.
@@ -41,6 +43,7 @@ class Rope:
     """
 
     dim: int
+    head_dim: int
     base: float
     context: int
     settings: OdeSettings
@@ -82,7 +85,9 @@ class Checkpoint:
     def _read_config(self) -> dict[str, Any]:
         path = self.path / "config.json"
         if not path.is_file():
-            raise ConvertError(f"{self.path}: not a model folder, it has no config.json")
+            models = [model.name for model in first_parts(self.path)]
+            hint = f"; convert {self.path / models[0]} in it" if len(models) == 1 else ""
+            raise ConvertError(f"{self.path}: not a model folder, it has no config.json{hint}")
         try:
             config = json.loads(path.read_text(encoding="utf-8"))
         except (OSError, ValueError, RecursionError) as error:
@@ -133,7 +138,7 @@ class Checkpoint:
             settings = settings_from(values, f"{self.path / 'config.json'}: {name}")
             facts["rope_scaling"] = {key: value for key, value in scaling.items() if key != "rope_theta"}
         facts["max_position_embeddings"] = config["max_position_embeddings"]
-        return Rope(int(partial * head_dim), float(base), config["max_position_embeddings"], settings, facts)
+        return Rope(int(partial * head_dim), head_dim, float(base), config["max_position_embeddings"], settings, facts)
 
     def _check_architecture(self) -> None:
         classes = [name for names in SUPPORTED_ARCHITECTURES.values() for name in names]

@@ -77,6 +77,13 @@ _METHODS_HELP = "; ".join(f"{name}: {method.summary}" for name, method in METHOD
     help="Scale attention by log(tokens) / log(original context).  [default: as the config says, or no]",
 )
 @click.option(
+    "--bake",
+    type=int,
+    metavar="CTX",
+    help="Write the table for a context of CTX tokens alone, as a model that unpatched llama.cpp, Ollama and LM Studio "
+    "run; shorter prompts use it too.",
+)
+@click.option(
     "--pre-tokenizer",
     metavar="NAME",
     help="llama.cpp's name of the BPE pre-tokenizer, where it cannot recognise it.",
@@ -87,7 +94,8 @@ _METHODS_HELP = "; ".join(f"{name}: {method.summary}" for name, method in METHOD
 def main(verbose: bool, **options: Any) -> None:
     """Convert SOURCE to OUT.gguf with the frequency tables that let it read past its original context.
 
-    SOURCE is a Hugging Face model folder with a CLEX layer, or an existing GGUF file, to which tables are added.
+    SOURCE is a Hugging Face model folder with a CLEX layer, or an existing GGUF file, to which tables are added; of a
+    split one any part.
     """
     # A conversion needs nothing from the network; transformers would ask for some files that a folder lacks.
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -151,7 +159,8 @@ def _show(result: ConversionResult) -> None:
         index, (factor, length) = rows[-1]
         table.add_row(str(index + 1), f"{factor:g}", str(length))
     Console(highlight=False).print(table)
-    click.echo(f"{result.path}: {result.outtype}, method {tables.method}, {_size(result.size)}, {result.seconds:.1f} s")
+    method = tables.method if result.baked is None else f"{tables.method} baked for {result.baked} tokens"
+    click.echo(f"{result.path}: {result.outtype}, method {method}, {_size(result.size)}, {result.seconds:.1f} s")
     for note in result.notes:
         click.echo(f"note: {note}")
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from clex_convert.checkpoint import Checkpoint
+from clex_convert.contents import Contents, baked, with_tables
 from clex_convert.errors import ConvertError
 from clex_convert.gguf_source import GGUFSource
 from clex_convert.methods import METHODS
@@ -17,7 +18,8 @@ from clex_convert.native import OUTTYPES, check_loads, quantize
 from clex_convert.output import Output
 from clex_convert.weights import OdeSettings, read_weights
 from clex_local.errors import ClexError
-from clex_local.tables import Tables, read_tables
+from clex_local.gguf_file import GGUFFile
+from clex_local.tables import Tables, tables_of
 
 Progress = Callable[[str, float], None]
 DEFAULT_OUTTYPE = "q4_k_m"
@@ -29,7 +31,8 @@ class ConversionResult:
 
     Attributes:
         path: the file.
-        tables: its tables.
+        tables: its tables; of a baked file those that the one in it comes from.
+        baked: context length that one table was baked for; None for a file with all of them.
         outtype: type of its tensors, or ``copy``.
         size: bytes.
         seconds: time taken.
@@ -38,6 +41,7 @@ class ConversionResult:
 
     path: Path
     tables: Tables
+    baked: int | None
     outtype: str
     size: int
     seconds: float
@@ -56,6 +60,7 @@ def convert(
     act: str | None = None,
     time_dt: float | None = None,
     log_scale: bool | None = None,
+    bake: int | None = None,
     pre_tokenizer: str | None = None,
     overwrite: bool = False,
     verbose: bool = False,
@@ -67,17 +72,19 @@ def convert(
     source's config, then from the defaults of the authors' code (silu, 0.01, no log scale).
 
     Args:
-        source: Hugging Face model folder, or GGUF file.
+        source: Hugging Face model folder, or GGUF file; any part of a split one stands for all of them.
         output: file to write; it appears complete or not at all.
         outtype: type of the tensors, one of `clex_convert.native.OUTTYPES`, or ``copy`` to keep a GGUF file's tensors
             bit for bit; default ``q4_k_m`` for a folder, ``copy`` for a GGUF file.
-        method: ``clex`` or ``ntk``; default ``clex`` where the weights of a CLEX layer are found.
+        method: ``clex`` or ``ntk``; default ``clex`` where the weights of a CLEX layer are found, and the tables of a
+            GGUF file that has some.
         clex_weights: safetensors file with ode_up_proj and ode_down_proj, for a GGUF file or instead of the folder's.
         original_context: tokens that scaling factor 1 covers; default and upper bound is the source's context length.
         max_factor: last scaling factor; one table for each of 1, 2, ..., max_factor.
         act: activation of the CLEX layer, ``silu`` or ``tanh``.
         time_dt: step of the integration in units of the scaling factor.
         log_scale: whether queries are scaled by log(tokens) / log(original context).
+        bake: write the table of this context length alone, as a model that stock llama.cpp runs.
         pre_tokenizer: llama.cpp's name of a BPE pre-tokenizer that it cannot recognise.
         overwrite: replace an existing output.
         verbose: let llama.cpp log to standard error.
@@ -99,26 +106,30 @@ def convert(
         temporary = target.temporary()  # finds out early whether the folder can be written
         options = OdeSettings(act, time_dt, max_factor, log_scale)
         options.check("options")
-        job = _Job(target, temporary, outtype, pre_tokenizer, verbose, progress or (lambda phase, part: None))
+        job = _Job(target, temporary, outtype, bake, pre_tokenizer, verbose, progress or (lambda phase, part: None))
 
         def tables_for(model: Checkpoint | GGUFSource) -> Tables:
             return _tables(model, method, weights_path, original_context, options)
 
         made = job.folder(source, tables_for) if source.is_dir() else job.gguf(source, tables_for)
-        tables = _read_back(made.temporary, output)
+        _read_back(made, bake, output)
         target.commit(made.temporary)
-    return ConversionResult(output, tables, made.outtype, output.stat().st_size, time.monotonic() - started, made.notes)
+    return ConversionResult(
+        output, made.tables, bake, made.outtype, output.stat().st_size, time.monotonic() - started, made.notes
+    )
 
 
-def _read_back(temporary: Path, output: Path) -> Tables:
-    """The tables of a file about to be put in place, which must be complete to its last tensor."""
+def _read_back(made: _Made, bake: int | None, output: Path) -> None:
+    """Checks a file about to be put in place: it must be complete to its last tensor, and have what was made for it."""
     try:
-        tables = read_tables(temporary)
+        with GGUFFile(made.temporary) as file:
+            tables = tables_of(file)
+            context = file.get(f"{file.get('general.architecture')}.context_length")
     except ClexError as error:
-        reason = str(error).removeprefix(f"{temporary}: ")
+        reason = str(error).removeprefix(f"{made.temporary}: ")
         raise ConvertError(f"{output}: the result cannot be used: {reason}") from None
-    assert tables is not None
-    return tables
+    assert (tables is None) == (bake is not None)
+    assert context == (made.tables.original_context_length if bake is None else bake)
 
 
 def _check_apart(source: Path, output: Path, weights: Path | None) -> None:
@@ -151,6 +162,8 @@ def _tables(
             weights = read_weights(weights_path)
         elif isinstance(model, Checkpoint):
             weights = model.ode_weights()
+        elif method is None and (own := model.own_tables()) is not None:
+            return _own_tables(own, str(model.path), original_context, options)
         if weights is None and method is None:
             raise ConvertError(
                 f"{model.path}: has no CLEX layer; pass its weights with --clex-weights, or --method ntk for "
@@ -180,9 +193,17 @@ def _tables(
     )
 
 
+def _own_tables(tables: Tables, where: str, original_context: int | None, options: OdeSettings) -> Tables:
+    """The tables that a GGUF file has already; only their log scale is left to choose."""
+    if original_context is not None or options != OdeSettings(log_scale=options.log_scale):
+        raise ConvertError(f"{where}: has tables already, which are kept as they are; pass --method to make new ones")
+    return tables if options.log_scale is None else replace(tables, log_scale=options.log_scale)
+
+
 @dataclass
 class _Made:
     temporary: Path
+    tables: Tables
     outtype: str
     notes: list[str]
 
@@ -194,9 +215,16 @@ class _Job:
     target: Output
     temporary: Path
     outtype: str | None
+    bake: int | None
     pre_tokenizer: str | None
     verbose: bool
     progress: Progress
+
+    def contents(self, tables: Tables, model: Checkpoint | GGUFSource) -> Contents:
+        if self.bake is None:
+            return with_tables(tables)
+        architecture = model.gguf_architecture if isinstance(model, Checkpoint) else model.architecture
+        return baked(tables, self.bake, architecture, model.rope)
 
     def folder(self, source: Path, tables_for: Callable[[Checkpoint], Tables]) -> _Made:
         outtype = self.outtype or DEFAULT_OUTTYPE
@@ -204,12 +232,13 @@ class _Job:
             raise ConvertError(f"{source}: copy keeps the tensors of a GGUF file; choose a type for a model folder")
         checkpoint = Checkpoint(source)
         tables = tables_for(checkpoint)
+        contents = self.contents(tables, checkpoint)
         from clex_convert.hf import PRECISIONS, write_checkpoint
 
         direct = outtype in PRECISIONS
         write_checkpoint(
             checkpoint,
-            tables,
+            contents,
             self.temporary,
             self.target.path,
             precision=outtype if direct else checkpoint.precision,
@@ -218,32 +247,36 @@ class _Job:
             progress=lambda part: self.progress("writing", part),
         )
         check_loads(self.temporary, self.target.path, verbose=self.verbose)
-        return _Made(self.temporary, outtype, []) if direct else self.quantized(outtype, [])
+        made = _Made(self.temporary, tables, outtype, list(contents.notes))
+        return made if direct else self.quantized(made)
 
     def gguf(self, source: Path, tables_for: Callable[[GGUFSource], Tables]) -> _Made:
         outtype = self.outtype or "copy"
         if self.pre_tokenizer is not None:
             raise ConvertError("--pre-tokenizer is for model folders; a GGUF file keeps its own")
-        model = GGUFSource(source)
-        with model.file:
+        with GGUFSource(source) as model:
+            if self.target.path.exists() and any(path.samefile(self.target.path) for path in model.paths):
+                raise ConvertError(f"{self.target.path}: is a part of the source; choose another name for the output")
             tables = tables_for(model)
-            notes = []
+            contents = self.contents(tables, model)
+            notes = list(contents.notes)
             if outtype != "copy" and model.quantized:
                 notes.append("the source was quantized already: quantizing it again costs quality")
-            model.write_with(
-                tables, self.temporary, self.target.path, progress=lambda part: self.progress("copying", part)
+            model.write(
+                contents, self.temporary, self.target.path, progress=lambda part: self.progress("copying", part)
             )
-        return _Made(self.temporary, outtype, notes) if outtype == "copy" else self.quantized(outtype, notes)
+        made = _Made(self.temporary, tables, outtype, notes)
+        return made if outtype == "copy" else self.quantized(made)
 
-    def quantized(self, outtype: str, notes: list[str]) -> _Made:
+    def quantized(self, made: _Made) -> _Made:
         result = self.target.temporary()
         more = quantize(
-            self.temporary,
+            made.temporary,
             result,
-            outtype,
+            made.outtype,
             self.target.path,
             verbose=self.verbose,
             progress=lambda part: self.progress("quantizing", part),
         )
-        self.target.discard(self.temporary)
-        return _Made(result, outtype, notes + more)
+        self.target.discard(made.temporary)
+        return replace(made, temporary=result, notes=made.notes + more)

@@ -1,4 +1,4 @@
-"""An existing GGUF file as a source: what it says of its RoPE, and its copy with tables."""
+"""An existing GGUF file, or a split one, as a source: what it says of its RoPE, and its copy with tables."""
 
 from __future__ import annotations
 
@@ -10,41 +10,62 @@ from typing import Any
 import numpy as np
 
 from clex_convert.checkpoint import Rope
-from clex_convert.errors import ConvertError, writing
+from clex_convert.contents import Contents
+from clex_convert.errors import ConvertError
+from clex_convert.gguf_parts import open_parts
+from clex_convert.gguf_writer import GGUFWriter, TensorData, tensors_of
 from clex_convert.weights import OdeSettings
-from clex_local.gguf_file import GGUFFile
-from clex_local.tables import SUPPORTED_ARCHITECTURES, Tables, rope_dimension_count
+from clex_local.errors import ClexError
+from clex_local.tables import SUPPORTED_ARCHITECTURES, Tables, TablesError, rope_dimension_count, tables_of
 
-_CHUNK = 8 << 20
 _FLOATS = {0, 1, 30}  # ggml_type: f32, f16, bf16
 _DEFAULT_BASE = 10000.0  # llama.cpp's, where the key is absent
 
 
 class GGUFSource:
-    """One GGUF file that tables can be added to."""
+    """One GGUF model that tables can be added to; to be used in ``with``.
+
+    Attributes:
+        path: the file, or the part of a split model, that was given.
+        file: the header that holds the model's keys.
+        paths: the files that the model consists of.
+        tensors: where the data of its tensors lie.
+        architecture: its name in GGUF.
+        rope: what the model says of its rotary embedding.
+    """
 
     def __init__(self, path: Path) -> None:
-        """Reads the header.
+        """Reads the headers.
 
         Raises:
-            GGUFError: the file is missing, not GGUF, or damaged.
-            ConvertError: an architecture that the runtime does not have, a part of a split file, a model with a RoPE
-                scaling of its own, or keys without which no tables can be made.
+            GGUFError: a file is missing, not GGUF, or damaged.
+            ConvertError: an architecture that the runtime does not have, a split model whose parts are not all
+                there, a model with a RoPE scaling of its own, or keys without which no tables can be made.
         """
         self.path = path
-        self.file = GGUFFile(path)
+        parts = open_parts(path)
+        self.file, self.paths = parts[0], [part.path for part in parts]
+        self.tensors: list[TensorData] = [tensor for part in parts for tensor in tensors_of(part)]
+        for part in parts[1:]:
+            part.close()
         try:
             self.architecture = self._check_model()
             self._check_scaling()
             self.rope = self._read_rope()
-        except ConvertError:
+        except ClexError:
             self.file.close()
             raise
+
+    def __enter__(self) -> GGUFSource:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.file.close()
 
     @property
     def quantized(self) -> bool:
         """Whether any tensor is of a quantized type."""
-        return any(tensor.type not in _FLOATS for tensor in self.file.tensors)
+        return any(tensor.type not in _FLOATS for tensor in self.tensors)
 
     def _check_model(self) -> str:
         file, architecture = self.file, self.file.get("general.architecture")
@@ -53,14 +74,8 @@ class GGUFSource:
                 f"{self.path}: the architecture {architecture!r} is not supported; "
                 f"supported: {', '.join(SUPPORTED_ARCHITECTURES)}"
             )
-        parts = file.get("split.count", 1)
-        if isinstance(parts, int) and parts > 1:
-            raise ConvertError(
-                f"{self.path}: one of {parts} parts of a split model; join them first with llama.cpp's "
-                "llama-gguf-split --merge"
-            )
         kind = file.get("general.type", "model")
-        if kind != "model" or not file.tensors:
+        if kind != "model" or not self.tensors:
             what = f"a GGUF file of type {kind!r}" if kind != "model" else "a GGUF file without tensors"
             raise ConvertError(f"{self.path}: {what}, not a model")
         return architecture
@@ -87,7 +102,7 @@ class GGUFSource:
                     f"{self.path}: has a RoPE scaling of its own ({self.architecture}.{key} is {self._number(key)}), "
                     "which cannot be combined with tables; start from the model without it"
                 )
-        scaled = next((tensor.name for tensor in self.file.tensors if "rope_f" in tensor.name), None)
+        scaled = next((tensor.name for tensor in self.tensors if "rope_f" in tensor.name), None)
         if scaled is not None:
             raise ConvertError(
                 f"{self.path}: has frequency factors of its own (tensor {scaled}), which cannot be combined with tables"
@@ -103,13 +118,29 @@ class GGUFSource:
         facts: dict[str, Any] = {"architecture": self.architecture, "context_length": context}
         facts["name"] = str(self.file.get("general.name", ""))
         base = _DEFAULT_BASE if base is None else float(base)
-        return Rope(dim, base, context, OdeSettings(), facts)
+        return Rope(dim, self._head_dim() or dim, base, context, OdeSettings(), facts)
 
-    def write_with(self, tables: Tables, target: Path, shown: Path, *, progress: Callable[[float], None]) -> None:
-        """Writes the file with these tables in place of any it has; the tensor data is copied bit for bit.
+    def _head_dim(self) -> int | None:
+        # As llama.cpp finds it.
+        length, width, heads = map(self._number, ("attention.key_length", "embedding_length", "attention.head_count"))
+        return int(length or (width // heads if width and heads else 0))
+
+    def own_tables(self) -> Tables | None:
+        """The tables that the file has already; None if it has none.
+
+        Raises:
+            ConvertError: they break a rule of the metadata.
+        """
+        try:
+            return tables_of(self.file)
+        except TablesError as error:
+            raise ConvertError(f"{self.path}: {error}; pass --method to make new tables") from None
+
+    def write(self, contents: Contents, target: Path, shown: Path, *, progress: Callable[[float], None]) -> None:
+        """Writes the model as one file; the tensor data are copied bit for bit.
 
         Args:
-            tables: their ``original_context_length`` becomes the file's context length.
+            contents: what takes the place of the tables, if any, that the file has.
             target: file to write.
             shown: the file that messages speak of.
             progress: called with the part of the data copied, 0 to 1.
@@ -117,29 +148,14 @@ class GGUFSource:
         Raises:
             ConvertError: the source changed meanwhile, or the disk cannot hold the copy.
         """
-        file = self.file
-        start, left = file.data_offset, file.data_size
-        for key in file.keys():  # noqa: SIM118
-            if key.startswith("clex."):
-                file.remove(key)
-        context = f"{self.architecture}.context_length"
-        if file.get(context) != tables.original_context_length:
-            file.set(context, np.uint32(tables.original_context_length))
-        for key, value in tables.metadata().items():
-            file.set(key, value)
-        # The last tensor's padding may be absent from the source; readers differ in whether they want it.
-        last = file.tensors[-1]
-        left = last.offset + last.size
-        padding = file.data_size - left
-        total = max(left, 1)
-        with self.path.open("rb") as source, writing(shown), target.open("wb") as copy:
-            copy.write(file.header())
-            source.seek(start)
-            while left:
-                chunk = source.read(min(_CHUNK, left))
-                if not chunk:
-                    raise ConvertError(f"{self.path}: became shorter while it was copied; try again")
-                copy.write(chunk)
-                left -= len(chunk)
-                progress(1 - left / total)
-            copy.write(bytes(padding))
+        with GGUFWriter(self.file) as writer:
+            for key in self.file.keys():  # noqa: SIM118
+                if key.startswith("split.") or contents.replaces(key):
+                    writer.header.remove(key)
+            writer.set({f"{self.architecture}.context_length": np.uint32(contents.context_length), **contents.keys})
+            for tensor in self.tensors:
+                if not contents.replaces(tensor.name):
+                    writer.add(tensor)
+            for name, values in contents.tensors.items():
+                writer.add(TensorData.of(name, values))
+            writer.write(target, shown, progress=progress)

@@ -21,8 +21,8 @@ import numpy as np
 
 import clex_convert
 from clex_convert.checkpoint import CLEX_LAYER, Checkpoint
+from clex_convert.contents import Contents
 from clex_convert.errors import ConvertError, extra_packages, one_line, writing
-from clex_local.tables import Tables
 
 PRECISIONS = {"f32": "ALL_F32", "f16": "MOSTLY_F16", "bf16": "MOSTLY_BF16"}
 
@@ -101,8 +101,8 @@ class _Counted:
         self.written(self.nbytes)
 
 
-def _model_class(base: Any, keys: Any, checkpoint: Checkpoint, tables: Tables, pre_tokenizer: str | None) -> Any:
-    """The scripts' class for an architecture, less the CLEX layer's tensors and with the tables."""
+def _model_class(base: Any, keys: Any, checkpoint: Checkpoint, contents: Contents, pre_tokenizer: str | None) -> Any:
+    """The scripts' class for an architecture, less the CLEX layer's tensors and with the contents."""
 
     class ClexModel(base):
         model_arch = base.model_arch
@@ -136,11 +136,17 @@ def _model_class(base: Any, keys: Any, checkpoint: Checkpoint, tables: Tables, p
                     "pass its name with --pre-tokenizer (such as llama-bpe, gpt-2 or qwen2)"
                 ) from None
 
+        def generate_extra_tensors(self) -> Iterator[tuple[str, Any]]:
+            import torch
+
+            yield from (item for item in super().generate_extra_tensors() if not contents.replaces(item[0]))
+            yield from ((name, torch.tensor(values)) for name, values in contents.tensors.items())
+
         def set_gguf_parameters(self) -> None:
             super().set_gguf_parameters()
             # The scripts leave the base out for some architectures, and write a fixed context or width for others.
             replaced = {
-                keys.LLM.CONTEXT_LENGTH: np.uint32(tables.original_context_length),
+                keys.LLM.CONTEXT_LENGTH: np.uint32(contents.context_length),
                 keys.Rope.FREQ_BASE: np.float32(checkpoint.rope.base),
             }
             width = self.hparams.get(_FEED_FORWARD.get(checkpoint.architecture))
@@ -150,7 +156,8 @@ def _model_class(base: Any, keys: Any, checkpoint: Checkpoint, tables: Tables, p
                 name = key.format(arch=self.gguf_writer.arch)
                 self.gguf_writer.remove_key(name)
                 _add_key(self.gguf_writer, name, value)
-            for key, value in tables.metadata().items():
+            for key, value in contents.keys.items():
+                self.gguf_writer.remove_key(key)
                 _add_key(self.gguf_writer, key, value)
 
     return ClexModel
@@ -186,7 +193,7 @@ def _hparams(conversion: ModuleType, checkpoint: Checkpoint, context: int) -> di
 
 def write_checkpoint(
     checkpoint: Checkpoint,
-    tables: Tables,
+    contents: Contents,
     target: Path,
     shown: Path,
     *,
@@ -195,11 +202,11 @@ def write_checkpoint(
     verbose: bool,
     progress: Callable[[float], None],
 ) -> None:
-    """Writes a checkpoint and its tables to a GGUF file.
+    """Writes a checkpoint, and what is said of its rotary embedding, to a GGUF file.
 
     Args:
         checkpoint: the source.
-        tables: their ``original_context_length`` becomes the file's context length.
+        contents: the tables, or one of them baked.
         target: file to write.
         shown: the file that messages speak of.
         precision: type of the matrices, a key of `PRECISIONS`.
@@ -216,11 +223,11 @@ def write_checkpoint(
         model = None
         try:
             base = conversion.get_model_class(checkpoint.architecture)
-            model = _model_class(base, gguf.Keys, checkpoint, tables, pre_tokenizer)(
+            model = _model_class(base, gguf.Keys, checkpoint, contents, pre_tokenizer)(
                 checkpoint.path,
                 gguf.LlamaFileType[PRECISIONS[precision]],
                 target.with_name("unused.gguf"),  # they would take braces in a name for fields to fill in
-                hparams=_hparams(conversion, checkpoint, tables.original_context_length),
+                hparams=_hparams(conversion, checkpoint, contents.context_length),
             )
             model.prepare_tensors()
             model.prepare_metadata(vocab_only=False)
