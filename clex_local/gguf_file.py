@@ -224,7 +224,6 @@ class _Header:
         return np.frombuffer(data, dtype).copy()
 
 
-
 class GGUFFile(_Header):
     """The header of one GGUF file, to read."""
 

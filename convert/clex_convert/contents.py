@@ -97,7 +97,7 @@ def baked(tables: Tables, context: int, architecture: str, rope: Rope) -> Conten
                 factors = (plain / inv_freq).astype(np.float32)
             if not (np.isfinite(factors) & (factors > 0)).all():
                 raise ConvertError("--bake: the frequencies are too far from the model's for factors in float32")
-            tensors = dict.fromkeys(_FACTORS[architecture], factors)
+            tensors = {name: factors for name in _FACTORS[architecture]}
         else:
             keys |= _series(inv_freq, architecture, tables.method)
     names = {name for names in _FACTORS.values() for name in names}

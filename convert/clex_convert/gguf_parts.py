@@ -72,7 +72,7 @@ def _prefix(file: GGUFFile, count: int) -> str:
         return match[1]
     number = number + 1 if isinstance(number, int) else 1
     raise ConvertError(
-        f"{file.path}: one of {count} parts of a split model, by its name another; its name must end in "
+        f"{file.path}: one of {count} parts of a split model, but its name does not say so; rename it to end in "
         f"{_part_path('', number, count)}"
     )
 
