@@ -297,10 +297,13 @@ class GGUFHeader(_Header):
         """Takes the keys.
 
         Raises:
-            GGUFError: the file changed since it was opened.
+            GGUFError: the file changed since it was opened, or cannot be read any more.
         """
-        with source.path.open("rb") as file:
-            data = bytearray(file.read(source.data_offset))
+        try:
+            with source.path.open("rb") as file:
+                data = bytearray(file.read(source.data_offset))
+        except OSError as error:
+            raise GGUFError(f"{source.path}: cannot be read ({error.strerror})") from None
         data[8:16] = bytes(8)  # the number of tensors: the reader stops after the keys
         with _captured_log():
             self._context = _ggml().gguf_init_from_buffer(bytes(data), len(data), _InitParams(True, None))

@@ -145,15 +145,15 @@ def test_inside_the_original_context_the_file_is_the_plain_model(golden_gguf, tm
 
 @pytest.fixture(scope="module")
 def ntk(golden_dir, tmp_path_factory):
-    """A tiny model of an architecture, as a GGUF file with NTK tables."""
+    """A tiny model of an architecture: how to convert its folder, and it as a GGUF file with NTK tables."""
 
-    def get(name: str) -> Path:
+    def get(name: str) -> tuple[dict[str, Any], Path]:
         changes, tokenizer = MODELS[name]
         folder = tmp_path_factory.mktemp("model")
         make_model(name, changes, folder, golden_dir(tokenizer))
-        pre_tokenizer = "gpt-2" if tokenizer == "phi2" else None
-        convert(folder, folder / "model.gguf", outtype="f32", method="ntk", pre_tokenizer=pre_tokenizer)
-        return folder / "model.gguf"
+        options = dict(source=folder, method="ntk", pre_tokenizer="gpt-2" if tokenizer == "phi2" else None)
+        convert(**options, output=folder / "model.gguf", outtype="f32")
+        return options, folder / "model.gguf"
 
     return get
 
@@ -172,10 +172,13 @@ def test_stock_computes_ntk_and_linear_tables_in_every_architecture(name, ntk, i
     The context of 256 is longer than one of the files says and not than the other: Phi-3 takes its long factors for
     one and its short factors for the other.
     """
-    source = ntk(name)
+    folder, source = ntk(name)
     linear = scaled_linearly(source, tmp_path / "linear.gguf")
-    lengths = {source: LAST, linear: 4 * LENGTH}
-    pairs = [(bake(path, n, tmp_path / f"baked-{path.name}"), ids[:LAST]) for path, n in lengths.items()]
+    paths = [
+        bake(**folder, context=LAST, target=tmp_path / "baked.gguf"),
+        bake(linear, 4 * LENGTH, tmp_path / "baked-linear.gguf"),
+    ]
+    pairs = [(path, ids[:LAST]) for path in paths]
     # ggml looks GELU up in a table of 16-bit numbers: the least difference may take the next number
     rounding = 1e-3 if kind_of(name) in ("Phi", "GPTNeoX", "Falcon") else 1e-5
     for logits, path in zip(stock(*pairs), (source, linear), strict=True):
@@ -201,7 +204,7 @@ def test_stock_scales_attention(golden_gguf, ids, stock, tmp_path):
 
 
 def test_attention_that_stock_would_scale_in_part_is_refused(golden_gguf, ntk, tmp_path):
-    source = rewrite(ntk("Phi3 partial"), tmp_path / "scaled.gguf", SCALES)
+    source = rewrite(ntk("Phi3 partial")[1], tmp_path / "scaled.gguf", SCALES)
     with pytest.raises(ConvertError, match=r"scale attention by 1.25, .* this model rotates 24 of 32"):
         convert(source, tmp_path / "m.gguf", bake=SECOND)
 

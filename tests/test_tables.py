@@ -171,7 +171,8 @@ def test_a_length_below_zero_has_no_bucket() -> None:
 
 
 def test_the_header_can_be_changed_and_written(tmp_path: Path) -> None:
-    path = write(tmp_path / "m.gguf", {"some.list": ["x", "yä"], "some.text": "z"})
+    more = {"some.list": ["x", "yä"], "some.text": "z", "some.zeros": ["a\0b"]}  # a vocabulary may have such a token
+    path = write(tmp_path / "m.gguf", more)
     with GGUFFile(path) as file:
         assert file.get("some.list") == ["x", "yä"]
         assert file.kind("some.list") == "string[]"
@@ -185,6 +186,7 @@ def test_the_header_can_be_changed_and_written(tmp_path: Path) -> None:
                 header.set("some.number", 5)  # type: ignore[arg-type]
             data = path.read_bytes()[file.data_offset :]
             (tmp_path / "n.gguf").write_bytes(header.encoded() + data)
+    assert b"a\0b" in (tmp_path / "n.gguf").read_bytes()
     with GGUFFile(tmp_path / "n.gguf") as file:
         assert "some.text" not in file
         assert (file.get("some.number"), file.get("some.flag"), file.get("none", 3)) == (-5, True, 3)

@@ -39,8 +39,8 @@ _METHODS_HELP = "; ".join(f"{name}: {method.summary}" for name, method in METHOD
 @click.option(
     "--method",
     type=click.Choice(list(METHODS)),
-    help=f"How the tables are made. {_METHODS_HELP}.  [default: clex where a CLEX layer is found, the file's own tables "
-    "where it has some]",
+    help=f"How the tables are made. {_METHODS_HELP}.  [default: clex where a CLEX layer is found, the GGUF file's own "
+    "where it has tables]",
 )
 @click.option(
     "--clex-weights",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -11,7 +11,7 @@ from typing import Any, BinaryIO
 import numpy as np
 import numpy.typing as npt
 
-from clex_convert.errors import ConvertError, writing
+from clex_convert.errors import ConvertError, one_line, writing
 from clex_local.gguf_file import GGUFFile, GGUFHeader
 
 _CHUNK = 8 << 20
@@ -89,7 +89,7 @@ class GGUFWriter:
             progress: called with the part of the data written, 0 to 1.
 
         Raises:
-            ConvertError: a source became shorter, or the disk cannot hold the file.
+            ConvertError: a source became shorter or cannot be read, or the disk cannot hold the file.
         """
         offsets = [self.header.add_tensor(t.name, t.shape, t.type) for t in self.tensors.values()]
         total, done, alignment = max(sum(t.size for t in self.tensors.values()), 1), 0, self.header.alignment
@@ -100,13 +100,22 @@ class GGUFWriter:
             for tensor, offset in zip(self.tensors.values(), offsets, strict=True):
                 assert out.tell() == start + offset
                 if isinstance(tensor.source, Path) and tensor.source not in sources:
-                    sources[tensor.source] = stack.enter_context(tensor.source.open("rb"))
+                    with _reading(tensor.source):
+                        sources[tensor.source] = stack.enter_context(tensor.source.open("rb"))
                 for chunk in _chunks(tensor, sources):
                     out.write(chunk)
                     done += len(chunk)
                     progress(done / total)
                 # After the last tensor too: readers differ in whether they want it.
                 out.write(bytes(-tensor.size % alignment))
+
+
+@contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise ConvertError(f"{path}: cannot be read ({error.strerror or one_line(error)})") from None
 
 
 def _chunks(tensor: TensorData, sources: dict[Path, BinaryIO]) -> Iterator[bytes]:
@@ -116,7 +125,8 @@ def _chunks(tensor: TensorData, sources: dict[Path, BinaryIO]) -> Iterator[bytes
     file, left = sources[tensor.source], tensor.size
     file.seek(tensor.offset)
     while left:
-        chunk = file.read(min(_CHUNK, left))
+        with _reading(tensor.source):
+            chunk = file.read(min(_CHUNK, left))
         if not chunk:
             raise ConvertError(f"{tensor.source}: became shorter while it was copied; try again")
         yield chunk
