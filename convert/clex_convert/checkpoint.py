@@ -8,10 +8,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from clex_convert.errors import ConvertError, extra_packages, one_line
+from clex_convert.errors import ConvertError, one_line
 from clex_convert.gguf_parts import first_parts
+from clex_convert.lora import Adapter, Merge
+from clex_convert.weight_files import read_headers, read_tensor
 from clex_convert.weights import OdeSettings, OdeWeights, find_names, settings_from
 from clex_local.tables import SUPPORTED_ARCHITECTURES
 
@@ -22,10 +22,21 @@ _NEEDED = ("hidden_size", "num_attention_heads", "num_hidden_layers", "vocab_siz
 _RENAMED = {"rotary_emb_base": "rope_theta", "rotary_pct": "partial_rotary_factor", "rope_pct": "partial_rotary_factor"}
 # What transformers takes for a key that a config leaves out, where configs do leave it out.
 _DEFAULTS: dict[str, dict[str, Any]] = {
-    "FalconForCausalLM": {"max_position_embeddings": 2048, "rope_theta": 10000.0},
+    "FalconForCausalLM": {"max_position_embeddings": 2048, "rope_theta": 10000.0, "tie_word_embeddings": True},
     "GPTNeoXForCausalLM": {"rope_theta": 10000, "partial_rotary_factor": 0.25},
     "PhiForCausalLM": {"partial_rotary_factor": 0.5},
     "StableLmForCausalLM": {"partial_rotary_factor": 0.25},
+}
+
+# The embedding and the output matrix, which are one tensor where the config ties them.
+_EMBEDDING = {
+    "GPTNeoXForCausalLM": "gpt_neox.embed_in.weight",
+    "FalconForCausalLM": "transformer.word_embeddings.weight",
+}
+_OUTPUT = {"GPTNeoXForCausalLM": "embed_out.weight"}
+# The runtime takes the embedding for an output matrix that is not there, but not for these.
+_OUTPUT_NEEDED = {
+    *("GPTNeoXForCausalLM", "Olmo2ForCausalLM", "PhiForCausalLM", "Qwen2MoeForCausalLM", "StableLmForCausalLM"),
 }
 
 
@@ -51,17 +62,23 @@ class Rope:
 
 
 class Checkpoint:
-    """A model folder with ``config.json`` and weights as safetensors or ``pytorch_model*.bin``."""
+    """A model folder with ``config.json`` and weights as safetensors or ``pytorch_model*.bin``.
 
-    def __init__(self, folder: Path) -> None:
+    With an adapter it is the model that the adapter makes of the folder's: `merges` says what becomes of its tensors.
+    """
+
+    def __init__(self, folder: Path, adapter: Adapter | None = None) -> None:
         """Reads the config and checks that every file of weights is there and complete.
 
         Raises:
             ConvertError: not a model folder, a config without a needed key, an architecture that the runtime does
-                not have, or weights that are missing or damaged.
+                not have, weights that are missing or damaged, or an adapter of another model.
         """
         self.path = folder
+        self.adapter = adapter
         self.config = self._read_config()
+        if adapter is not None:
+            self.config.update(adapter.rope_config)
         architectures = self.config.get("architectures")
         if not isinstance(architectures, list) or not architectures or not isinstance(architectures[0], str):
             raise self._missing("architectures")
@@ -74,11 +91,15 @@ class Checkpoint:
         self.rope = self._read_rope()
         self._check_architecture()
         self.parts = self._find_parts()
-        # Name of every tensor: its file, its type in torch's words, its number of dimensions.
-        self.tensors: dict[str, tuple[Path, str, int]] = {}
+        # Name of every tensor: its file, its type, its shape.
+        self.tensors: dict[str, tuple[Path, str, tuple[int, ...]]] = {}
         for part in self.parts:
-            self._read_part(part)
+            self.tensors.update({name: (part, *header) for name, header in read_headers(part).items()})
         self._check_index()
+        self.merges: dict[str, Merge] = {}
+        if adapter is not None:
+            self.rope.facts["lora"] = adapter.facts
+            self.merges = adapter.merges({name: header[1:] for name, header in self.tensors.items()}, self.tied)
 
     # config.json
 
@@ -166,27 +187,6 @@ class Checkpoint:
                 return parts
         raise ConvertError(f"{self.path}: holds no weights, neither model*.safetensors nor pytorch_model*.bin")
 
-    def _read_part(self, path: Path) -> None:
-        with extra_packages():
-            import torch
-            from safetensors import SafetensorError, safe_open
-        try:
-            if path.suffix == ".bin":
-                tensors = torch.load(path, map_location="meta", mmap=True, weights_only=True)
-                found = {name: (str(tensor.dtype), tensor.dim()) for name, tensor in tensors.items()}
-            else:
-                with safe_open(path, "pt") as file:  # checks the whole header, and the length of the file
-                    slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
-                    found = {name: (part.get_dtype(), len(part.get_shape())) for name, part in slices.items()}
-        except SafetensorError as error:
-            raise ConvertError(f"{path}: damaged or truncated ({one_line(error)}); download it again") from None
-        except OSError as error:
-            raise ConvertError(f"{path}: cannot be read ({one_line(error.strerror or error)})") from None
-        except Exception as error:  # torch.load raises what the pickle makes it raise
-            raise ConvertError(f"{path}: damaged, truncated or not plain weights ({one_line(error)})") from None
-        for name, (dtype, dims) in found.items():
-            self.tensors[name] = (path, dtype, dims)
-
     def _check_index(self) -> None:
         if not self._index.is_file():
             return
@@ -203,35 +203,42 @@ class Checkpoint:
     @cached_property
     def precision(self) -> str:
         """Smallest of ``f16``, ``bf16`` and ``f32`` that holds every matrix of the model without loss."""
+        if any(len(merge.shape) >= 2 for merge in self.merges.values()):
+            return "f32"
         matrices = {
-            dtype.removeprefix("torch.").lower()
-            for name, (_, dtype, dims) in self.tensors.items()
-            if dims >= 2 and CLEX_LAYER not in name
+            dtype for name, (_, dtype, shape) in self.tensors.items() if len(shape) >= 2 and CLEX_LAYER not in name
         }
-        if matrices <= {"float16", "f16"}:
+        if matrices <= {"f16"}:
             return "f16"
-        return "bf16" if matrices <= {"bfloat16", "bf16"} else "f32"
+        return "bf16" if matrices <= {"bf16"} else "f32"
+
+    @property
+    def tied(self) -> tuple[str, str] | None:
+        """Names of the embedding and of the output matrix, where the config says that they are one tensor."""
+        embedding = _EMBEDDING.get(self.architecture, "model.embed_tokens.weight")
+        if not self.config.get("tie_word_embeddings") or embedding not in self.tensors:
+            return None
+        return embedding, _OUTPUT.get(self.architecture, "lm_head.weight")
+
+    @property
+    def needs_output(self) -> bool:
+        """Whether a tied output matrix must be written beside the embedding all the same."""
+        if self.tied is None:
+            return False
+        embedding, output = (self.merges.get(name) for name in self.tied)
+        return embedding is not output or self.architecture in _OUTPUT_NEEDED
 
     def ode_weights(self) -> OdeWeights | None:
-        """The matrices of the CLEX layer; None if the checkpoint has none.
+        """The matrices of the CLEX layer, an adapter's before the folder's; None if neither has one.
 
         Raises:
             ConvertError: only one of the two is there, or it cannot be read.
         """
+        weights = None if self.adapter is None else self.adapter.ode_weights()
+        if weights is not None:
+            return weights
         names = find_names(list(self.tensors), str(self.path))
         if names is None:
             return None
-        up, down = map(self._read_tensor, names)
+        up, down = (read_tensor(self.tensors[name][0], name).float().numpy() for name in names)
         return OdeWeights(up, down, str(self.path))
-
-    def _read_tensor(self, name: str) -> np.ndarray[Any, Any]:
-        with extra_packages():
-            import torch
-            from safetensors import safe_open
-        path = self.tensors[name][0]
-        if path.suffix == ".bin":
-            tensor = torch.load(path, map_location="cpu", mmap=True, weights_only=True)[name]
-        else:
-            with safe_open(path, "pt") as file:
-                tensor = file.get_tensor(name)
-        return tensor.to(torch.float32).numpy()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import os
 import signal
 import sys
 from collections.abc import Iterator
@@ -47,6 +46,12 @@ _METHODS_HELP = "; ".join(f"{name}: {method.summary}" for name, method in METHOD
     type=click.Path(path_type=Path),
     metavar="FILE",
     help="Safetensors file with ode_up_proj and ode_down_proj: for a GGUF file, or instead of the folder's.",
+)
+@click.option(
+    "--lora",
+    type=click.Path(path_type=Path),
+    metavar="DIR",
+    help="LoRA adapter saved by peft, to merge into the folder's weights; a CLEX layer in it is the model's.",
 )
 @click.option(
     "--original-context",
@@ -95,16 +100,14 @@ _METHODS_HELP = "; ".join(f"{name}: {method.summary}" for name, method in METHOD
 def main(verbose: bool, **options: Any) -> None:
     """Convert SOURCE to OUT.gguf with the frequency tables that let it read past its original context.
 
-    SOURCE is a Hugging Face model folder with a CLEX layer, or an existing GGUF file, to which tables are added; of a
-    split one any part.
+    SOURCE is a Hugging Face model folder with a CLEX layer, or an existing GGUF file, to which tables are added (of a
+    split one any part); or a model of the Hugging Face hub, as org/name, org/name@revision or org/name/file.gguf.
     """
-    # A conversion needs nothing from the network; transformers would ask for some files that a folder lacks.
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")
     if verbose:
         logging.basicConfig(format="%(message)s")
     errors = Console(stderr=True)
     try:
-        with Progress(
+        bars = Progress(
             TextColumn("{task.description}"),
             BarColumn(),
             TextColumn("{task.percentage:3.0f} %"),
@@ -112,16 +115,18 @@ def main(verbose: bool, **options: Any) -> None:
             console=errors,
             transient=True,
             disable=verbose or not errors.is_terminal,
-        ) as bars:
-            tasks: dict[str, Any] = {}
+        )
+        tasks: dict[str, Any] = {}
 
-            def progress(phase: str, part: float) -> None:
-                if phase not in tasks:
-                    tasks[phase] = bars.add_task(phase, total=1.0)
-                bars.update(tasks[phase], completed=part)
+        def progress(phase: str, part: float) -> None:
+            bars.start()  # not before, because downloads have bars of their own
+            if phase not in tasks:
+                tasks[phase] = bars.add_task(phase, total=1.0)
+            bars.update(tasks[phase], completed=part)
 
-            with _stoppable():
-                result = convert(**options, verbose=verbose, progress=progress)
+        with _stoppable(), contextlib.ExitStack() as stack:
+            stack.callback(bars.stop)
+            result = convert(**options, verbose=verbose, progress=progress)
     except ClexError as error:
         click.echo(f"clex-convert: error: {error}", err=True)
         sys.exit(1)

@@ -12,6 +12,8 @@ from clex_convert.checkpoint import Checkpoint
 from clex_convert.contents import Contents, baked, with_tables
 from clex_convert.errors import ConvertError
 from clex_convert.gguf_source import GGUFSource
+from clex_convert.hub import fetch
+from clex_convert.lora import Adapter
 from clex_convert.methods import METHODS
 from clex_convert.methods import tables as make_tables
 from clex_convert.native import OUTTYPES, check_loads, quantize
@@ -55,6 +57,7 @@ def convert(
     outtype: str | None = None,
     method: str | None = None,
     clex_weights: str | os.PathLike[str] | None = None,
+    lora: str | os.PathLike[str] | None = None,
     original_context: int | None = None,
     max_factor: int | None = None,
     act: str | None = None,
@@ -69,16 +72,19 @@ def convert(
     """Converts a model folder or a GGUF file to a GGUF file with tables.
 
     Settings of the CLEX layer are taken from the arguments, then from the metadata of `clex_weights`, then from the
-    source's config, then from the defaults of the authors' code (silu, 0.01, no log scale).
+    adapter's and the source's config, then from the defaults of the authors' code (silu, 0.01, no log scale).
 
     Args:
-        source: Hugging Face model folder, or GGUF file; any part of a split one stands for all of them.
+        source: Hugging Face model folder, or GGUF file (any part of a split one stands for all of them); or what
+            `clex_convert.hub.fetch` downloads, such as ``org/name``.
         output: file to write; it appears complete or not at all.
         outtype: type of the tensors, one of `clex_convert.native.OUTTYPES`, or ``copy`` to keep a GGUF file's tensors
             bit for bit; default ``q4_k_m`` for a folder, ``copy`` for a GGUF file.
         method: ``clex`` or ``ntk``; default ``clex`` where the weights of a CLEX layer are found, and the tables of a
             GGUF file that has some.
         clex_weights: safetensors file with ode_up_proj and ode_down_proj, for a GGUF file or instead of the folder's.
+        lora: folder of a LoRA adapter saved by peft, which is merged into the folder's weights; where it holds the
+            matrices of a CLEX layer, these are the model's.
         original_context: tokens that scaling factor 1 covers; default and upper bound is the source's context length.
         max_factor: last scaling factor; one table for each of 1, 2, ..., max_factor.
         act: activation of the CLEX layer, ``silu`` or ``tanh``.
@@ -95,18 +101,19 @@ def convert(
             the message is one line. No file is left behind.
     """
     started = time.monotonic()
-    source, output = Path(source), Path(output)
+    output, adapter_path = Path(output), None if lora is None else Path(lora)
     weights_path = None if clex_weights is None else Path(clex_weights)
-    if not source.exists():
-        raise ConvertError(f"{source}: no such file or folder")
     if outtype not in (None, "copy", *OUTTYPES):
         raise ConvertError(f"the type {outtype!r} is unknown; use copy, {', '.join(OUTTYPES)}")
-    _check_apart(source, output, weights_path)
     with Output(output, overwrite=overwrite) as target:
+        source = fetch(source)
+        _check_apart(source, output, weights_path, adapter_path)
         temporary = target.temporary()  # finds out early whether the folder can be written
         options = OdeSettings(act, time_dt, max_factor, log_scale)
         options.check("options")
-        job = _Job(target, temporary, outtype, bake, pre_tokenizer, verbose, progress or (lambda phase, part: None))
+        adapter = None if adapter_path is None else Adapter(adapter_path)
+        progress = progress or (lambda phase, part: None)
+        job = _Job(target, temporary, outtype, bake, adapter, pre_tokenizer, verbose, progress)
 
         def tables_for(model: Checkpoint | GGUFSource) -> Tables:
             return _tables(model, method, weights_path, original_context, options)
@@ -132,18 +139,19 @@ def _read_back(made: _Made, bake: int | None, output: Path) -> None:
     assert context == (made.tables.original_context_length if bake is None else bake)
 
 
-def _check_apart(source: Path, output: Path, weights: Path | None) -> None:
+def _check_apart(source: Path, output: Path, weights: Path | None, adapter: Path | None) -> None:
     """The output must be none of the files that are read."""
     if not output.exists():
         return
-    if output.is_dir():
-        raise ConvertError(f"{output}: is a folder; give the name of a file in it")
     if source.is_file() and source.samefile(output):
         raise ConvertError(f"{output}: is the source itself; choose another name for the output")
     if weights is not None and weights.exists() and weights.samefile(output):
         raise ConvertError(f"{output}: holds the ODE weights; choose another name for the output")
-    if source.is_dir() and output.suffix != ".gguf" and any(path.samefile(output) for path in source.iterdir()):
-        raise ConvertError(f"{output}: belongs to the source; choose another name for the output")
+    for folder in (source, adapter):
+        if folder is None or not folder.is_dir() or output.suffix == ".gguf":
+            continue
+        if any(path.samefile(output) for path in folder.iterdir()):
+            raise ConvertError(f"{output}: belongs to the source; choose another name for the output")
 
 
 def _tables(
@@ -216,6 +224,7 @@ class _Job:
     temporary: Path
     outtype: str | None
     bake: int | None
+    adapter: Adapter | None
     pre_tokenizer: str | None
     verbose: bool
     progress: Progress
@@ -230,7 +239,7 @@ class _Job:
         outtype = self.outtype or DEFAULT_OUTTYPE
         if outtype == "copy":
             raise ConvertError(f"{source}: copy keeps the tensors of a GGUF file; choose a type for a model folder")
-        checkpoint = Checkpoint(source)
+        checkpoint = Checkpoint(source, self.adapter)
         tables = tables_for(checkpoint)
         contents = self.contents(tables, checkpoint)
         from clex_convert.hf import PRECISIONS, write_checkpoint
@@ -254,6 +263,8 @@ class _Job:
         outtype = self.outtype or "copy"
         if self.pre_tokenizer is not None:
             raise ConvertError("--pre-tokenizer is for model folders; a GGUF file keeps its own")
+        if self.adapter is not None:
+            raise ConvertError(f"{source}: --lora is for model folders; merge it into the model that this file is of")
         with GGUFSource(source) as model:
             if self.target.path.exists() and any(path.samefile(self.target.path) for path in model.paths):
                 raise ConvertError(f"{self.target.path}: is a part of the source; choose another name for the output")

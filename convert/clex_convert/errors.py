@@ -9,7 +9,7 @@ from contextlib import contextmanager
 
 from clex_local.errors import ClexError
 
-_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
 class ConvertError(ClexError):
@@ -34,7 +34,7 @@ def writing(path: str | os.PathLike[str]) -> Iterator[None]:
         yield
     except OSError as error:
         # numpy's tofile reports a short write without an errno.
-        if error.errno in _FULL or (error.errno is None and "written" in str(error)):
+        if error.errno in FULL or (error.errno is None and "written" in str(error)):
             raise disk_full(path) from None
         raise ConvertError(f"{path}: could not be written ({error.strerror or one_line(error)})") from None
 

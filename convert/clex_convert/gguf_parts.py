@@ -17,6 +17,14 @@ def _part_path(prefix: str, number: int, count: int) -> str:
     return f"{prefix}-{number:05d}-of-{count:05d}.gguf"
 
 
+def part_names(name: str) -> list[str]:
+    """Names of all parts of a split model, in their order, by the name of one; of another file its own."""
+    match = _NAME.fullmatch(name)
+    if match is None:
+        return [name]
+    return [_part_path(match[1], number, int(match[3])) for number in range(1, int(match[3]) + 1)]
+
+
 def first_parts(folder: Path) -> list[Path]:
     """The GGUF models in a folder: single files, and of split models the first parts that are there."""
     models: dict[tuple[str, str], Path] = {}

@@ -23,6 +23,7 @@ import clex_convert
 from clex_convert.checkpoint import CLEX_LAYER, Checkpoint
 from clex_convert.contents import Contents
 from clex_convert.errors import ConvertError, extra_packages, one_line, writing
+from clex_convert.hub import named_card, offline
 
 PRECISIONS = {"f32": "ALL_F32", "f16": "MOSTLY_F16", "bf16": "MOSTLY_BF16"}
 
@@ -101,15 +102,40 @@ class _Counted:
         self.written(self.nbytes)
 
 
-def _model_class(base: Any, keys: Any, checkpoint: Checkpoint, contents: Contents, pre_tokenizer: str | None) -> Any:
-    """The scripts' class for an architecture, less the CLEX layer's tensors and with the contents."""
+def _model_class(
+    conversion: ModuleType, keys: Any, checkpoint: Checkpoint, contents: Contents, pre_tokenizer: str | None
+) -> Any:
+    """The scripts' class for an architecture: less the CLEX layer, with what an adapter changes and the contents."""
+    base = conversion.get_model_class(checkpoint.architecture)
+    loaders: dict[str, Callable[[], Any]] = {}
+
+    def merged(name: str) -> Callable[[], Any]:
+        merge = checkpoint.merges.get(name)
+        if merge is None:
+            return loaders[name]
+        lazy = conversion.base.LazyTorchTensor
+        meta = lazy.meta_with_dtype_and_shape(lazy._dtype_str_map["F32"], merge.shape)
+        return lambda: lazy(meta=meta, args=(loaders[name](),), func=merge.apply)
 
     class ClexModel(base):
         model_arch = base.model_arch
 
+        def index_tensors(self, remote_hf_model_id: str | None = None) -> dict[str, Any]:
+            tensors = super().index_tensors(remote_hf_model_id)
+            if checkpoint.needs_output:
+                assert checkpoint.tied is not None
+                embedding, output = checkpoint.tied
+                loaders[output] = loaders[embedding]
+                tensors[output] = merged(output)
+            return tensors
+
         @classmethod
         def filter_tensors(cls, item: tuple[str, Any]) -> tuple[str, Any] | None:
-            return None if CLEX_LAYER in item[0] else super().filter_tensors(item)
+            name, loaders[item[0]] = item
+            # transformers does not look at the output matrix of a model whose config ties it to the embedding
+            if CLEX_LAYER in name or (checkpoint.tied is not None and name == checkpoint.tied[1]):
+                return None
+            return super().filter_tensors((name, merged(name)))
 
         # Where a pre-tokenizer is named the vocabulary is a byte-level BPE, whatever its files make of it: the
         # scripts try the other kinds first and would take a folder that transformers saved from a GGUF for one.
@@ -124,6 +150,17 @@ def _model_class(base: Any, keys: Any, checkpoint: Checkpoint, contents: Content
         def _refuse_other_kinds(self) -> None:
             if pre_tokenizer is not None:
                 raise FileNotFoundError("the vocabulary is a byte-level BPE")  # what the scripts go on from
+
+        def set_vocab(self) -> None:
+            super().set_vocab()
+            templates = _chat_templates(checkpoint.path)
+            if templates is not None:
+                for key in [key for key in self.gguf_writer.kv_data[0] if key.startswith("tokenizer.chat_template")]:
+                    self.gguf_writer.remove_key(key)
+                self.gguf_writer.add_chat_template(templates)
+            names = self.gguf_writer.kv_data[0].get(keys.Tokenizer.CHAT_TEMPLATES)
+            if names is not None:
+                names.value.sort()  # out of a set, in another order each time
 
         def get_vocab_base_pre(self, tokenizer: Any) -> str:
             if pre_tokenizer is not None:
@@ -161,6 +198,17 @@ def _model_class(base: Any, keys: Any, checkpoint: Checkpoint, contents: Content
                 _add_key(self.gguf_writer, key, value)
 
     return ClexModel
+
+
+def _chat_templates(folder: Path) -> str | list[dict[str, str]] | None:
+    """The templates that lie in files of their own, which for transformers win over the one in a tokenizer's config."""
+    files = {path.stem: path for path in sorted(folder.glob("additional_chat_templates/*.jinja"))}
+    default = folder / "chat_template.jinja"
+    if default.is_file():
+        if not files:
+            return default.read_text(encoding="utf-8")
+        files = {"default": default, **files}
+    return [{"name": name, "template": path.read_text(encoding="utf-8")} for name, path in files.items()] or None
 
 
 def _add_key(writer: Any, key: str, value: Any) -> None:
@@ -219,18 +267,19 @@ def write_checkpoint(
 
     Source: ``ModelBase.write`` of llama.cpp's conversion/base.py.
     """
-    with conversion_scripts() as (conversion, gguf), _quiet(verbose):
+    with conversion_scripts() as (conversion, gguf), _quiet(verbose), offline():
         model = None
         try:
-            base = conversion.get_model_class(checkpoint.architecture)
-            model = _model_class(base, gguf.Keys, checkpoint, contents, pre_tokenizer)(
+            model = _model_class(conversion, gguf.Keys, checkpoint, contents, pre_tokenizer)(
                 checkpoint.path,
                 gguf.LlamaFileType[PRECISIONS[precision]],
                 target.with_name("unused.gguf"),  # they would take braces in a name for fields to fill in
                 hparams=_hparams(conversion, checkpoint, contents.context_length),
             )
             model.prepare_tensors()
-            model.prepare_metadata(vocab_only=False)
+            with named_card(checkpoint.path) as card:
+                model.dir_model_card = card
+                model.prepare_metadata(vocab_only=False)
             _write(model.gguf_writer, target, shown, progress)
         except ConvertError:
             raise

@@ -35,6 +35,8 @@ class Output:
 
     def _check(self) -> None:
         if os.path.lexists(self.path):
+            if self.path.is_dir():
+                raise ConvertError(f"{self.path}: is a folder; give the name of a file in it")
             if not self.path.is_file() and not self.path.is_symlink():
                 raise ConvertError(f"{self.path}: is not a regular file, choose another name for the output")
             if not self.overwrite:

@@ -1,0 +1,65 @@
+"""Files of weights, safetensors or PyTorch's: what they hold, and one tensor of them at a time."""
+
+from __future__ import annotations
+
+import zipfile
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from clex_convert.errors import ConvertError, extra_packages, one_line
+
+if TYPE_CHECKING:
+    import torch
+
+
+def read_headers(path: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """Type and shape of every tensor of a file; nothing that a pickle names is run.
+
+    Raises:
+        ConvertError: the file is damaged or truncated, cannot be read, or holds more than plain weights.
+    """
+    with extra_packages():
+        import torch
+        from safetensors import SafetensorError, safe_open
+    try:
+        if path.suffix == ".bin":
+            if _is_pickle(path):
+                raise ConvertError(
+                    f"{path}: is in the format of torch before 1.6, which cannot be read a tensor at a time; "
+                    "save it again as safetensors"
+                )
+            tensors = torch.load(path, map_location="meta", mmap=True, weights_only=True)
+            return {name: (_type(str(tensor.dtype)), tuple(tensor.shape)) for name, tensor in tensors.items()}
+        with safe_open(path, "pt") as file:  # checks the whole header, and the length of the file
+            slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
+            return {name: (_type(part.get_dtype()), tuple(part.get_shape())) for name, part in slices.items()}
+    except ConvertError:
+        raise
+    except SafetensorError as error:
+        raise ConvertError(f"{path}: damaged or truncated ({one_line(error)}); download it again") from None
+    except OSError as error:
+        raise ConvertError(f"{path}: cannot be read ({one_line(error.strerror or error)})") from None
+    except Exception as error:  # torch.load raises what the pickle makes it raise
+        raise ConvertError(f"{path}: damaged, truncated or not plain weights ({one_line(error)})") from None
+
+
+def read_tensor(path: Path, name: str) -> torch.Tensor:
+    """One tensor of a file whose headers were read."""
+    import torch
+    from safetensors import safe_open
+
+    if path.suffix == ".bin":
+        return torch.load(path, map_location="cpu", mmap=True, weights_only=True)[name]
+    with safe_open(path, "pt") as file:
+        return file.get_tensor(name)
+
+
+def _type(name: str) -> str:
+    """``f32``, ``bf16`` ..., of the words of torch and of safetensors."""
+    name = name.removeprefix("torch.").lower()
+    return name.replace("bfloat", "bf").replace("float", "f") if "float" in name else name
+
+
+def _is_pickle(path: Path) -> bool:
+    with path.open("rb") as file:
+        return file.read(1) == b"\x80" and not zipfile.is_zipfile(path)
