@@ -245,7 +245,7 @@ def test_a_revision_and_bin_where_there_is_nothing_better(hub, tmp_path: Path) -
 def test_one_gguf_file_of_many(hub, tmp_path: Path) -> None:
     contents, run = hub
     data = gguf_bytes(MODEL)
-    split = {f"f16-0000{number}-of-00002.gguf": b"part" for number in (1, 2)}
+    split = {f"f16-0000{number}-of-00002.gguf": b"part %d" % number for number in (1, 2)}
     contents.add("org/name-GGUF", {"README.md": b"", "a-q4.gguf": data, "b/q8.gguf": data, **split})
     listed = run("org/name-GGUF", "out.gguf")
     assert check_line(listed).endswith("pick one as org/name-GGUF/FILE: a-q4.gguf, b/q8.gguf, f16-00001-of-00002.gguf")

@@ -29,9 +29,9 @@ def fetch(source: str | os.PathLike[str]) -> Path:
 
     Args:
         source: a path, which wins where it exists; or ``org/name``, ``org/name@revision`` or, for one GGUF file of a
-            repository (with all parts of a split one), ``org/name/file.gguf``, which the hub's cache keeps (``HF_HOME``). Safetensors are preferred
-            to ``.bin``; nothing is downloaded that a conversion does not read. Without a network the cache alone is
-            looked at.
+            repository (all parts of a split one), ``org/name/file.gguf``. The hub's cache keeps them (``HF_HOME``).
+            Safetensors are preferred to ``.bin``; nothing is downloaded that a conversion does not read. Without a
+            network the cache alone is looked at.
 
     Raises:
         ConvertError: nothing of that name, no access to it, no network, no room; or a repository without weights.
