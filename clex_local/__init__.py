@@ -11,9 +11,10 @@ from clex_local._library import library_path, use_library
 from clex_local.errors import ClexError
 
 if TYPE_CHECKING:
+    from clex_local.inspection import Inspection, inspect
     from clex_local.llama import ClexState, Llama
 
-__all__ = ["ClexError", "ClexState", "Llama"]
+__all__ = ["ClexError", "ClexState", "Inspection", "Llama", "inspect"]
 
 use_library()
 
@@ -25,4 +26,8 @@ def __getattr__(name: str) -> object:
         from clex_local import llama
 
         return getattr(llama, name)
+    if name in ("Inspection", "inspect"):
+        from clex_local import inspection
+
+        return getattr(inspection, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -8,10 +8,11 @@ import os
 import sys
 from contextlib import closing
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
 import click
 
+from clex_local.command import INTERRUPTED, SETTINGS, Command
 from clex_local.errors import ClexError
 from clex_local.gguf_file import GGUFFile
 from clex_local.memory import KV_TYPES, ModelShape, default_threads, gib, kv_bytes, plan_context
@@ -21,8 +22,6 @@ from clex_local.terminal import Chat, Terminal, join, line_editor, plain_lines, 
 if TYPE_CHECKING:
     from clex_local.llama import Llama
     from clex_local.session import Answer, Session
-
-INTERRUPTED = 130  # what a shell reports for a command that Ctrl-C ended
 
 
 def open_model(
@@ -178,34 +177,10 @@ def report(session: Session, answer: Answer) -> dict[str, Any]:
     }
 
 
-class Command(click.Command):
-    """A command whose every error is one line on stderr."""
-
-    def main(self, *args: Any, **kwargs: Any) -> NoReturn:
-        """Run and leave with an exit code: 1 for an error, 2 for wrong usage, 130 for Ctrl-C."""
-        kwargs["standalone_mode"] = False
-        try:
-            code = super().main(*args, **kwargs) or 0
-        except click.UsageError as error:
-            code = fail(f"{error.format_message()} (--help lists the options)", error.exit_code)
-        except (ClexError, click.ClickException) as error:
-            code = fail(str(error))
-        except (KeyboardInterrupt, click.Abort):
-            code = INTERRUPTED
-        sys.exit(code)
-
-
-def fail(message: str, code: int = 1) -> int:
-    """Print an error as a command does; returns the exit code."""
-    print(f"clex-chat: error: {message}", file=sys.stderr)
-    return code
-
-
 TEMPLATES = ["model", "chatml", "plain"]
-SETTINGS = {"help_option_names": ["-h", "--help"], "max_content_width": 100, "show_default": True}
 
 
-@click.command(cls=Command, context_settings=SETTINGS)
+@click.command("clex-chat", cls=Command, context_settings=SETTINGS)
 @click.argument("model", type=click.Path(path_type=Path))
 @click.option(
     "--ctx",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+_LONGEST = 1000  # characters of a message; what a hostile file puts into one can be megabytes
+
 
 class ClexError(Exception):
     """Base of every error meant for the user.
@@ -9,3 +11,17 @@ class ClexError(Exception):
     Its message is one line that says what is wrong, in which file, and what to do. Commands print it after
     their name and end with exit code 1; everything else that is raised is a defect of ours.
     """
+
+    def __str__(self) -> str:
+        return escaped(super().__str__(), _LONGEST)
+
+
+def escaped(text: str, longest: int = 200) -> str:
+    """Text from a file as a terminal can show it: control characters escaped, and no more than `longest` characters."""
+    if len(text) > longest:
+        text = text[: longest - 1] + "…"
+    return text if text.isprintable() else "".join(map(_escape, text))
+
+
+def _escape(character: str) -> str:
+    return character if character.isprintable() else character.encode("unicode_escape").decode()

@@ -1,6 +1,6 @@
 """GGUF headers through ggml's own C API, so that Python accepts exactly the files that the runtime accepts.
 
-Only headers are read and made: keys, and where each tensor lies. Tensor data is never loaded.
+Only headers are read and made: keys, and where each tensor lies. Tensor data is loaded only where it is asked for.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from clex_local._library import library_path
-from clex_local.errors import ClexError
+from clex_local.errors import ClexError, escaped
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -65,6 +65,11 @@ class TensorInfo:
     offset: int
     size: int
 
+    @property
+    def type_name(self) -> str:
+        """Name of its type as llama.cpp writes it: ``f32``, ``q4_K`` ..."""
+        return _ggml().ggml_type_name(self.type).decode()
+
 
 class _InitParams(ctypes.Structure):
     _fields_ = [("no_alloc", ctypes.c_bool), ("ctx", ctypes.c_void_p)]
@@ -108,6 +113,7 @@ def _ggml() -> ctypes.CDLL:
         "gguf_get_tensor_type": (ctypes.c_int, [pointer, i64]),
         "gguf_get_tensor_offset": (size, [pointer, i64]),
         "gguf_get_tensor_size": (size, [pointer, i64]),
+        "ggml_type_name": (string, [ctypes.c_int]),
         "gguf_remove_key": (i64, [pointer, string]),
         "gguf_set_val_str": (None, [pointer, string, string]),
         "gguf_set_arr_data": (None, [pointer, string, ctypes.c_int, pointer, size]),
@@ -223,6 +229,13 @@ class _Header:
         data = ctypes.string_at(library.gguf_get_arr_data(context, index), count * np.dtype(dtype).itemsize)
         return np.frombuffer(data, dtype).copy()
 
+    def array_size(self, key: str) -> int:
+        """Elements of an array, without reading it; 0 if the key is absent or no array."""
+        index = self._find(key)
+        if index < 0 or _ggml().gguf_get_kv_type(self._context, index) != _ARRAY:
+            return 0
+        return _ggml().gguf_get_arr_n(self._context, index)
+
 
 class GGUFFile(_Header):
     """The header of one GGUF file, to read."""
@@ -248,7 +261,7 @@ class GGUFFile(_Header):
         if self._context is None:
             first = next((line for line in "".join(log).splitlines() if line.strip()), "no reason given")
             reason = first.split(": ", 1)[-1].strip()
-            raise GGUFError(f"{self.path}: damaged GGUF file ({reason}); download or convert it again")
+            raise GGUFError(f"{self.path}: damaged GGUF file ({escaped(reason)}); download or convert it again")
         self.tensors = self._read_tensors()
         needed = self.data_offset + max((tensor.offset + tensor.size for tensor in self.tensors), default=0)
         if file_size < needed:
@@ -275,6 +288,22 @@ class GGUFFile(_Header):
                 )
             )
         return tuple(tensors)
+
+    def floats(self, tensor: TensorInfo) -> np.ndarray[Any, np.dtype[np.float32]]:
+        """Values of a small float32 tensor, read from the file.
+
+        Raises:
+            GGUFError: the file cannot be read, or has become shorter.
+        """
+        try:
+            with self.path.open("rb") as file:
+                file.seek(self.data_offset + tensor.offset)
+                data = file.read(tensor.size)
+        except OSError as error:
+            raise GGUFError(f"{self.path}: cannot be read ({error.strerror})") from None
+        if len(data) != tensor.size:
+            raise GGUFError(f"{self.path}: became shorter while it was read; try again")
+        return np.frombuffer(data, "<f4")
 
     @property
     def data_offset(self) -> int:

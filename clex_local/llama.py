@@ -126,7 +126,8 @@ class Llama(llama_cpp.Llama):
             try:
                 super().__init__(model_path, n_ctx=n_ctx, **kwargs)
             except ValueError as error:
-                reason = errors[-1] if errors else str(error)
+                # The first names the cause, without the function that says so; the last only that there is no model.
+                reason = errors[0].split(": ", 1)[-1] if errors else str(error)
                 raise ModelError(f"{model_path}: {reason}") from error
         self._has_tables = native.n_buckets(self.model) > 0
         if self._has_tables:
@@ -158,6 +159,17 @@ class Llama(llama_cpp.Llama):
             rerotated_cells=stats.n_cells,
             rerotation_ms=stats.t_us / 1000,
         )
+
+    def tokenize(self, text: bytes, add_bos: bool = True, special: bool = False) -> list[int]:
+        """As llama-cpp-python's.
+
+        Raises:
+            ModelError: the vocabulary lacks what this text needs.
+        """
+        try:
+            return super().tokenize(text, add_bos, special)
+        except RuntimeError:
+            raise ModelError(f"{self.model_path}: its vocabulary cannot encode the text; it is damaged") from None
 
     def eval(self, tokens: Sequence[int]) -> None:
         """Evaluate tokens after those in the cache.

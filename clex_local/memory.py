@@ -25,6 +25,7 @@ KV_TYPES: dict[str, tuple[int, int, int]] = {
     "q4_0": (2, 32, 18),
 }
 
+MAX_LAYERS = 512  # llama.cpp's LLAMA_MAX_LAYERS
 CELLS = 256  # llama.cpp rounds a context up to a multiple of this
 
 
@@ -56,28 +57,35 @@ class ModelShape:
             return metadata.get(f"{arch}.{key}", default)
 
         other_caches = ("attention.sliding_window", "attention.kv_lora_rank", "ssm.state_size", "wkv.head_size")
-        if any(number(key) for key in other_caches):
+        if any(is_list(value) or value for value in map(number, other_caches)):
             return None
         try:
             layers, embedding = int(number("block_count")), int(number("embedding_length"))
             heads, feed_forward = largest(number("attention.head_count")), largest(number("feed_forward_length"))
-        except (TypeError, ValueError):  # a key is missing
+            heads_kv = number("attention.head_count_kv", number("attention.head_count"))
+            if not 0 < layers <= MAX_LAYERS or heads <= 0:
+                return None
+            per_layer = [int(n) for n in heads_kv] if is_list(heads_kv) else [int(heads_kv)] * layers
+            shape = cls(
+                layers=layers,
+                heads=heads,
+                heads_kv=tuple(per_layer),
+                key_length=int(number("attention.key_length", embedding // heads)),
+                value_length=int(number("attention.value_length", embedding // heads)),
+                embedding=embedding,
+                # The experts of a token are computed side by side.
+                feed_forward=feed_forward * int(number("expert_used_count") or 1),
+                vocabulary=int(number("vocab_size") or array_size(metadata, "tokenizer.ggml.tokens")),
+            )
+        except (TypeError, ValueError, OverflowError):  # a key is missing or no number
             return None
-        heads_kv = number("attention.head_count_kv", number("attention.head_count"))
-        per_layer = [int(n) for n in heads_kv] if is_list(heads_kv) else [int(heads_kv)] * layers
-        if not layers or not heads or len(per_layer) != layers:
-            return None
-        return cls(
-            layers=layers,
-            heads=heads,
-            heads_kv=tuple(per_layer),
-            key_length=int(number("attention.key_length", embedding // heads)),
-            value_length=int(number("attention.value_length", embedding // heads)),
-            embedding=embedding,
-            # The experts of a token are computed side by side.
-            feed_forward=feed_forward * int(number("expert_used_count") or 1),
-            vocabulary=int(number("vocab_size") or len(metadata.get("tokenizer.ggml.tokens") or [])),
-        )
+        sizes = (shape.key_length, shape.value_length, embedding, shape.feed_forward, shape.vocabulary, *per_layer)
+        return shape if len(per_layer) == layers and min(sizes) >= 0 else None
+
+
+def array_size(metadata: Mapping[str, Any] | GGUFFile, key: str) -> int:
+    """Elements of an array in a model's metadata."""
+    return metadata.array_size(key) if isinstance(metadata, GGUFFile) else len(metadata.get(key) or [])
 
 
 def is_list(value: Any) -> bool:
@@ -96,6 +104,12 @@ def kv_bytes(shape: ModelShape, n_ctx: int, kv_type: str = "f16", layers: int | 
     cells = -(-n_ctx // CELLS) * CELLS
     heads = sum(shape.heads_kv[:layers])
     return cells * heads * (shape.key_length + shape.value_length) * block_bytes // per_block
+
+
+def kv_type_fits(shape: ModelShape, kv_type: str) -> bool:
+    """Whether a cache can be of this type: the heads must hold whole blocks of it."""
+    block = KV_TYPES[kv_type][1]
+    return shape.key_length % block == 0 and shape.value_length % block == 0
 
 
 def compute_bytes(shape: ModelShape, n_ctx: int, batch: int = 512, flash_attn: bool = False) -> int:
@@ -155,7 +169,7 @@ def plan_context(
     quantized = KV_TYPES[kv_type][1] > 1
     if quantized and flash_attn is False:
         raise ClexError(f"a {kv_type} cache needs flash attention; drop --no-flash-attn or use --kv-type f16")
-    if quantized and shape and (shape.key_length % 32 or shape.value_length % 32):
+    if shape and not kv_type_fits(shape, kv_type):
         raise ClexError(
             f"a {kv_type} cache needs head sizes divisible by 32, this model has {shape.key_length}; "
             "use --kv-type f16, bf16 or f32"

@@ -14,6 +14,9 @@ from clex_local.errors import ClexError
 from clex_local.gguf_file import GGUFFile
 
 VERSION = 1
+# Far more than there is a use for; they bound what a hostile file can ask for.
+MAX_BUCKETS = 4096
+MAX_DIMENSION = 2**16  # rotary dimension of a head
 
 # GGUF architectures that the runtime can rotate, and the Hugging Face classes that become each of them.
 SUPPORTED_ARCHITECTURES: dict[str, tuple[str, ...]] = {
@@ -102,6 +105,8 @@ class Tables:
             raise TablesError(f"clex.original_context_length must be a number of tokens above 0, not {length!r}")
         if factors.ndim != 1 or factors.size == 0:
             raise TablesError("clex.scaling_factors must hold at least one scaling factor")
+        if factors.size > MAX_BUCKETS:
+            raise TablesError(f"clex.scaling_factors must not hold more than {MAX_BUCKETS} factors, not {factors.size}")
         if not np.isfinite(factors).all():
             raise TablesError(f"clex.scaling_factors must be finite, not {_first(factors, ~np.isfinite(factors))}")
         if factors[0] != 1:
@@ -129,7 +134,7 @@ class Tables:
     @property
     def max_context_length(self) -> int:
         """Tokens that the last bucket covers."""
-        return self.context_lengths[-1]
+        return math.floor(float(self.scaling_factors[-1]) * self.original_context_length)
 
     def bucket(self, n_tokens: int, *, clamp: bool = False) -> int:
         """Index of the first bucket with t * L >= n_tokens.
@@ -208,12 +213,17 @@ def read_tables(path: str | os.PathLike[str]) -> Tables | None:
         TablesError: a ``clex.*`` key is missing, has the wrong type, or breaks a rule.
     """
     with GGUFFile(path) as file:
-        try:
-            return tables_of(file)
-        except NewerVersionError as error:
-            raise NewerVersionError(f"{path}: {error}") from None
-        except TablesError as error:
-            raise TablesError(f"{path}: {error}; convert the model again with clex-convert") from None
+        return named_tables(file, path)
+
+
+def named_tables(file: GGUFFile, path: str | os.PathLike[str]) -> Tables | None:
+    """As `read_tables`, of a file already open."""
+    try:
+        return tables_of(file)
+    except NewerVersionError as error:
+        raise NewerVersionError(f"{path}: {error}") from None
+    except TablesError as error:
+        raise TablesError(f"{path}: {error}; convert the model again with clex-convert") from None
 
 
 def tables_of(file: GGUFFile) -> Tables | None:
@@ -231,9 +241,9 @@ def tables_of(file: GGUFFile) -> Tables | None:
             _check_version(file.get(key))
 
     architecture = file.get("general.architecture")
-    if architecture not in SUPPORTED_ARCHITECTURES:
-        supported = ", ".join(SUPPORTED_ARCHITECTURES)
-        raise TablesError(f"clex.* tables cannot be used with the architecture {architecture!r}, only with {supported}")
+    if not isinstance(architecture, str) or architecture not in SUPPORTED_ARCHITECTURES:
+        supported, named = ", ".join(SUPPORTED_ARCHITECTURES), str(architecture)[:40]
+        raise TablesError(f"clex.* tables cannot be used with the architecture {named!r}, only with {supported}")
     factors, inv_freq = file.get("clex.scaling_factors"), file.get("clex.inv_freq")
     n_rot = rope_dimension_count(file)
     row = n_rot // 2 if n_rot is not None else inv_freq.size // max(factors.size, 1)

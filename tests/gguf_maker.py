@@ -35,13 +35,13 @@ MODEL: dict[str, Any] = {
 TENSORS = {"a.weight": np.arange(12, dtype=np.float32), "b.weight": np.arange(5, dtype=np.float32)}
 
 
-def _string(text: str) -> bytes:
-    data = text.encode()
+def _string(text: str | bytes) -> bytes:
+    data = text.encode() if isinstance(text, str) else text
     return struct.pack("<Q", len(data)) + data
 
 
 def _value(value: Any) -> bytes:
-    if isinstance(value, str):
+    if isinstance(value, (str, bytes)):
         return struct.pack("<I", 8) + _string(value)
     if isinstance(value, list):
         return struct.pack("<IIQ", 9, 8, len(value)) + b"".join(map(_string, value))
@@ -50,26 +50,41 @@ def _value(value: Any) -> bytes:
     return struct.pack("<I", _CODES[type(value)]) + value.tobytes()
 
 
-def gguf_bytes(
+def gguf_fields(
     keys: dict[str, Any],
     tensors: dict[str, np.ndarray] = TENSORS,
     *,
     pad_end: bool = True,
     alignment: int = 32,
-) -> bytes:
-    """A GGUF file with these keys (str, list of str, numpy scalars and arrays) and float32 tensors."""
-    head = b"GGUF" + struct.pack("<IQQ", 3, len(tensors), len(keys))
-    head += b"".join(_string(key) + _value(value) for key, value in keys.items())
+) -> dict[str, bytes]:
+    """The fields of a GGUF file by name, in order: ``n_kv``, ``KEY`` and ``KEY=`` (type and value), ``TENSOR.dims`` ...
+
+    Args:
+        keys: str, bytes that need not be UTF-8, list of str, numpy scalars and arrays.
+        tensors: all written as float32.
+        pad_end: whether the last tensor is padded too.
+        alignment: of the tensors.
+    """
+    fields = {"magic": b"GGUF", "version": struct.pack("<I", 3)}
+    fields |= {"n_tensors": struct.pack("<Q", len(tensors)), "n_kv": struct.pack("<Q", len(keys))}
+    for key, value in keys.items():
+        fields |= {key: _string(key), f"{key}=": _value(value)}
     data = b""
     for name, tensor in tensors.items():
         data += bytes(-len(data) % alignment)
         shape = tensor.shape[::-1]
-        head += _string(name) + struct.pack(f"<I{len(shape)}Q", len(shape), *shape)
-        head += struct.pack("<IQ", 0, len(data))
+        fields |= {name: _string(name), f"{name}.dims": struct.pack(f"<I{len(shape)}Q", len(shape), *shape)}
+        fields |= {f"{name}.type": struct.pack("<I", 0), f"{name}.offset": struct.pack("<Q", len(data))}
         data += tensor.astype("<f4").tobytes()
     if pad_end:
         data += bytes(-len(data) % alignment)
-    return head + bytes(-len(head) % alignment) + data
+    head = sum(map(len, fields.values()))
+    return fields | {"padding": bytes(-head % alignment), "data": data}
+
+
+def gguf_bytes(keys: dict[str, Any], tensors: dict[str, np.ndarray] = TENSORS, **options: Any) -> bytes:
+    """A GGUF file of `gguf_fields`, whose arguments these are."""
+    return b"".join(gguf_fields(keys, tensors, **options).values())
 
 
 def rewrite(source: Path, target: Path, changes: dict[str, Any]) -> Path:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from gguf_maker import gguf_bytes
@@ -17,8 +18,13 @@ def ntk_tables(n_buckets: int, n_rot: int, base: float = 10000.0) -> np.ndarray:
     return (base ** (-2 * i / n_rot) * (2.0 * t - 1) ** (-2 * i / (n_rot - 2))).astype(np.float32)
 
 
-def make_model(
-    path: Path,
+def make_model(path: Path, **options: Any) -> Path:
+    """Write the model of `model_parts`, whose arguments these are, and return its path."""
+    path.write_bytes(gguf_bytes(*model_parts(**options)))
+    return path
+
+
+def model_parts(
     *,
     head: int = 32,
     n_head: int = 2,
@@ -30,8 +36,8 @@ def make_model(
     tables: bool = True,
     log_scale: bool = False,
     base: float = 10000.0,
-) -> Path:
-    """Write the model and return its path."""
+) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    """Keys and tensors of a model that can be computed with."""
     rng = np.random.default_rng(seed)
     width, ffn = n_head * head, 64
 
@@ -86,8 +92,7 @@ def make_model(
         }
     if log_scale:
         keys["clex.log_scale"] = np.bool_(True)
-    path.write_bytes(gguf_bytes(keys, tensors))
-    return path
+    return keys, tensors
 
 
 def random_tokens(count: int, seed: int = 0) -> list[int]:

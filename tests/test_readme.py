@@ -10,9 +10,10 @@ import pytest
 from clex_convert.cli import main as clex_convert
 
 from clex_local.chat import main as clex_chat
+from clex_local.inspection import main as clex_inspect
 
 README = Path(__file__).parent.parent / "README.md"
-COMMANDS = {"clex-convert": clex_convert, "clex-chat": clex_chat}
+COMMANDS = {"clex-convert": clex_convert, "clex-chat": clex_chat, "clex-inspect": clex_inspect}
 
 
 def options_table(command: click.Command) -> str:

@@ -67,6 +67,10 @@ BROKEN: dict[str, tuple[dict[str, Any], str]] = {
     "factors as double": ({"clex.scaling_factors": np.array([1.0, 2, 4])}, "clex.scaling_factors must have the type"),
     "factors a scalar": ({"clex.scaling_factors": F32(1)}, "clex.scaling_factors must have the type f32[], not f32"),
     "no factors": ({"clex.scaling_factors": np.array([], F32)}, "clex.scaling_factors must hold at least one"),
+    "too many factors": (
+        {"clex.scaling_factors": np.arange(1, 4098, dtype=F32), "clex.inv_freq": np.ones(4 * 4097, F32)},
+        "clex.scaling_factors must not hold more than 4096 factors, not 4097",
+    ),
     "first factor": ({"clex.scaling_factors": np.array([2, 3, 4], F32)}, "clex.scaling_factors must start with 1.0"),
     "equal factors": ({"clex.scaling_factors": np.array([1, 2, 2], F32)}, "clex.scaling_factors must ascend"),
     "falling factors": ({"clex.scaling_factors": np.array([1, 3, 2], F32)}, "clex.scaling_factors must ascend"),

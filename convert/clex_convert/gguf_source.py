@@ -16,7 +16,14 @@ from clex_convert.gguf_parts import open_parts
 from clex_convert.gguf_writer import GGUFWriter, TensorData, tensors_of
 from clex_convert.weights import OdeSettings
 from clex_local.errors import ClexError
-from clex_local.tables import SUPPORTED_ARCHITECTURES, Tables, TablesError, rope_dimension_count, tables_of
+from clex_local.tables import (
+    MAX_DIMENSION,
+    SUPPORTED_ARCHITECTURES,
+    Tables,
+    TablesError,
+    rope_dimension_count,
+    tables_of,
+)
 
 _FLOATS = {0, 1, 30}  # ggml_type: f32, f16, bf16
 _DEFAULT_BASE = 10000.0  # llama.cpp's, where the key is absent
@@ -69,12 +76,12 @@ class GGUFSource:
 
     def _check_model(self) -> str:
         file, architecture = self.file, self.file.get("general.architecture")
-        if architecture not in SUPPORTED_ARCHITECTURES:
+        if not isinstance(architecture, str) or architecture not in SUPPORTED_ARCHITECTURES:
             raise ConvertError(
-                f"{self.path}: the architecture {architecture!r} is not supported; "
+                f"{self.path}: the architecture {str(architecture)[:40]!r} is not supported; "
                 f"supported: {', '.join(SUPPORTED_ARCHITECTURES)}"
             )
-        kind = file.get("general.type", "model")
+        kind = str(file.get("general.type", "model"))[:40]
         if kind != "model" or not self.tensors:
             what = f"a GGUF file of type {kind!r}" if kind != "model" else "a GGUF file without tensors"
             raise ConvertError(f"{self.path}: {what}, not a model")
@@ -89,7 +96,7 @@ class GGUFSource:
         return value
 
     def _check_scaling(self) -> None:
-        kind = self.file.get(f"{self.architecture}.rope.scaling.type", "none")
+        kind = str(self.file.get(f"{self.architecture}.rope.scaling.type", "none"))[:40]
         if kind not in ("none", "linear"):
             raise ConvertError(
                 f"{self.path}: has RoPE scaling of type {kind!r} ({self.architecture}.rope.scaling.type), which cannot "
@@ -112,12 +119,16 @@ class GGUFSource:
         dim, context = rope_dimension_count(self.file), self._number("context_length")
         if not dim:
             raise ConvertError(f"{self.path}: the key {self.architecture}.rope.dimension_count is missing")
+        if dim % 2 or not 4 <= dim <= MAX_DIMENSION:
+            raise ConvertError(f"{self.path}: the rotary dimension must be even and 4 to {MAX_DIMENSION}, not {dim}")
         if not isinstance(context, int) or not 0 < context < 2**31:
             raise ConvertError(f"{self.path}: the key {self.architecture}.context_length is missing or unusable")
         base = self._number("rope.freq_base")
         facts: dict[str, Any] = {"architecture": self.architecture, "context_length": context}
         facts["name"] = str(self.file.get("general.name", ""))
         base = _DEFAULT_BASE if base is None else float(base)
+        if base <= 1:
+            raise ConvertError(f"{self.path}: the RoPE base (rope_theta) must be above 1, not {base}")
         return Rope(dim, self._head_dim() or dim, base, context, OdeSettings(), facts)
 
     def _head_dim(self) -> int | None:

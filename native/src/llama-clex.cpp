@@ -17,6 +17,8 @@
 #include <stdexcept>
 
 static const uint32_t LLAMA_CLEX_VERSION = 1;
+static const size_t   LLAMA_CLEX_MAX_BUCKETS = 4096;
+static const uint32_t LLAMA_CLEX_MAX_FREQS   = 32768; // n_rot/2
 
 // rope call sites of these architectures use llama_clex_inputs
 static const llm_arch LLAMA_CLEX_ARCHS[] = {
@@ -134,6 +136,9 @@ void llama_clex_tables::load_longrope(const llama_model_loader & ml, llm_arch ar
     }
 
     const uint32_t n = hparams.n_rot_full/2;
+    if (n > LLAMA_CLEX_MAX_FREQS) {
+        return;
+    }
 
     std::vector<float> rows;
     for (const char * name : { "rope_factors_short.weight", "rope_factors_long.weight" }) {
@@ -223,6 +228,9 @@ void llama_clex_tables::load(const llama_model_loader & ml, llm_arch arch, llama
     scaling_factors = clex_f32s(meta, "clex.scaling_factors", true);
     if (scaling_factors.empty() || scaling_factors[0] != 1.0f) {
         clex_fail("clex.scaling_factors", "must start with 1.0");
+    }
+    if (scaling_factors.size() > LLAMA_CLEX_MAX_BUCKETS) {
+        clex_fail("clex.scaling_factors", format("has %zu values, more than %zu", scaling_factors.size(), LLAMA_CLEX_MAX_BUCKETS));
     }
     for (size_t i = 1; i < scaling_factors.size(); ++i) {
         if (scaling_factors[i] <= scaling_factors[i - 1]) {

@@ -1,0 +1,35 @@
+"""What the commands of this package have in common."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any, NoReturn
+
+import click
+
+from clex_local.errors import ClexError
+
+INTERRUPTED = 130  # what a shell reports for a command that Ctrl-C ended
+SETTINGS = {"help_option_names": ["-h", "--help"], "max_content_width": 100, "show_default": True}
+
+
+class Command(click.Command):
+    """A command whose every error is one line on stderr."""
+
+    def main(self, *args: Any, **kwargs: Any) -> NoReturn:
+        """Run and leave with an exit code: 1 for an error, 2 for wrong usage, 130 for Ctrl-C."""
+        kwargs["standalone_mode"] = False
+        try:
+            code = super().main(*args, **kwargs) or 0
+        except click.UsageError as error:
+            code = self.fail(f"{error.format_message()} (--help lists the options)", error.exit_code)
+        except (ClexError, click.ClickException) as error:
+            code = self.fail(str(error))
+        except (KeyboardInterrupt, click.Abort):
+            code = INTERRUPTED
+        sys.exit(code)
+
+    def fail(self, message: str, code: int = 1) -> int:
+        """Print an error as every command does; returns the exit code."""
+        print(f"{self.name}: error: {message}", file=sys.stderr)
+        return code
