@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -11,9 +12,10 @@ from typing import Any
 from clex_convert.errors import ConvertError, one_line
 from clex_convert.gguf_parts import first_parts
 from clex_convert.lora import Adapter, Merge
+from clex_convert.scaling import Scaling, kind_of, read_scaling
 from clex_convert.weight_files import read_headers, read_tensor
 from clex_convert.weights import OdeSettings, OdeWeights, find_names, settings_from
-from clex_local.tables import SUPPORTED_ARCHITECTURES
+from clex_local.tables import SUPPORTED_ARCHITECTURES, Tables
 
 CLEX_LAYER = ".clex_layer."
 # What llama.cpp's conversion and the tables cannot do without.
@@ -24,6 +26,7 @@ _RENAMED = {"rotary_emb_base": "rope_theta", "rotary_pct": "partial_rotary_facto
 _DEFAULTS: dict[str, dict[str, Any]] = {
     "FalconForCausalLM": {"max_position_embeddings": 2048, "rope_theta": 10000.0, "tie_word_embeddings": True},
     "GPTNeoXForCausalLM": {"rope_theta": 10000, "partial_rotary_factor": 0.25},
+    "Phi3ForCausalLM": {"original_max_position_embeddings": 4096},
     "PhiForCausalLM": {"partial_rotary_factor": 0.5},
     "StableLmForCausalLM": {"partial_rotary_factor": 0.25},
 }
@@ -51,6 +54,7 @@ class Rope:
         context: original context length in tokens.
         settings: of its CLEX layer, empty where there is none.
         facts: the same in the source's own words, for the provenance.
+        scaling: the one it names.
     """
 
     dim: int
@@ -59,6 +63,11 @@ class Rope:
     context: int
     settings: OdeSettings
     facts: dict[str, Any]
+    scaling: Scaling = field(default_factory=Scaling)
+
+    def is_scaled_in(self, tables: Tables) -> bool:
+        """Whether the first bucket of the tables is what the source's own scaling gives, which may then stay."""
+        return self.scaling.is_first_of(tables, self.dim, self.base)
 
 
 class Checkpoint:
@@ -67,8 +76,15 @@ class Checkpoint:
     With an adapter it is the model that the adapter makes of the folder's: `merges` says what becomes of its tensors.
     """
 
-    def __init__(self, folder: Path, adapter: Adapter | None = None) -> None:
+    def __init__(
+        self, folder: Path, adapter: Adapter | None = None, rope_scaling: Mapping[str, Any] | None = None
+    ) -> None:
         """Reads the config and checks that every file of weights is there and complete.
+
+        Args:
+            folder: the model folder.
+            adapter: what is merged into it.
+            rope_scaling: takes the place of what the config names.
 
         Raises:
             ConvertError: not a model folder, a config without a needed key, an architecture that the runtime does
@@ -79,6 +95,8 @@ class Checkpoint:
         self.config = self._read_config()
         if adapter is not None:
             self.config.update(adapter.rope_config)
+        if rope_scaling is not None:
+            self._replace_scaling(rope_scaling)
         architectures = self.config.get("architectures")
         if not isinstance(architectures, list) or not architectures or not isinstance(architectures[0], str):
             raise self._missing("architectures")
@@ -117,6 +135,14 @@ class Checkpoint:
             raise ConvertError(f"{path}: must hold a JSON object")
         return config
 
+    def _replace_scaling(self, scaling: Mapping[str, Any]) -> None:
+        said = self.config.pop("rope_parameters", None)
+        if isinstance(said, dict):
+            for key in ("rope_theta", "partial_rotary_factor"):
+                if key in said:
+                    self.config[key] = said[key]
+        self.config["rope_scaling"] = dict(scaling)
+
     def _missing(self, key: str) -> ConvertError:
         return ConvertError(f"{self.path / 'config.json'}: the key {key} is missing or unusable; add it")
 
@@ -135,12 +161,6 @@ class Checkpoint:
         scaling = config.get(name) or {}
         if not isinstance(scaling, dict):
             raise self._missing(name)
-        kind = scaling.get("rope_type", scaling.get("type", "default"))
-        if kind not in ("clex", "default", "none", None) and not (kind == "linear" and scaling.get("factor") == 1):
-            raise ConvertError(
-                f"{self.path / 'config.json'}: {name} asks for {kind!r}, which cannot be combined with tables; "
-                "only clex or no scaling can be converted"
-            )
         base = scaling.get("rope_theta", config.get("rope_theta"))
         if isinstance(base, bool) or not isinstance(base, (int, float)) or not base > 1:
             raise self._missing("rope_theta")
@@ -153,13 +173,27 @@ class Checkpoint:
         if isinstance(partial, bool) or not isinstance(partial, (int, float)) or not 0 < partial <= 1:
             raise self._missing("partial_rotary_factor")
         facts: dict[str, Any] = {"architecture": self.architecture, "rope_theta": base}
-        settings = OdeSettings()
-        if kind == "clex":
-            values = {**scaling, "log_scale": config.get("log_scale")}
-            settings = settings_from(values, f"{self.path / 'config.json'}: {name}")
+        dim, context, where = int(partial * head_dim), config["max_position_embeddings"], self.path / "config.json"
+        settings, own = OdeSettings(), Scaling()
+        if scaling.get("rope_type", scaling.get("type")) == "clex":
+            settings = settings_from({**scaling, "log_scale": config.get("log_scale")}, f"{where}: {name}")
+        else:
+            own = self._own_scaling(scaling, f"{where}: {name}", context, dim)
+        if scaling.get("rope_type", scaling.get("type")) == "clex" or own.kind != "default":
             facts["rope_scaling"] = {key: value for key, value in scaling.items() if key != "rope_theta"}
-        facts["max_position_embeddings"] = config["max_position_embeddings"]
-        return Rope(int(partial * head_dim), head_dim, float(base), config["max_position_embeddings"], settings, facts)
+        facts["max_position_embeddings"] = context
+        return Rope(dim, head_dim, float(base), context, settings, facts, own)
+
+    def _own_scaling(self, values: dict[str, Any], where: str, context: int, dim: int) -> Scaling:
+        original = 0
+        if self.architecture == "Phi3ForCausalLM":
+            original = self._integer("original_max_position_embeddings")
+            # Its first releases say yarn or su where transformers takes the factors as those of LongRoPE.
+            if "short_factor" in values and kind_of(values) == "yarn":
+                values = {**values, "rope_type": "longrope"}
+        elif kind_of(values) == "longrope" and "original_max_position_embeddings" in self.config:
+            original = self._integer("original_max_position_embeddings")
+        return read_scaling(values, where, context=context, dim=dim, longrope_original=original)
 
     def _check_architecture(self) -> None:
         classes = [name for names in SUPPORTED_ARCHITECTURES.values() for name in names]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import logging
 import signal
 import sys
@@ -25,6 +26,23 @@ from clex_local.errors import ClexError
 _METHODS_HELP = "; ".join(f"{name}: {method.summary}" for name, method in METHODS.items())
 
 
+def _factors(context: click.Context, option: click.Parameter, text: str | None) -> list[float] | None:
+    try:
+        return None if text is None else [float(part) for part in text.split(",")]
+    except ValueError:
+        raise click.BadParameter("must be numbers with commas between them, such as 1,1.5,2,4") from None
+
+
+def _rope_scaling(context: click.Context, option: click.Parameter, text: str | None) -> dict[str, Any] | None:
+    try:
+        value = None if text is None else json.loads(text)
+    except (ValueError, RecursionError):
+        value = text
+    if value is None or isinstance(value, dict):
+        return value
+    raise click.BadParameter('must be a JSON object, such as {"rope_type": "yarn", "factor": 4}')
+
+
 @click.command("clex-convert", context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
 @click.argument("source", type=click.Path(path_type=Path))
 @click.argument("output", metavar="OUT.gguf", type=click.Path(path_type=Path))
@@ -39,7 +57,7 @@ _METHODS_HELP = "; ".join(f"{name}: {method.summary}" for name, method in METHOD
     "--method",
     type=click.Choice(list(METHODS)),
     help=f"How the tables are made. {_METHODS_HELP}.  [default: clex where a CLEX layer is found, the GGUF file's own "
-    "where it has tables]",
+    "where it has tables, otherwise what the source's own RoPE scaling asks for]",
 )
 @click.option(
     "--clex-weights",
@@ -60,11 +78,24 @@ _METHODS_HELP = "; ".join(f"{name}: {method.summary}" for name, method in METHOD
     help="Tokens covered without scaling.  [default: the model's context length]",
 )
 @click.option(
+    "--factors",
+    callback=_factors,
+    metavar="T,T,...",
+    help="Scaling factor of each table, ascending from 1, such as 1,1.5,2,4,8.  [default: 1, 2, ... up to the largest]",
+)
+@click.option(
     "--max-factor",
     type=click.IntRange(min=1),
     metavar="N",
-    help="Largest scaling factor: the model reaches N times its original context.  [default: what the CLEX layer was "
-    f"trained for; {METHODS['ntk'].default_max_factor} for ntk]",
+    help="Largest scaling factor: the model reaches N times its original context, with a table for each of 1, 2, ... N "
+    "(longrope: for 1 and N).  [default: what the CLEX layer was trained for; what the source's own scaling says; 4]",
+)
+@click.option(
+    "--rope-scaling",
+    callback=_rope_scaling,
+    metavar="JSON",
+    help="RoPE scaling in place of the source's own, as transformers' configs have it: parameters for yarn, longrope "
+    'and ntk, such as \'{"rope_type": "yarn", "factor": 4, "beta_fast": 16}\'.',
 )
 @click.option(
     "--act",

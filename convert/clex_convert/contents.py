@@ -11,6 +11,7 @@ import numpy.typing as npt
 
 from clex_convert.checkpoint import Rope
 from clex_convert.errors import ConvertError
+from clex_convert.scaling import FREQUENCY_TENSORS
 from clex_local.tables import Tables
 
 # Tensors of frequency factors that stock llama.cpp's graph of an architecture takes, whatever the context's size.
@@ -46,9 +47,29 @@ class Contents:
         return name.startswith(self.replaced)
 
 
-def with_tables(tables: Tables) -> Contents:
-    """All tables, for the runtime of this project."""
-    return Contents(tables.original_context_length, tables.metadata())
+def with_tables(tables: Tables, architecture: str, rope: Rope) -> Contents:
+    """All tables, for the runtime of this project.
+
+    The model's own scaling stays beside them where the first bucket does the same, and goes where it does not: so
+    stock llama.cpp runs the first bucket.
+
+    Args:
+        tables: what is written.
+        architecture: the model's, in GGUF's words.
+        rope: the model's rotary embedding.
+    """
+    scaling = f"{architecture}.rope.scaling."
+    # Not the original context length: Mistral 3 counts from it, and by itself it scales nothing.
+    keys = [f"{scaling}{name}" for name in ("type", "factor", "attn_factor", "yarn_")]
+    replaced = ("clex.", *keys, f"{architecture}.rope.scale_linear", *FREQUENCY_TENSORS)
+    own, tensors = {}, {}
+    if rope.is_scaled_in(tables):
+        tensors = rope.scaling.gguf_tensors(rope.dim, rope.base)
+        if set(tensors) <= set(_FACTORS.get(architecture, ())):
+            own = {f"{architecture}.{key}": value for key, value in rope.scaling.gguf_keys().items()}
+        else:
+            tensors = {}
+    return Contents(tables.original_context_length, {**own, **tables.metadata()}, tensors, replaced)
 
 
 def baked(tables: Tables, context: int, architecture: str, rope: Rope) -> Contents:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 from clex_convert.checkpoint import Checkpoint
 from clex_convert.contents import Contents, baked, with_tables
@@ -14,7 +15,8 @@ from clex_convert.errors import ConvertError
 from clex_convert.gguf_source import GGUFSource
 from clex_convert.hub import fetch
 from clex_convert.lora import Adapter
-from clex_convert.methods import METHODS
+from clex_convert.methods import METHODS, ScalingError
+from clex_convert.methods import original_context as usual_context
 from clex_convert.methods import tables as make_tables
 from clex_convert.native import OUTTYPES, check_loads, quantize
 from clex_convert.output import Output
@@ -59,7 +61,9 @@ def convert(
     clex_weights: str | os.PathLike[str] | None = None,
     lora: str | os.PathLike[str] | None = None,
     original_context: int | None = None,
+    factors: Sequence[float] | None = None,
     max_factor: int | None = None,
+    rope_scaling: Mapping[str, Any] | None = None,
     act: str | None = None,
     time_dt: float | None = None,
     log_scale: bool | None = None,
@@ -80,13 +84,15 @@ def convert(
         output: file to write; it appears complete or not at all.
         outtype: type of the tensors, one of `clex_convert.native.OUTTYPES`, or ``copy`` to keep a GGUF file's tensors
             bit for bit; default ``q4_k_m`` for a folder, ``copy`` for a GGUF file.
-        method: ``clex`` or ``ntk``; default ``clex`` where the weights of a CLEX layer are found, and the tables of a
-            GGUF file that has some.
+        method: a key of `clex_convert.methods.METHODS`; default ``clex`` where the weights of a CLEX layer are found,
+            the tables of a GGUF file that has some, otherwise what the RoPE scaling of the source asks for.
         clex_weights: safetensors file with ode_up_proj and ode_down_proj, for a GGUF file or instead of the folder's.
         lora: folder of a LoRA adapter saved by peft, which is merged into the folder's weights; where it holds the
             matrices of a CLEX layer, these are the model's.
         original_context: tokens that scaling factor 1 covers; default and upper bound is the source's context length.
-        max_factor: last scaling factor; one table for each of 1, 2, ..., max_factor.
+        factors: scaling factors t, ascending from 1 and not only whole ones; one table for each.
+        max_factor: in place of `factors`: 1, 2, ..., max_factor; for ``longrope`` 1 and max_factor.
+        rope_scaling: takes the place of the RoPE scaling that the source names, as transformers' configs have it.
         act: activation of the CLEX layer, ``silu`` or ``tanh``.
         time_dt: step of the integration in units of the scaling factor.
         log_scale: whether queries are scaled by log(tokens) / log(original context).
@@ -112,13 +118,18 @@ def convert(
         options = OdeSettings(act, time_dt, max_factor, log_scale)
         options.check("options")
         adapter = None if adapter_path is None else Adapter(adapter_path)
+        if factors is not None and max_factor is not None:
+            raise ConvertError("--factors and --max-factor exclude each other: pass one of them")
         progress = progress or (lambda phase, part: None)
         job = _Job(target, temporary, outtype, bake, adapter, pre_tokenizer, verbose, progress)
 
         def tables_for(model: Checkpoint | GGUFSource) -> Tables:
-            return _tables(model, method, weights_path, original_context, options)
+            return _tables(model, method, weights_path, original_context, factors, options, rope_scaling is not None)
 
-        made = job.folder(source, tables_for) if source.is_dir() else job.gguf(source, tables_for)
+        if source.is_dir():
+            made = job.folder(source, rope_scaling, tables_for)
+        else:
+            made = job.gguf(source, rope_scaling, tables_for)
         _read_back(made, bake, output)
         target.commit(made.temporary)
     return ConversionResult(
@@ -159,10 +170,12 @@ def _tables(
     method: str | None,
     weights_path: Path | None,
     original_context: int | None,
+    factors: Sequence[float] | None,
     options: OdeSettings,
+    rescaled: bool,
 ) -> Tables:
     rope = model.rope
-    if method is not None and method not in METHODS:
+    if method not in (None, *METHODS):
         raise ConvertError(f"the method must be one of {', '.join(METHODS)}, not {method!r}")
     weights = None
     if method is None or METHODS[method].needs_weights:
@@ -170,40 +183,52 @@ def _tables(
             weights = read_weights(weights_path)
         elif isinstance(model, Checkpoint):
             weights = model.ode_weights()
-        elif method is None and (own := model.own_tables()) is not None:
-            return _own_tables(own, str(model.path), original_context, options)
-        if weights is None and method is None:
+        elif method is None and not rescaled and (own := model.own_tables()) is not None:
+            return _own_tables(own, str(model.path), original_context, factors, options)
+        if weights is not None:
+            method = "clex"
+        elif method is None and rope.scaling.kind == "default":
             raise ConvertError(
                 f"{model.path}: has no CLEX layer; pass its weights with --clex-weights, or --method ntk for "
                 "NTK-aware scaling without training"
             )
     elif weights_path is not None:
         raise ConvertError(f"the method {method} has no weights; drop --clex-weights or use --method clex")
-    context = rope.context if original_context is None else original_context
-    if not 0 < context <= rope.context:
+    usual = usual_context(method, rope.scaling, rope.context)
+    longest = max(usual, rope.context)
+    context = usual if original_context is None else original_context
+    if not 0 < context <= longest:
         raise ConvertError(
-            f"{model.path}: the original context must be from 1 to the model's own {rope.context} tokens, not {context}"
+            f"{model.path}: the original context must be from 1 to the model's own {longest} tokens, not {context}"
         )
     settings = options
     if weights is not None:
         settings = settings.over(weights.settings).over(rope.settings)
-    return make_tables(
-        method or "clex",
-        dim=rope.dim,
-        base=rope.base,
-        original_context=context,
-        max_factor=settings.max_factor,
-        weights=weights,
-        act=settings.act,
-        time_dt=settings.time_dt,
-        log_scale=bool(settings.log_scale),
-        source=rope.facts,
-    )
+    try:
+        return make_tables(
+            method,
+            dim=rope.dim,
+            base=rope.base,
+            original_context=context,
+            factors=factors,
+            max_factor=settings.max_factor if factors is None else None,
+            scaling=rope.scaling,
+            head_dim=rope.head_dim,
+            weights=weights,
+            act=settings.act,
+            time_dt=settings.time_dt,
+            log_scale=bool(settings.log_scale),
+            source=rope.facts,
+        )
+    except ScalingError as error:
+        raise ConvertError(f"{model.path}: {error}") from None
 
 
-def _own_tables(tables: Tables, where: str, original_context: int | None, options: OdeSettings) -> Tables:
+def _own_tables(
+    tables: Tables, where: str, original_context: int | None, factors: Sequence[float] | None, options: OdeSettings
+) -> Tables:
     """The tables that a GGUF file has already; only their log scale is left to choose."""
-    if original_context is not None or options != OdeSettings(log_scale=options.log_scale):
+    if original_context is not None or factors is not None or options != OdeSettings(log_scale=options.log_scale):
         raise ConvertError(f"{where}: has tables already, which are kept as they are; pass --method to make new ones")
     return tables if options.log_scale is None else replace(tables, log_scale=options.log_scale)
 
@@ -230,16 +255,18 @@ class _Job:
     progress: Progress
 
     def contents(self, tables: Tables, model: Checkpoint | GGUFSource) -> Contents:
-        if self.bake is None:
-            return with_tables(tables)
         architecture = model.gguf_architecture if isinstance(model, Checkpoint) else model.architecture
+        if self.bake is None:
+            return with_tables(tables, architecture, model.rope)
         return baked(tables, self.bake, architecture, model.rope)
 
-    def folder(self, source: Path, tables_for: Callable[[Checkpoint], Tables]) -> _Made:
+    def folder(
+        self, source: Path, rope_scaling: Mapping[str, Any] | None, tables_for: Callable[[Checkpoint], Tables]
+    ) -> _Made:
         outtype = self.outtype or DEFAULT_OUTTYPE
         if outtype == "copy":
             raise ConvertError(f"{source}: copy keeps the tensors of a GGUF file; choose a type for a model folder")
-        checkpoint = Checkpoint(source, self.adapter)
+        checkpoint = Checkpoint(source, self.adapter, rope_scaling)
         tables = tables_for(checkpoint)
         contents = self.contents(tables, checkpoint)
         from clex_convert.hf import PRECISIONS, write_checkpoint
@@ -259,13 +286,15 @@ class _Job:
         made = _Made(self.temporary, tables, outtype, list(contents.notes))
         return made if direct else self.quantized(made)
 
-    def gguf(self, source: Path, tables_for: Callable[[GGUFSource], Tables]) -> _Made:
+    def gguf(
+        self, source: Path, rope_scaling: Mapping[str, Any] | None, tables_for: Callable[[GGUFSource], Tables]
+    ) -> _Made:
         outtype = self.outtype or "copy"
         if self.pre_tokenizer is not None:
             raise ConvertError("--pre-tokenizer is for model folders; a GGUF file keeps its own")
         if self.adapter is not None:
             raise ConvertError(f"{source}: --lora is for model folders; merge it into the model that this file is of")
-        with GGUFSource(source) as model:
+        with GGUFSource(source, rope_scaling) as model:
             if self.target.path.exists() and any(path.samefile(self.target.path) for path in model.paths):
                 raise ConvertError(f"{self.target.path}: is a part of the source; choose another name for the output")
             tables = tables_for(model)

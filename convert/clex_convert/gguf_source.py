@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from clex_convert.contents import Contents
 from clex_convert.errors import ConvertError
 from clex_convert.gguf_parts import open_parts
 from clex_convert.gguf_writer import GGUFWriter, TensorData, tensors_of
+from clex_convert.scaling import FREQUENCY_TENSORS, Scaling, read_gguf_scaling, read_scaling
 from clex_convert.weights import OdeSettings
 from clex_local.errors import ClexError
 from clex_local.tables import (
@@ -25,7 +26,8 @@ from clex_local.tables import (
     tables_of,
 )
 
-_FLOATS = {0, 1, 30}  # ggml_type: f32, f16, bf16
+_F32 = 0
+_FLOATS = {_F32, 1, 30}  # ggml_type: f32, f16, bf16
 _DEFAULT_BASE = 10000.0  # llama.cpp's, where the key is absent
 
 
@@ -41,13 +43,17 @@ class GGUFSource:
         rope: what the model says of its rotary embedding.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, rope_scaling: Mapping[str, Any] | None = None) -> None:
         """Reads the headers.
+
+        Args:
+            path: the file, or any part of a split model.
+            rope_scaling: takes the place of what the file's keys name.
 
         Raises:
             GGUFError: a file is missing, not GGUF, or damaged.
             ConvertError: an architecture that the runtime does not have, a split model whose parts are not all
-                there, a model with a RoPE scaling of its own, or keys without which no tables can be made.
+                there, a RoPE scaling that is not understood, or keys without which no tables can be made.
         """
         self.path = path
         parts = open_parts(path)
@@ -57,8 +63,7 @@ class GGUFSource:
             part.close()
         try:
             self.architecture = self._check_model()
-            self._check_scaling()
-            self.rope = self._read_rope()
+            self.rope = self._read_rope(rope_scaling)
         except ClexError:
             self.file.close()
             raise
@@ -95,27 +100,37 @@ class GGUFSource:
             raise ConvertError(f"{self.path}: {self.architecture}.{key} must be a number, not {str(value)[:40]!r}")
         return value
 
-    def _check_scaling(self) -> None:
-        kind = str(self.file.get(f"{self.architecture}.rope.scaling.type", "none"))[:40]
-        if kind not in ("none", "linear"):
-            raise ConvertError(
-                f"{self.path}: has RoPE scaling of type {kind!r} ({self.architecture}.rope.scaling.type), which cannot "
-                "be combined with tables; start from the model without it"
-            )
-        for key in ("rope.scaling.factor", "rope.scale_linear", "rope.scaling.attn_factor"):
-            # llama.cpp takes a factor of 0 for "none".
-            if self._number(key) not in (None, 0, 1):
-                raise ConvertError(
-                    f"{self.path}: has a RoPE scaling of its own ({self.architecture}.{key} is {self._number(key)}), "
-                    "which cannot be combined with tables; start from the model without it"
-                )
-        scaled = next((tensor.name for tensor in self.tensors if "rope_f" in tensor.name), None)
-        if scaled is not None:
-            raise ConvertError(
-                f"{self.path}: has frequency factors of its own (tensor {scaled}), which cannot be combined with tables"
-            )
+    def _floats(self, name: str) -> tuple[float, ...] | None:
+        """Values of a tensor of frequency factors; None if the file has none of this name."""
+        info = next((tensor for tensor in self.tensors if tensor.name == name), None)
+        if info is None:
+            return None
+        half = (rope_dimension_count(self.file) or 0) // 2
+        if info.type != _F32 or info.shape != (half,):
+            raise ConvertError(f"{self.path}: the tensor {name} must hold {half} f32 values, one for each frequency")
+        assert isinstance(info.source, Path)  # those in memory are tensors to be written
+        with info.source.open("rb") as file:
+            file.seek(info.offset)
+            values = np.frombuffer(file.read(info.size), "<f4").astype(np.float64)
+        if not (np.isfinite(values) & (values > 0)).all():
+            raise ConvertError(f"{self.path}: the tensor {name} holds a factor that is not finite and above 0")
+        return tuple(values.tolist())
 
-    def _read_rope(self) -> Rope:
+    def _read_scaling(self, context: int, dim: int, rope_scaling: Mapping[str, Any] | None) -> Scaling:
+        if rope_scaling is None:
+            prefix = f"{self.architecture}."
+            names = (name.removeprefix(prefix) for name in self.file.keys() if name.startswith(f"{prefix}rope.scal"))  # noqa: SIM118
+            keys = {name: self.file.get(prefix + name) for name in names}
+            return read_gguf_scaling(keys, self._floats, str(self.path), context=context)
+        tensor = next((tensor.name for tensor in self.tensors if tensor.name in FREQUENCY_TENSORS), None)
+        if tensor is not None:
+            raise ConvertError(
+                f"{self.path}: has frequency factors of its own (tensor {tensor}), whose place another RoPE scaling "
+                "cannot take; leave --rope-scaling out"
+            )
+        return read_scaling(rope_scaling, "--rope-scaling", context=context, dim=dim)
+
+    def _read_rope(self, rope_scaling: Mapping[str, Any] | None) -> Rope:
         dim, context = rope_dimension_count(self.file), self._number("context_length")
         if not dim:
             raise ConvertError(f"{self.path}: the key {self.architecture}.rope.dimension_count is missing")
@@ -129,7 +144,11 @@ class GGUFSource:
         base = _DEFAULT_BASE if base is None else float(base)
         if base <= 1:
             raise ConvertError(f"{self.path}: the RoPE base (rope_theta) must be above 1, not {base}")
-        return Rope(dim, self._head_dim() or dim, base, context, OdeSettings(), facts)
+        scaling = self._read_scaling(context, dim, rope_scaling)
+        if scaling.kind != "default":
+            said = {key: value for key, value in vars(scaling).items() if value != getattr(Scaling, key)}
+            facts["rope_scaling"] = said
+        return Rope(dim, self._head_dim() or dim, base, context, OdeSettings(), facts, scaling)
 
     def _head_dim(self) -> int | None:
         # As llama.cpp finds it.

@@ -3,19 +3,28 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from importlib import metadata
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from clex_convert import frequencies
 from clex_convert.errors import ConvertError, extra_packages
+from clex_convert.scaling import Scaling, read_scaling
 from clex_convert.weights import DEFAULT_ACTIVATION, DEFAULT_TIME_DT, NAMES, OdeSettings, OdeWeights
 from clex_local.tables import Tables, TablesError
 
+
+class ScalingError(ConvertError):
+    """A method and a scaling that do not go together; the message does not name the model."""
+
+
 _MAX_STEPS = 1_000_000
+_MAX_FACTOR = 65536
 
 
 @dataclass(frozen=True)
@@ -25,16 +34,35 @@ class Request:
     Attributes:
         dim: rotary dimension d of a head, even and at least 4.
         base: RoPE base of the model (rope_theta).
-        max_factor: last scaling factor; one bucket for each of 1, 2, ..., max_factor.
-        weights: the CLEX layer, for the methods that have one.
+        context: L, tokens covered at scaling factor 1.
+        factors: [n] scaling factors t, ascending from 1.
+        weights: the CLEX layer, for the method that has one.
         settings: how its dynamics are integrated.
+        scaling: what the model names, or what takes its place.
     """
 
     dim: int
     base: float
-    max_factor: int
+    context: int
+    factors: npt.NDArray[np.float64]
     weights: OdeWeights | None
     settings: OdeSettings
+    scaling: Scaling
+
+
+@dataclass(frozen=True)
+class Made:
+    """What a method makes.
+
+    Attributes:
+        inv_freq: inverse frequencies [n, d/2] in rad/position.
+        attention: [n] factors on cosine and sine, the logits get their squares; None means 1.
+        facts: what to say of them in the provenance.
+    """
+
+    inv_freq: npt.NDArray[Any]
+    attention: list[float] | None
+    facts: dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -43,23 +71,25 @@ class Method:
 
     Attributes:
         summary: half a sentence for the help text.
-        make: gives the inverse frequencies, [max_factor, d/2], and what to say of them in the provenance.
+        make: makes them.
+        on: kinds of scaling of a source that the method goes with.
         needs_weights: whether it integrates a CLEX layer.
-        default_max_factor: where neither the user nor the checkpoint says; None if it must be said.
+        default_max_factor: where nothing else says; None if it must be said.
     """
 
     summary: str
-    make: Callable[[Request], tuple[npt.NDArray[Any], dict[str, Any]]]
+    make: Callable[[Request], Made]
+    on: tuple[str, ...] = ("default", "dynamic")
     needs_weights: bool = False
-    default_max_factor: int | None = None
+    default_max_factor: int | None = 4
 
 
-def _clex(request: Request) -> tuple[npt.NDArray[Any], dict[str, Any]]:
-    weights, settings = request.weights, request.settings
+def _clex(request: Request) -> Made:
+    weights, settings, factors = request.weights, request.settings, request.factors
     assert weights is not None
     act, time_dt = settings.act or DEFAULT_ACTIVATION, settings.time_dt or DEFAULT_TIME_DT
     param_factor = weights.check(request.dim)
-    if (request.max_factor - 1) / time_dt > _MAX_STEPS:
+    if (factors[-1] - 1) / time_dt > _MAX_STEPS:
         raise ConvertError(f"{weights.where}: time_dt {time_dt} takes more than {_MAX_STEPS} steps; use a larger one")
     with extra_packages():
         import torch
@@ -67,13 +97,13 @@ def _clex(request: Request) -> tuple[npt.NDArray[Any], dict[str, Any]]:
         from clex_convert.ode import ClexLayer, integrate
     # Copies: numpy may share memory that torch would have to treat as read-only.
     layer = ClexLayer(torch.tensor(weights.up), torch.tensor(weights.down), act)
-    inv_freq = integrate(layer, request.base, request.max_factor, time_dt)
+    inv_freq = integrate(layer, request.base, factors, time_dt)
     wrong = ~(np.isfinite(inv_freq) & (inv_freq > 0)).all(axis=1)
     if wrong.any():
-        factor = int(np.argmax(wrong)) + 1
+        index = int(np.argmax(wrong))
         raise ConvertError(
-            f"{weights.where}: the dynamics diverge, at t = {factor} the frequencies are not finite and above 0; "
-            f"check act ({act}) and time_dt ({time_dt}), or pass --max-factor {max(factor - 1, 1)}"
+            f"{weights.where}: the dynamics diverge, at t = {factors[index]:g} the frequencies are not finite and "
+            f"above 0; check act ({act}) and time_dt ({time_dt}), or stop at a factor of {factors[max(index - 1, 0)]:g}"
         )
     facts = {
         "activation": act,
@@ -82,24 +112,122 @@ def _clex(request: Request) -> tuple[npt.NDArray[Any], dict[str, Any]]:
         "step": time_dt,
         "weights_sha256": weights.sha256,
     }
-    return inv_freq, facts
+    return Made(inv_freq, None, facts)
 
 
-def _ntk(request: Request) -> tuple[npt.NDArray[Any], dict[str, Any]]:
-    even = np.arange(0, request.dim, 2, dtype=np.float64)
-    stretch = 2 * np.arange(1, request.max_factor + 1, dtype=np.float64)[:, None] - 1
-    inv_freq = request.base ** (-even / request.dim) * stretch ** (-even / (request.dim - 2))
-    return inv_freq, {"stretch": "2t - 1"}
+def _extended(request: Request, row: Callable[[frequencies.Array, float], frequencies.Array]) -> Made:
+    """Extends what the model does with its own scaling, row by row; its attention factor stays."""
+    start, attention = request.scaling.first(request.dim, request.base)
+    rows = np.stack([row(start, t) for t in request.factors])
+    return Made(rows, [attention] * len(rows), {})
 
 
+def _ntk(request: Request) -> Made:
+    # transformers calls the growth of its dynamic scaling "factor".
+    growth = request.scaling.factor if request.scaling.kind == "dynamic" else _NTK_GROWTH
+    made = _extended(request, lambda start, t: frequencies.ntk(start, 1 + growth * (t - 1)))
+    return replace(made, facts={"growth": growth})
+
+
+def _linear(request: Request) -> Made:
+    if request.scaling.kind == "linear":
+        request = replace(request, scaling=Scaling())
+    return _extended(request, lambda start, t: start / t)
+
+
+def _yarn(request: Request) -> Made:
+    scaling, factors = request.scaling, request.factors
+    rows = [scaling.yarn(request.dim, request.base, request.context, float(t)) for t in factors]
+    facts = {name: getattr(scaling, name) for name in ("beta_fast", "beta_slow", "truncate")}
+    return Made(np.stack(rows), [scaling.attention(float(t)) for t in factors], facts)
+
+
+def _longrope(request: Request) -> Made:
+    scaling, start = request.scaling, frequencies.plain(request.dim, request.base)
+    rows = [
+        frequencies.divided(start, scaling.short_factor if t == 1 else scaling.long_factor) for t in request.factors
+    ]
+    return Made(np.stack(rows), [scaling.attention(scaling.factor)] * len(rows), {})
+
+
+_NTK_GROWTH = 2.0
+_FIXED = ("llama3", "linear", "yarn", "rope_freqs")
 METHODS: dict[str, Method] = {
-    "clex": Method("integrate the learned dynamics of a CLEX layer", _clex, needs_weights=True),
+    "clex": Method(
+        "integrate the learned dynamics of a CLEX layer",
+        _clex,
+        on=("default",),
+        needs_weights=True,
+        default_max_factor=None,
+    ),
     "ntk": Method(
         "closed form of the untrained CLEX layer, NTK-aware scaling by 2t - 1; no weights needed",
         _ntk,
-        default_max_factor=4,
+        on=("default", "dynamic", *_FIXED),
+    ),
+    "linear": Method(
+        "position interpolation, all frequencies divided by t", _linear, on=("default", "dynamic", *_FIXED)
+    ),
+    "yarn": Method(
+        "YaRN with factor t, which divides the slow frequencies and scales attention",
+        _yarn,
+        on=("default", "dynamic", "yarn"),
+    ),
+    "longrope": Method(
+        "the short and the long factors that the source names", _longrope, on=("longrope",), default_max_factor=None
     ),
 }
+
+
+def _fixed(request: Request) -> Made:
+    """The one table of a model whose scaling is the same at every length."""
+    return _extended(request, lambda start, t: start)
+
+
+def original_context(method: str | None, scaling: Scaling, context: int) -> int:
+    """Tokens that scaling factor 1 covers, by default.
+
+    Args:
+        method: None for what the model's scaling asks for.
+        scaling: of the model.
+        context: context length that the model names.
+    """
+    if method == scaling.kind == "linear" and not scaling.original:
+        return max(int(context / scaling.factor), 1)
+    if scaling.kind == "longrope" or (method == scaling.kind and scaling.fixed):
+        return scaling.original
+    return max(context, scaling.reach)
+
+
+def _factors(
+    name: str, scaling: Scaling, context: int, given: Sequence[float] | None, max_factor: float | None
+) -> npt.NDArray[np.float64]:
+    if given is not None:
+        factors = np.array(given, dtype=np.float64)
+        rising = factors.ndim == 1 and factors.size and np.isfinite(factors).all() and (np.diff(factors) > 0).all()
+        if not rising or factors[0] != 1:
+            shown = ", ".join(f"{factor:g}" for factor in factors.ravel()[:8])
+            raise ConvertError(f"the scaling factors must begin with 1 and ascend, not {shown or 'be none'}")
+        last = factors[-1]
+    elif max_factor is not None:
+        last = max_factor
+    elif name == "longrope":
+        last = scaling.reach / context if scaling.reach > context else None
+    elif scaling.factor > 1 and scaling.kind in ("dynamic", name):
+        last = scaling.factor
+    else:
+        last = METHODS[name].default_max_factor
+    if last is None:
+        raise ConvertError(f"the method {name} must know the largest scaling factor: pass --max-factor or --factors")
+    if not 1 <= last <= _MAX_FACTOR:
+        raise ConvertError(f"the largest scaling factor must be from 1 to {_MAX_FACTOR}, not {last:g}")
+    if given is None:
+        between = [] if name == "longrope" else range(2, math.ceil(last))
+        factors = np.array([1, *between, *([last] if last > 1 else [])], dtype=np.float64)
+    # The nearest float32 may cover one token less than the factor does.
+    single = factors.astype(np.float32)
+    less = np.floor(single.astype(np.float64) * context) < np.floor(factors * context)
+    return np.where(less, np.nextafter(single, np.float32(np.inf)), single).astype(np.float64)
 
 
 def converter_version() -> str:
@@ -111,12 +239,15 @@ def converter_version() -> str:
 
 
 def tables(
-    method: str,
+    method: str | None,
     *,
     dim: int,
     base: float,
     original_context: int,
-    max_factor: int | None = None,
+    factors: Sequence[float] | None = None,
+    max_factor: float | None = None,
+    scaling: Scaling | Mapping[str, Any] | None = None,
+    head_dim: int | None = None,
     weights: OdeWeights | Mapping[str, npt.ArrayLike] | None = None,
     act: str | None = None,
     time_dt: float | None = None,
@@ -126,11 +257,19 @@ def tables(
     """Makes the tables of one model.
 
     Args:
-        method: ``clex`` or ``ntk``.
+        method: a key of `METHODS`; None for what `scaling` asks for: one table for ``llama3``, ``linear`` and
+            ``yarn``, the method ``ntk`` for ``dynamic``, ``longrope`` for itself.
         dim: rotary dimension d of a head, even, at least 4.
         base: RoPE base of the model (rope_theta).
         original_context: L, tokens that scaling factor 1 covers.
-        max_factor: last scaling factor; by default 4 for ``ntk``, and for ``clex`` it must be given.
+        factors: scaling factor t of each bucket, ascending from 1; any numbers, not only whole ones.
+        max_factor: in place of `factors`: 1, 2, ... up to this one, for ``longrope`` 1 and this one. By default what
+            `scaling` says, or 4; ``clex`` must be told.
+        scaling: the model's own scaling as transformers' ``rope_scaling`` has it. ``yarn`` and ``ntk`` take their
+            parameters from it (``ntk`` the factor of ``dynamic`` as its growth a: the frequencies are stretched by
+            1 + a (t - 1), with a = 2 where nothing is said); ``ntk`` and ``linear`` begin at the frequencies of a
+            model that has another scaling.
+        head_dim: size of a head where only part of it is rotated; there no attention factor can be expressed.
         weights: for ``clex``: the layer, or a mapping with ``ode_up_proj`` [d/2, p * d] and ``ode_down_proj``
             [p * d, d/2].
         act: activation of the layer, ``silu`` (default) or ``tanh``.
@@ -139,45 +278,95 @@ def tables(
         source: settings of the source, for the provenance.
 
     Returns:
-        Tables with one bucket for each scaling factor 1, 2, ..., max_factor, checked against every rule.
+        Tables with one bucket for each scaling factor, checked against every rule.
 
     Raises:
         ConvertError: weights that are missing, of the wrong shape or not finite; dynamics that diverge; a number
-            out of range.
+            out of range; a method that does not go with the scaling.
 
     Source: CLEX (arXiv 2310.16450), `clex_convert.ode`; ``ntk`` is its untrained layer in closed form,
-    f_i(t) = base^(-2i/d) * (2t - 1)^(-2i/(d-2)).
+    f_i(t) = base^(-2i/d) * (2t - 1)^(-2i/(d-2)); the others: `clex_convert.frequencies`.
     """
-    if method not in METHODS:
+    if method not in (None, *METHODS):
         raise ConvertError(f"the method must be one of {', '.join(METHODS)}, not {method!r}")
     if dim < 4 or dim % 2:
         raise ConvertError(f"the rotary dimension must be even and at least 4, not {dim}")
     if not (np.isfinite(base) and base > 1):
         raise ConvertError(f"the RoPE base (rope_theta) must be above 1, not {base}")
+    if original_context < 1:
+        raise ConvertError(f"the original context must be at least 1 token, not {original_context}")
     if isinstance(weights, Mapping):
         up, down = (np.asarray(weights[name], np.float32) for name in NAMES)
         weights = OdeWeights(up, down)
-    settings = OdeSettings(act, time_dt, max_factor or METHODS[method].default_max_factor, log_scale)
+    settings = OdeSettings(act, time_dt, None, log_scale)
     settings.check("conversion")
-    if METHODS[method].needs_weights and weights is None:
+    if not isinstance(scaling, Scaling):
+        scaling = read_scaling(scaling or {}, "scaling", context=original_context, dim=dim)
+    if factors is not None and max_factor is not None:
+        raise ConvertError("--factors and --max-factor exclude each other: pass one of them")
+    name, make = _chosen(method, scaling, fixed_only=factors is None and max_factor is None)
+    if name == "clex" and weights is None:
         raise ConvertError(
-            f"the method {method} needs the weights of a CLEX layer: pass them with --clex-weights, or use --method ntk"
+            "the method clex needs the weights of a CLEX layer: pass them with --clex-weights, or use --method ntk"
         )
-    if settings.max_factor is None:
-        raise ConvertError(f"the method {method} needs to know the largest scaling factor: pass --max-factor")
+    if make is _fixed:
+        factors = [1]
+    t = _factors(name, scaling, original_context, factors, max_factor)
 
-    inv_freq, facts = METHODS[method].make(Request(dim, base, settings.max_factor, weights, settings))
-    facts = {"converter": f"clex-local {converter_version()}", "rope_base": base, **facts, "source": dict(source or {})}
-    made = Tables(
-        method=method,
+    made = make(Request(dim, base, original_context, t, weights, settings, scaling))
+    attention = None if made.attention is None else np.array(made.attention)
+    if attention is not None and (attention == 1).all():
+        attention = None
+    if attention is not None and head_dim not in (None, dim):
+        raise ScalingError(_partial(name, scaling, attention[-1], dim, head_dim))
+    facts = {"converter": f"clex-local {converter_version()}", "rope_base": base}
+    facts |= {**made.facts, "source": dict(source or {})}
+    result = Tables(
+        method=name,
         original_context_length=original_context,
-        scaling_factors=np.arange(1, settings.max_factor + 1, dtype=np.float32),
-        inv_freq=inv_freq.astype(np.float32),
+        scaling_factors=t.astype(np.float32),
+        inv_freq=made.inv_freq.astype(np.float32),
+        attn_scale=None if attention is None else (attention**2).astype(np.float32),
         log_scale=log_scale,
         provenance=json.dumps(facts, sort_keys=True),
     )
     try:
-        made.validate()
+        result.validate()
     except TablesError as error:
         raise ConvertError(f"the tables cannot be used: {error}") from None
-    return made
+    return result
+
+
+def _chosen(method: str | None, scaling: Scaling, *, fixed_only: bool) -> tuple[str, Callable[[Request], Made]]:
+    """Name of the tables' method, and what makes them."""
+    kind = scaling.kind
+    if method is None:
+        if kind == "default":
+            raise ScalingError(f"the model has no scaling of its own: choose a method ({', '.join(METHODS)})")
+        if scaling.fixed:
+            if not fixed_only:
+                able = ", ".join(name for name in METHODS if kind in METHODS[name].on)
+                raise ScalingError(
+                    f"the model's own scaling, {kind}, is one table for every length: pass --method ({able}) for "
+                    "tables by length, or leave --factors and --max-factor out"
+                )
+            return kind, _fixed
+        method = {"dynamic": "ntk", "longrope": "longrope"}[kind]
+    elif kind not in METHODS[method].on:
+        able = ", ".join(name for name in METHODS if kind in METHODS[name].on)
+        own = "no scaling of its own" if kind == "default" else f"the scaling {kind} of its own"
+        hint = f"use --method {able}" + ("" if kind == "default" else ", or leave it out")
+        if method == "longrope":
+            hint = "pass its short_factor and long_factor with --rope-scaling, or " + hint
+        raise ScalingError(f"the method {method} cannot be combined with a model that has {own}; {hint}")
+    return method, METHODS[method].make
+
+
+def _partial(name: str, scaling: Scaling, attention: float, dim: int, head_dim: int | None) -> str:
+    line = (
+        f"{name} has an attention factor ({attention:.4g}), which here acts on {dim} of the {head_dim} dimensions of a "
+        "head; tables cannot do that: "
+    )
+    if scaling.kind == "longrope":
+        return line + "a file of llama.cpp's own converter needs none, the library chooses its factors by length"
+    return line + "pass --rope-scaling with an attention_factor of 1 to leave it out"

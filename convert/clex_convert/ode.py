@@ -54,27 +54,43 @@ class ClexLayer(torch.nn.Module):
         return self.activation((x + torch.log(ntk)) @ self.ode_up_proj) @ self.ode_down_proj + drift
 
 
-def integrate(layer: ClexLayer, base: float, max_factor: int, time_dt: float) -> npt.NDArray[np.float32]:
-    """Inverse frequencies at t = 1, 2, ..., max_factor.
+def integrate(
+    layer: ClexLayer, base: float, factors: npt.NDArray[np.float64], time_dt: float
+) -> npt.NDArray[np.float32]:
+    """Inverse frequencies at every scaling factor.
 
-    Runge-Kutta of fourth order in float32 with a fixed step, as the authors do it.
+    Runge-Kutta of fourth order in float32 with a fixed step, as the authors do it: over the whole factors in one go,
+    and from each of them on to the others before the next, so that these change nothing in the rows of the whole ones.
 
     Args:
         layer: the dynamics.
         base: the model's rope_theta; x(1) is log of base^(-2i/d).
-        max_factor: last scaling factor.
+        factors: [n] scaling factors t, ascending from 1.
         time_dt: step in units of t.
 
     Returns:
-        float32 [max_factor, d/2]; may hold values that are not finite when the dynamics diverge.
+        float32 [n, d/2]; may hold values that are not finite when the dynamics diverge.
     """
+
+    def solve(x: torch.Tensor, times: torch.Tensor) -> torch.Tensor:
+        solution = odeint(layer, x, times, method="rk4", options={"step_size": time_dt})
+        assert isinstance(solution, torch.Tensor)  # a tensor in, a tensor out
+        return solution
+
     with torch.no_grad():
         start = 1 / base ** (layer.get_buffer("even") / layer.dim)
-        factors = torch.arange(1, max_factor + 1, dtype=torch.float32)
-        if max_factor == 1:
-            return start[None].numpy()
-        solution = odeint(layer, torch.log(start), factors, method="rk4", options={"step_size": time_dt})
-        assert isinstance(solution, torch.Tensor)  # a tensor in, a tensor out
-        frequencies = torch.exp(solution)
+        whole = torch.arange(1, int(factors[-1]) + 1, dtype=torch.float32)
+        states = torch.log(start)[None]
+        if len(whole) > 1:
+            states = solve(states[0], whole)
+        rows, t, x = [], torch.tensor(1.0), states[0]
+        for factor in torch.tensor(factors, dtype=torch.float32):
+            below = factor.floor()
+            if below > t or factor == below:
+                t, x = below, states[int(below) - 1]
+            if factor > t:
+                t, x = factor, solve(x, torch.stack((t, factor)))[1]
+            rows.append(x)
+        frequencies = torch.exp(torch.stack(rows))
         frequencies[0] = start  # f(1) itself, without the rounding of exp(log(f))
         return frequencies.numpy()

@@ -358,10 +358,12 @@ void llama_clex_init_context(const llama_model & model, llama_cparams & cparams,
         LLAMA_LOG_WARN("%s: the model has RoPE tables, the RoPE parameters of the context are ignored\n", __func__);
     }
 
-    cparams.rope_freq_base   = 1.0f;
-    cparams.rope_freq_scale  = 1.0f;
-    cparams.yarn_ext_factor  = 0.0f;
-    cparams.yarn_attn_factor = model.clex.rope_scale;
+    // with another type the context would be taken for one of a custom scaling, and n_ctx_train be changed
+    cparams.rope_scaling_type = LLAMA_ROPE_SCALING_TYPE_NONE;
+    cparams.rope_freq_base    = 1.0f;
+    cparams.rope_freq_scale   = 1.0f;
+    cparams.yarn_ext_factor   = 0.0f;
+    cparams.yarn_attn_factor  = model.clex.rope_scale;
 }
 
 llama_kv_cache * llama_context::clex_kv() {
