@@ -1,0 +1,119 @@
+"""Flash attention on the CPU against float64: no error larger than that of stock llama.cpp."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from flash_attention import QUANTIZED, TYPES, Case, Ggml, Library
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+SIZES = (64, 80, 96, 128, 192, 256)
+MASKS = ("none", "causal", "causal", "random", "blocks", "rows", "all")
+WORK = 2_000_000  # products of two numbers, of one case; as much again for V
+EXAMPLES = 120
+# Rounding of F32, which remains where stock computes in F32 as well; values are about 1.
+FLOORS = {np.mean: 3e-7, np.max: 5e-6}
+
+
+@pytest.fixture(scope="module")
+def ours():
+    from clex_local._library import library_path
+
+    library = Library(library_path())
+    yield library
+    library.close()
+
+
+@pytest.fixture(scope="module")
+def disabled():
+    """Our library, told to compute as stock does."""
+    from clex_local._library import library_path
+
+    library = Library(library_path(), GGML_CLEX_ATTN_DISABLE="1")
+    yield library
+    library.close()
+
+
+@pytest.fixture(scope="module")
+def stock(stock_library):
+    library = Library(stock_library)
+    yield library
+    library.close()
+
+
+@pytest.fixture(scope="module")
+def ggml():
+    """Makes a case's numbers and the reference."""
+    from clex_local._library import library_path
+
+    return Ggml(library_path())
+
+
+@st.composite
+def cases(draw: st.DrawFn, queries: st.SearchStrategy[int]) -> Case:
+    same = draw(st.booleans())
+    size_k = draw(st.sampled_from(SIZES))
+    size_v = size_k if same else draw(st.sampled_from(SIZES))
+
+    def kind(size: int) -> str:
+        # A row of a quantized type is made of blocks of 32.
+        return draw(st.sampled_from([t for t in TYPES if size % 32 == 0 or t not in QUANTIZED]))
+
+    type_k = kind(size_k)
+    type_v = type_k if size_v % 32 == size_k % 32 and draw(st.booleans()) else kind(size_v)
+    n_q, n_head_kv = draw(queries), draw(st.sampled_from((1, 1, 2, 3)))
+    group, n_stream = draw(st.sampled_from((1, 2, 3, 4, 5, 8, 12))), draw(st.sampled_from((1, 1, 2, 3)))
+    most = WORK // (n_q * n_head_kv * group * n_stream * size_k)
+    mask = draw(st.sampled_from(MASKS))
+    return Case(
+        seed=draw(st.integers(0, 2**32 - 1)),
+        n_q=n_q,
+        n_kv=draw(st.integers(1, max(1, min(1500, most)))),
+        n_head_kv=n_head_kv,
+        group=group,
+        n_stream=n_stream,
+        size_k=size_k,
+        size_v=size_v,
+        type_k=type_k,
+        type_v=type_v,
+        mask=mask,
+        mask_heads=draw(st.booleans()),
+        max_bias=0.0 if mask == "none" else draw(st.sampled_from((0.0, 0.0, 8.0))),
+        softcap=draw(st.sampled_from((0.0, 0.0, 5.0, 50.0))),
+        sinks=draw(st.booleans()),
+        sharpness=draw(st.sampled_from((0.1, 1.0, 4.0))),
+        cache_layout=draw(st.booleans()),
+        threads=draw(st.integers(1, 3)),
+    )
+
+
+DECODE = st.integers(1, 8)
+PREFILL = st.one_of(st.integers(9, 70), st.sampled_from((64, 65, 128, 200)))
+
+
+def check(ggml: Ggml, ours: Library, stock: Library, case: Case) -> None:
+    tensors = ggml.make(case)
+    reference = ggml.reference(tensors)
+    ours_error, stock_error = (np.abs(library.attend(tensors) - reference) for library in (ours, stock))
+    for measure, floor in FLOORS.items():
+        assert measure(ours_error) <= measure(stock_error) + floor
+
+
+@given(case=cases(DECODE))
+@settings(max_examples=EXAMPLES, deadline=None)
+def test_decode_is_as_exact_as_stock(ggml, ours, stock, case):
+    check(ggml, ours, stock, case)
+
+
+@given(case=cases(PREFILL))
+@settings(max_examples=EXAMPLES, deadline=None)
+def test_prefill_is_as_exact_as_stock(ggml, ours, stock, case):
+    check(ggml, ours, stock, case)
+
+
+@given(case=cases(st.one_of(DECODE, PREFILL)))
+@settings(max_examples=30, deadline=None)
+def test_the_variable_selects_the_code_of_stock(ggml, disabled, stock, case):
+    tensors = ggml.make(case)
+    np.testing.assert_array_equal(disabled.attend(tensors), stock.attend(tensors))
