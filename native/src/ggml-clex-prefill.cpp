@@ -1,0 +1,496 @@
+// Flash attention on the CPU for batches of many queries.
+//
+// A unit of work is some queries of some of the heads that share a KV head: the columns. K and V are converted to F32
+// 64 positions at a time, once for all columns of the unit. The scores of a tile are kept transposed, [position][column]:
+// K then needs no transposition, and the softmax has a column in each lane of its vectors.
+
+#include "ggml-clex-prefill.h"
+
+#include "ggml-cpu-impl.h"
+#include "ggml-cpu.h"
+#include "ggml-impl.h"
+#include "quants.h"
+#include "simd-mappings.h"
+#include "vec.h"
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+
+static const int64_t N_QUERIES_MIN = 9;   // fewer are decoding
+static const int64_t TILE          = 64;  // positions, and columns, of a tile of scores
+static const int64_t COLUMNS       = 256; // of a unit, if its queries and results stay in the L2 cache
+static const int64_t COLUMN_VALUES = 512 * COLUMNS / 2;
+
+static const uint16_t F16_MINUS_INF = 0xFC00;
+
+//
+// vectors
+//
+
+#if defined(__AVX512F__) && defined(__AVX512DQ__)
+typedef __m512 vec;
+static inline vec  vec_load (const float * x)      { return _mm512_loadu_ps(x); }
+static inline void vec_store(float * x, vec v)     { _mm512_storeu_ps(x, v); }
+static inline vec  vec_set  (float x)              { return _mm512_set1_ps(x); }
+static inline vec  vec_add  (vec a, vec b)         { return _mm512_add_ps(a, b); }
+static inline vec  vec_sub  (vec a, vec b)         { return _mm512_sub_ps(a, b); }
+static inline vec  vec_max  (vec a, vec b)         { return _mm512_max_ps(a, b); }
+static inline vec  vec_fma  (vec a, vec b, vec c)  { return _mm512_fmadd_ps(a, b, c); }
+static inline vec  vec_exp  (vec x)                { return ggml_v_expf(x); }
+static const int VEC_ROWS = 4, VEC_COLUMNS = 4; // of the block of results that stays in registers
+#elif defined(__AVX2__) && defined(__FMA__)
+typedef __m256 vec;
+static inline vec  vec_load (const float * x)      { return _mm256_loadu_ps(x); }
+static inline void vec_store(float * x, vec v)     { _mm256_storeu_ps(x, v); }
+static inline vec  vec_set  (float x)              { return _mm256_set1_ps(x); }
+static inline vec  vec_add  (vec a, vec b)         { return _mm256_add_ps(a, b); }
+static inline vec  vec_sub  (vec a, vec b)         { return _mm256_sub_ps(a, b); }
+static inline vec  vec_max  (vec a, vec b)         { return _mm256_max_ps(a, b); }
+static inline vec  vec_fma  (vec a, vec b, vec c)  { return _mm256_fmadd_ps(a, b, c); }
+static inline vec  vec_exp  (vec x)                { return ggml_v_expf(x); }
+static const int VEC_ROWS = 4, VEC_COLUMNS = 2;
+#elif defined(__ARM_NEON) && defined(__aarch64__) && !defined(__ARM_FEATURE_SVE)
+typedef float32x4_t vec;
+static inline vec  vec_load (const float * x)      { return vld1q_f32(x); }
+static inline void vec_store(float * x, vec v)     { vst1q_f32(x, v); }
+static inline vec  vec_set  (float x)              { return vdupq_n_f32(x); }
+static inline vec  vec_add  (vec a, vec b)         { return vaddq_f32(a, b); }
+static inline vec  vec_sub  (vec a, vec b)         { return vsubq_f32(a, b); }
+static inline vec  vec_max  (vec a, vec b)         { return vmaxq_f32(a, b); }
+static inline vec  vec_fma  (vec a, vec b, vec c)  { return vfmaq_f32(c, a, b); }
+static inline vec  vec_exp  (vec x)                { return ggml_v_expf(x); }
+static const int VEC_ROWS = 4, VEC_COLUMNS = 4;
+#else
+struct vec { float x[4]; };
+template <typename F> static inline vec vec_map(F f) { return {{ f(0), f(1), f(2), f(3) }}; }
+static inline vec  vec_load (const float * x)      { return vec_map([&](int i) { return x[i]; }); }
+static inline void vec_store(float * x, vec v)     { memcpy(x, v.x, sizeof(v.x)); }
+static inline vec  vec_set  (float x)              { return vec_map([&](int) { return x; }); }
+static inline vec  vec_add  (vec a, vec b)         { return vec_map([&](int i) { return a.x[i] + b.x[i]; }); }
+static inline vec  vec_sub  (vec a, vec b)         { return vec_map([&](int i) { return a.x[i] - b.x[i]; }); }
+static inline vec  vec_max  (vec a, vec b)         { return vec_map([&](int i) { return std::max(a.x[i], b.x[i]); }); }
+static inline vec  vec_fma  (vec a, vec b, vec c)  { return vec_map([&](int i) { return a.x[i]*b.x[i] + c.x[i]; }); }
+static inline vec  vec_exp  (vec v)                { return vec_map([&](int i) { return expf(v.x[i]); }); }
+static const int VEC_ROWS = 2, VEC_COLUMNS = 2;
+#endif
+static const int64_t VEC_SIZE = sizeof(vec) / sizeof(float);
+
+// C[ROWS x N*VEC_SIZE] (+)= A * B over k terms; A(i, p) is a[i*a_row + p*a_term]
+template <int ROWS, int N>
+static void product_block(float * c, int64_t c_row, const float * a, int64_t a_row, int64_t a_term, const float * b,
+        int64_t b_row, int64_t k, bool add) {
+    vec sum[ROWS][N];
+    for (int i = 0; i < ROWS; ++i) {
+        for (int j = 0; j < N; ++j) {
+            sum[i][j] = add ? vec_load(c + i*c_row + j*VEC_SIZE) : vec_set(0.0f);
+        }
+    }
+    for (int64_t p = 0; p < k; ++p) {
+        vec row[N];
+        for (int j = 0; j < N; ++j) {
+            row[j] = vec_load(b + p*b_row + j*VEC_SIZE);
+        }
+        for (int i = 0; i < ROWS; ++i) {
+            const vec x = vec_set(a[i*a_row + p*a_term]);
+            for (int j = 0; j < N; ++j) {
+                sum[i][j] = vec_fma(x, row[j], sum[i][j]);
+            }
+        }
+    }
+    for (int i = 0; i < ROWS; ++i) {
+        for (int j = 0; j < N; ++j) {
+            vec_store(c + i*c_row + j*VEC_SIZE, sum[i][j]);
+        }
+    }
+}
+
+// the same for any multiples of VEC_ROWS rows and VEC_SIZE columns; N vectors at a time, then half as many
+template <int N = VEC_COLUMNS>
+static void product(float * c, int64_t c_row, const float * a, int64_t a_row, int64_t a_term, const float * b,
+        int64_t b_row, int64_t k, int64_t rows, int64_t columns, bool add) {
+    const int64_t whole = columns / (N*VEC_SIZE) * (N*VEC_SIZE);
+    for (int64_t j = 0; j < whole; j += N*VEC_SIZE) {
+        for (int64_t i = 0; i < rows; i += VEC_ROWS) {
+            product_block<VEC_ROWS, N>(c + i*c_row + j, c_row, a + i*a_row, a_row, a_term, b + j, b_row, k, add);
+        }
+    }
+    if constexpr (N > 1) {
+        if (whole < columns) {
+            product<N/2>(c + whole, c_row, a, a_row, a_term, b + whole, b_row, k, rows, columns - whole, add);
+        }
+    }
+}
+
+//
+// rows of K and V as F32
+//
+// As in ggml-quants.c, which is compiled for the oldest CPU.
+//
+
+typedef void (*row_to_float)(const void * row, float * y, int64_t n);
+
+static void row_from_f32(const void * row, float * y, int64_t n) {
+    memcpy(y, row, n*sizeof(float));
+}
+
+static void row_from_f16(const void * row, float * y, int64_t n) {
+    ggml_cpu_fp16_to_fp32((const ggml_fp16_t *) row, y, n);
+}
+
+static void row_from_bf16(const void * row, float * y, int64_t n) {
+    ggml_cpu_bf16_to_fp32((const ggml_bf16_t *) row, y, n);
+}
+
+static void row_from_q8_0(const void * row, float * y, int64_t n) {
+    const block_q8_0 * x = (const block_q8_0 *) row;
+    for (int64_t i = 0; i < n/QK8_0; ++i, y += QK8_0) {
+        const float d = GGML_CPU_FP16_TO_FP32(x[i].d);
+        for (int j = 0; j < QK8_0; ++j) {
+            y[j] = x[i].qs[j]*d;
+        }
+    }
+}
+
+static float minimum(const block_q4_0 &)   { return 0.0f; }
+static float minimum(const block_q5_0 &)   { return 0.0f; }
+static float minimum(const block_q4_1 & x) { return GGML_CPU_FP16_TO_FP32(x.m); }
+static float minimum(const block_q5_1 & x) { return GGML_CPU_FP16_TO_FP32(x.m); }
+
+// q4_0, q4_1, q5_0 and q5_1: values of 4 bits, perhaps with a fifth in qh, less ZERO
+template <typename block, bool FIFTH, int ZERO>
+static void row_from_nibbles(const void * row, float * y, int64_t n) {
+    const block * x = (const block *) row;
+    for (int64_t i = 0; i < n/32; ++i, y += 32) {
+        const float d = GGML_CPU_FP16_TO_FP32(x[i].d);
+        const float m = minimum(x[i]);
+        int32_t q[32];
+        for (int j = 0; j < 16; ++j) {
+            q[j]      = x[i].qs[j] & 0xF;
+            q[j + 16] = x[i].qs[j] >> 4;
+        }
+        if constexpr (FIFTH) {
+            uint32_t qh;
+            memcpy(&qh, x[i].qh, sizeof(qh));
+            for (int j = 0; j < 32; ++j) {
+                q[j] |= (qh >> j & 1) << 4;
+            }
+        }
+        for (int j = 0; j < 32; ++j) {
+            y[j] = (q[j] - ZERO)*d + m;
+        }
+    }
+}
+
+static row_to_float row_converter(ggml_type type) {
+    switch (type) {
+        case GGML_TYPE_F32:  return row_from_f32;
+        case GGML_TYPE_F16:  return row_from_f16;
+        case GGML_TYPE_BF16: return row_from_bf16;
+        case GGML_TYPE_Q8_0: return row_from_q8_0;
+        case GGML_TYPE_Q4_0: return row_from_nibbles<block_q4_0, false, 8>;
+        case GGML_TYPE_Q4_1: return row_from_nibbles<block_q4_1, false, 0>;
+        case GGML_TYPE_Q5_0: return row_from_nibbles<block_q5_0, true, 16>;
+        case GGML_TYPE_Q5_1: return row_from_nibbles<block_q5_1, true, 0>;
+        default:             return ggml_get_type_traits(type)->to_float;
+    }
+}
+
+// rows from `first` on of one KV head, with stride y_row; the rows up to a multiple of VEC_ROWS are 0
+static void convert_tile(const ggml_tensor * t, row_to_float convert, int64_t first, int64_t n, int64_t head, int64_t stream,
+        float * y, int64_t y_row) {
+    const char * data = (const char *) t->data + head*t->nb[2] + stream*t->nb[3];
+    for (int64_t i = 0; i < n; ++i) {
+        convert(data + (first + i)*t->nb[1], y + i*y_row, t->ne[0]);
+    }
+    memset(y + n*y_row, 0, (GGML_PAD(n, VEC_ROWS) - n)*y_row*sizeof(float));
+}
+
+//
+// the shape of the work
+//
+
+struct attn_plan {
+    int64_t size_k, size_v; // of a head; V padded to whole vectors
+    int64_t n_heads;        // of a unit
+    int64_t n_queries;      // of a unit
+    int64_t n_head_blocks, n_query_blocks;
+    int64_t n_units;
+
+    attn_plan(const ggml_tensor * dst, int n_threads) {
+        const ggml_tensor * q = dst->src[0];
+        const ggml_tensor * k = dst->src[1];
+        const ggml_tensor * v = dst->src[2];
+
+        size_k = k->ne[0];
+        size_v = GGML_PAD(v->ne[0], VEC_SIZE);
+
+        const int64_t group = q->ne[2]/k->ne[2];
+        const int64_t most  = std::max(TILE, std::min(COLUMNS, COLUMN_VALUES/(size_k + size_v)/TILE*TILE));
+
+        n_heads   = std::min(group, most);
+        n_queries = std::min(q->ne[1], std::max<int64_t>(1, most/n_heads));
+        if (n_queries > TILE) {
+            n_queries = n_queries/TILE*TILE;
+        }
+        while (true) {
+            n_head_blocks  = (group + n_heads - 1)/n_heads;
+            n_query_blocks = (q->ne[1] + n_queries - 1)/n_queries;
+            n_units        = n_head_blocks*n_query_blocks*k->ne[2]*q->ne[3];
+            // several for each thread, since a mask makes some of them short
+            if (n_units >= 4*n_threads || (n_queries == 1 && n_heads == 1)) {
+                break;
+            }
+            if (n_queries > 16 || n_heads == 1) {
+                n_queries = (n_queries + 1)/2;
+            } else {
+                n_heads = (n_heads + 1)/2;
+            }
+        }
+    }
+
+    int64_t n_columns() const { return GGML_PAD(n_heads*n_queries, TILE); }
+
+    // floats for one thread
+    size_t size() const {
+        return n_columns()*(size_k + size_v + 2) + TILE*(size_k + size_v + TILE);
+    }
+};
+
+static bool attn_prefill_applies(const ggml_tensor * dst) {
+    static const bool disabled = getenv("GGML_CLEX_ATTN_DISABLE") != nullptr;
+    const ggml_tensor * q = dst->src[0];
+    const ggml_tensor * k = dst->src[1];
+    const ggml_tensor * v = dst->src[2];
+    return !disabled && q->ne[1] >= N_QUERIES_MIN && q->type == GGML_TYPE_F32 && k->ne[2] == v->ne[2] &&
+        row_converter(k->type) && row_converter(v->type);
+}
+
+size_t ggml_clex_attn_prefill_work_size(const ggml_tensor * dst, int n_threads) {
+    return attn_prefill_applies(dst) ? n_threads*attn_plan(dst, n_threads).size()*sizeof(float) : 0;
+}
+
+//
+// one unit
+//
+
+// 64 columns at most: queries of one or several heads
+struct attn_columns {
+    int64_t n;
+
+    const uint16_t * mask[TILE]; // F16
+    float            slope[TILE];
+
+    float * q; // [size_k][TILE], scaled
+    float * o; // [TILE][size_v], not yet divided by the sum
+    float * max;
+    float * sum;
+
+    enum { HIDDEN, SEEN, MASKED } tile; // how the mask is where it was last looked at
+};
+
+static void look_at_mask(attn_columns & c, int64_t first, int64_t n) {
+    uint16_t any_seen = 0, any_biased = 0;
+    for (int64_t i = 0; i < c.n && !(any_seen && any_biased); ++i) {
+        const uint16_t * mask = c.mask[i] + first;
+        uint16_t seen = 0, biased = 0;
+        for (int64_t j = 0; j < n; ++j) {
+            seen   |= mask[j] ^ F16_MINUS_INF;
+            biased |= mask[j];
+        }
+        any_seen   |= seen;
+        any_biased |= biased;
+    }
+    c.tile = !any_seen ? attn_columns::HIDDEN : any_biased ? attn_columns::MASKED : attn_columns::SEEN;
+}
+
+// the softmax as far as it goes with n more positions: scores become weights
+static void soft_max(attn_columns & c, float * scores, int64_t n, int64_t size_v) {
+    for (int64_t j = 0; j < GGML_PAD(c.n, VEC_SIZE); j += VEC_SIZE) {
+        vec max = vec_load(c.max + j);
+        for (int64_t i = 0; i < n; ++i) {
+            max = vec_max(max, vec_load(scores + i*TILE + j));
+        }
+        float before[VEC_SIZE], after[VEC_SIZE];
+        vec_store(before, vec_load(c.max + j));
+        vec_store(after, max);
+        vec_store(c.max + j, max);
+        for (int64_t i = 0; i < VEC_SIZE; ++i) {
+            if (after[i] > before[i] && before[i] != -INFINITY) {
+                const float scale = expf(before[i] - after[i]);
+                c.sum[j + i] *= scale;
+                ggml_vec_scale_f32(size_v, c.o + (j + i)*size_v, scale);
+            }
+            // where nothing is seen yet, every weight shall be 0
+            after[i] = after[i] == -INFINITY ? 0.0f : after[i];
+        }
+        max = vec_load(after);
+        vec sum = vec_load(c.sum + j);
+        for (int64_t i = 0; i < n; ++i) {
+            const vec weight = vec_exp(vec_sub(vec_load(scores + i*TILE + j), max));
+            vec_store(scores + i*TILE + j, weight);
+            sum = vec_add(sum, weight);
+        }
+        vec_store(c.sum + j, sum);
+    }
+}
+
+bool ggml_clex_attn_prefill(const ggml_compute_params * params, ggml_tensor * dst) {
+    if (params->use_ref || !attn_prefill_applies(dst)) {
+        return false;
+    }
+    const ggml_tensor * q     = dst->src[0];
+    const ggml_tensor * k     = dst->src[1];
+    const ggml_tensor * v     = dst->src[2];
+    const ggml_tensor * mask  = dst->src[3];
+    const ggml_tensor * sinks = dst->src[4];
+
+    float scale, max_bias, softcap;
+    memcpy(&scale,    (const float *) dst->op_params + 0, sizeof(float));
+    memcpy(&max_bias, (const float *) dst->op_params + 1, sizeof(float));
+    memcpy(&softcap,  (const float *) dst->op_params + 2, sizeof(float));
+    if (softcap != 0.0f) {
+        scale /= softcap;
+    }
+    const int64_t n_head      = q->ne[2];
+    const int64_t n_head_log2 = 1LL << (int) floor(log2(n_head));
+    const float m0 = powf(2.0f, -max_bias/n_head_log2);
+    const float m1 = powf(2.0f, -max_bias/2.0f/n_head_log2);
+
+    const int64_t group = n_head/k->ne[2];
+    const int64_t n_kv  = k->ne[1];
+
+    const row_to_float convert_k = row_converter(k->type);
+    const row_to_float convert_v = row_converter(v->type);
+
+    const attn_plan plan(dst, params->nth);
+    const int64_t size_k = plan.size_k;
+    const int64_t size_v = plan.size_v;
+
+    float * next = (float *) params->wdata + params->ith*plan.size();
+    const auto take = [&](int64_t n) { float * x = next; next += n; return x; };
+    float * k_tile = take(TILE*size_k);
+    float * v_tile = take(TILE*size_v);
+    float * scores = take(TILE*TILE);
+    float * q_unit = take(plan.n_columns()*size_k);
+    float * o_unit = take(plan.n_columns()*size_v);
+    float * max    = take(plan.n_columns());
+    float * sum    = take(plan.n_columns());
+
+    memset(v_tile, 0, TILE*size_v*sizeof(float)); // what pads the rows stays 0
+
+    if (params->ith == 0) {
+        ggml_threadpool_chunk_set(params->threadpool, params->nth);
+    }
+    ggml_barrier(params->threadpool);
+
+    for (int64_t unit = params->ith; unit < plan.n_units; unit = ggml_threadpool_chunk_add(params->threadpool, 1)) {
+        int64_t rest = unit;
+        const auto next_index = [&](int64_t n) { const int64_t i = rest % n; rest /= n; return i; };
+        const int64_t head_block = next_index(plan.n_head_blocks);
+        const int64_t head_kv    = next_index(k->ne[2]);
+        const int64_t stream     = next_index(q->ne[3]);
+        // the last first: with a causal mask they take longest
+        const int64_t query0     = (plan.n_query_blocks - 1 - rest)*plan.n_queries;
+        const int64_t head0      = head_kv*group + head_block*plan.n_heads;
+        const int64_t n_heads    = std::min(plan.n_heads, (head_kv + 1)*group - head0);
+        const int64_t n_queries  = std::min(plan.n_queries, q->ne[1] - query0);
+        const int64_t n_columns  = n_heads*n_queries;
+
+        const auto head_of  = [&](int64_t column) { return head0  + column/n_queries; };
+        const auto query_of = [&](int64_t column) { return query0 + column%n_queries; };
+
+        attn_columns columns[(COLUMNS + TILE - 1)/TILE];
+        const int64_t n_tiles = (n_columns + TILE - 1)/TILE;
+        for (int64_t t = 0; t < n_tiles; ++t) {
+            attn_columns & c = columns[t];
+            c.n    = std::min(TILE, n_columns - t*TILE);
+            c.q    = q_unit + t*TILE*size_k;
+            c.o    = o_unit + t*TILE*size_v;
+            c.max  = max + t*TILE;
+            c.sum  = sum + t*TILE;
+            c.tile = attn_columns::SEEN;
+            memset(c.q, 0, TILE*size_k*sizeof(float));
+            memset(c.o, 0, TILE*size_v*sizeof(float));
+            for (int64_t i = 0; i < TILE; ++i) {
+                c.max[i] = -INFINITY;
+                c.sum[i] = 0.0f;
+            }
+            for (int64_t i = 0; i < c.n; ++i) {
+                const int64_t head = head_of(t*TILE + i), query = query_of(t*TILE + i);
+                const float * x = (const float *) ((const char *) q->data + query*q->nb[1] + head*q->nb[2] + stream*q->nb[3]);
+                for (int64_t d = 0; d < size_k; ++d) {
+                    c.q[d*TILE + i] = x[d]*scale;
+                }
+                if (mask) {
+                    c.mask[i] = (const uint16_t *) ((const char *) mask->data + query*mask->nb[1] +
+                            head%mask->ne[2]*mask->nb[2] + stream%mask->ne[3]*mask->nb[3]);
+                }
+                c.slope[i] = max_bias <= 0.0f ? 1.0f :
+                    head < n_head_log2 ? powf(m0, head + 1) : powf(m1, 2*(head - n_head_log2) + 1);
+            }
+        }
+
+        for (int64_t first = 0; first < n_kv; first += TILE) {
+            const int64_t n = std::min(TILE, n_kv - first);
+            bool all_hidden = true;
+            for (int64_t t = 0; t < n_tiles; ++t) {
+                if (mask) {
+                    look_at_mask(columns[t], first, n);
+                }
+                all_hidden = all_hidden && columns[t].tile == attn_columns::HIDDEN;
+            }
+            if (all_hidden) {
+                continue;
+            }
+            convert_tile(k, convert_k, first, n, head_kv, stream, k_tile, size_k);
+            convert_tile(v, convert_v, first, n, head_kv, stream, v_tile, size_v);
+
+            for (int64_t t = 0; t < n_tiles; ++t) {
+                attn_columns & c = columns[t];
+                if (c.tile == attn_columns::HIDDEN) {
+                    continue;
+                }
+                product(scores, TILE, k_tile, size_k, 1, c.q, TILE, size_k, GGML_PAD(n, VEC_ROWS), GGML_PAD(c.n, VEC_SIZE), false);
+                if (softcap != 0.0f) {
+                    for (int64_t i = 0; i < n; ++i) {
+                        for (int64_t j = 0; j < c.n; ++j) {
+                            scores[i*TILE + j] = softcap*tanhf(scores[i*TILE + j]);
+                        }
+                    }
+                }
+                if (c.tile == attn_columns::MASKED) {
+                    for (int64_t j = 0; j < c.n; ++j) {
+                        float bias[TILE];
+                        ggml_cpu_fp16_to_fp32(c.mask[j] + first, bias, n);
+                        for (int64_t i = 0; i < n; ++i) {
+                            scores[i*TILE + j] += c.slope[j]*bias[i];
+                        }
+                    }
+                }
+                soft_max(c, scores, n, size_v);
+                product(c.o, size_v, scores, 1, TILE, v_tile, size_v, n, GGML_PAD(c.n, VEC_ROWS), size_v, true);
+            }
+        }
+
+        for (int64_t column = 0; column < n_columns; ++column) {
+            attn_columns & c = columns[column/TILE];
+            const int64_t i = column%TILE, head = head_of(column);
+            float factor = 1.0f;
+            if (sinks) {
+                const float sink = ((const float *) sinks->data)[head];
+                const float top  = std::max(c.max[i], sink);
+                factor   = expf(c.max[i] - top);
+                c.sum[i] = c.sum[i]*factor + expf(sink - top);
+            }
+            factor = c.sum[i] == 0.0f ? 0.0f : factor/c.sum[i];
+            float * out = (float *) ((char *) dst->data + (stream*dst->ne[2]*dst->ne[1] + query_of(column)*dst->ne[1] + head)*dst->nb[1]);
+            for (int64_t d = 0; d < v->ne[0]; ++d) {
+                out[d] = c.o[i*size_v + d]*factor;
+            }
+        }
+    }
+    return true;
+}
