@@ -21,8 +21,7 @@
 
 static const int64_t N_QUERIES_MIN = 9;   // fewer are decoding
 static const int64_t TILE          = 64;  // positions, and columns, of a tile of scores
-static const int64_t COLUMNS       = 256; // of a unit, if its queries and results stay in the L2 cache
-static const int64_t COLUMN_VALUES = 512 * COLUMNS / 2;
+static const int64_t COLUMNS       = 128; // of a unit, at most: its queries and results stay in the L2 cache
 
 static const uint16_t F16_MINUS_INF = 0xFC00;
 
@@ -40,7 +39,7 @@ static inline vec  vec_sub  (vec a, vec b)         { return _mm512_sub_ps(a, b);
 static inline vec  vec_max  (vec a, vec b)         { return _mm512_max_ps(a, b); }
 static inline vec  vec_fma  (vec a, vec b, vec c)  { return _mm512_fmadd_ps(a, b, c); }
 static inline vec  vec_exp  (vec x)                { return ggml_v_expf(x); }
-static const int VEC_ROWS = 4, VEC_COLUMNS = 4; // of the block of results that stays in registers
+static const int VEC_ROWS = 8, VEC_COLUMNS = 2; // of the block of results that stays in registers
 #elif defined(__AVX2__) && defined(__FMA__)
 typedef __m256 vec;
 static inline vec  vec_load (const float * x)      { return _mm256_loadu_ps(x); }
@@ -77,6 +76,7 @@ static inline vec  vec_exp  (vec v)                { return vec_map([&](int i) {
 static const int VEC_ROWS = 2, VEC_COLUMNS = 2;
 #endif
 static const int64_t VEC_SIZE = sizeof(vec) / sizeof(float);
+static_assert(TILE % (VEC_COLUMNS*VEC_SIZE) == 0 && VEC_SIZE % VEC_ROWS == 0, "a tile is made of whole blocks");
 
 // C[ROWS x N*VEC_SIZE] (+)= A * B over k terms; A(i, p) is a[i*a_row + p*a_term]
 template <int ROWS, int N>
@@ -228,10 +228,9 @@ struct attn_plan {
         size_v = GGML_PAD(v->ne[0], VEC_SIZE);
 
         const int64_t group = q->ne[2]/k->ne[2];
-        const int64_t most  = std::max(TILE, std::min(COLUMNS, COLUMN_VALUES/(size_k + size_v)/TILE*TILE));
 
-        n_heads   = std::min(group, most);
-        n_queries = std::min(q->ne[1], std::max<int64_t>(1, most/n_heads));
+        n_heads   = std::min(group, COLUMNS);
+        n_queries = std::min(q->ne[1], COLUMNS/n_heads);
         if (n_queries > TILE) {
             n_queries = n_queries/TILE*TILE;
         }
@@ -402,7 +401,7 @@ bool ggml_clex_attn_prefill(const ggml_compute_params * params, ggml_tensor * ds
         const auto head_of  = [&](int64_t column) { return head0  + column/n_queries; };
         const auto query_of = [&](int64_t column) { return query0 + column%n_queries; };
 
-        attn_columns columns[(COLUMNS + TILE - 1)/TILE];
+        attn_columns columns[COLUMNS/TILE];
         const int64_t n_tiles = (n_columns + TILE - 1)/TILE;
         for (int64_t t = 0; t < n_tiles; ++t) {
             attn_columns & c = columns[t];
