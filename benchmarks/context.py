@@ -23,7 +23,7 @@ PATCHED = hasattr(llama_cpp.llama_cpp._lib, "llama_clex_n_buckets")
 if PATCHED:
     from clex_local import native
 
-KV_TYPES = {"f32": 0, "f16": 1, "q8_0": 8}
+KV_TYPES = {"f32": 0, "f16": 1, "bf16": 30, "q8_0": 8, "q5_1": 7, "q5_0": 6, "q4_1": 3, "q4_0": 2}
 
 set_verbose(False)
 
@@ -58,6 +58,11 @@ class Model:
         buckets = native.n_buckets(pointer) if PATCHED else 0
         self.factors = [native.scaling_factor(pointer, i) for i in range(buckets)]
 
+    @property
+    def n_bytes(self) -> int:
+        """Size of all weights."""
+        return llama_cpp.llama_model_size(self.pointer)
+
     def tokenize(self, text: str) -> npt.NDArray[np.int32]:
         """Token ids of a text, without special tokens."""
         data = text.encode()
@@ -77,7 +82,7 @@ class Model:
 
 
 class Context:
-    """A context with one sequence."""
+    """A context that computes one sequence; others can keep copies of its cells."""
 
     def __init__(
         self,
@@ -87,11 +92,13 @@ class Context:
         kv_type: str = "f16",
         flash_attn: bool = False,
         n_batch: int = 512,
+        n_seq: int = 1,
         threads: int | None = None,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         params = llama_cpp.llama_context_default_params()
         params.n_ctx, params.n_batch, params.n_ubatch = n_ctx, n_batch, n_batch
+        params.n_seq_max, params.kv_unified = n_seq, n_seq > 1
         params.type_k = params.type_v = KV_TYPES[kv_type]
         params.flash_attn_type = int(flash_attn)
         params.n_threads = params.n_threads_batch = threads or default_threads()
@@ -147,6 +154,25 @@ class Context:
         """Forget the tokens from position n_tokens on, and what was declared."""
         llama_cpp.llama_memory_seq_rm(self.memory, 0, n_tokens, -1)
         self.declare(0)
+
+    def repeat(self, n_tokens: int, position: int) -> None:
+        """Put shifted copies of the first n_tokens keys and values at a position; takes a context of two sequences."""
+        sequence = llama_cpp.llama_seq_id
+        llama_cpp.llama_memory_seq_cp(self.memory, 0, 1, 0, n_tokens)
+        size = llama_cpp.llama_state_seq_get_size(self.pointer, sequence(1))
+        state = (ctypes.c_uint8 * size)()
+        llama_cpp.llama_state_seq_get_data(self.pointer, state, size, sequence(1))
+        llama_cpp.llama_memory_seq_rm(self.memory, 1, -1, -1)
+        if not llama_cpp.llama_state_seq_set_data(self.pointer, state, size, sequence(1)):
+            raise RuntimeError(f"llama.cpp cannot copy {n_tokens} cached tokens")
+        llama_cpp.llama_memory_seq_add(self.memory, 1, 0, -1, position)
+        llama_cpp.llama_memory_seq_cp(self.memory, 1, 0, -1, -1)
+        llama_cpp.llama_memory_seq_rm(self.memory, 1, -1, -1)
+
+    @property
+    def n_bytes(self) -> int:
+        """Size of the keys and values of all tokens, and some hundred bytes."""
+        return llama_cpp.llama_state_seq_get_size(self.pointer, llama_cpp.llama_seq_id(0))
 
     def clear(self) -> None:
         """Forget everything."""

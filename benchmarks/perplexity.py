@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable
+from itertools import repeat
 from pathlib import Path
 
 import click
@@ -14,22 +15,28 @@ from benchmarks.context import KV_TYPES, Context, Model
 from benchmarks.text import emma
 
 
-def negative_log_likelihoods(context: Context, tokens: npt.NDArray[np.int32]) -> npt.NDArray[np.float64]:
+def negative_log_likelihoods(
+    context: Context, tokens: npt.NDArray[np.int32], batches: Iterable[int] | None = None
+) -> npt.NDArray[np.float64]:
     """Those of tokens[1:], each given all before it, of one prompt of all the tokens: [n - 1].
 
-    The logits of one batch at a time are kept, not those of the window (24,576 x 49,152 floats are 4.8 GB).
+    The prompt is computed in batches of the given sizes, or of the context's. The logits of one batch at a time are
+    kept, not those of the window (24,576 x 49,152 floats are 4.8 GB).
     """
     context.clear()
     context.declare(len(tokens))
-    parts = []
-    for start in range(0, len(tokens), context.n_batch):
-        batch = tokens[start : start + context.n_batch]
+    parts, start = [], 0
+    for size in batches or repeat(context.n_batch):
+        batch = tokens[start : start + size]
+        if not len(batch):
+            break
         context.decode(batch, start, all_logits=True)
         targets = tokens[start + 1 : start + 1 + len(batch)]
         logits = context.logits(len(batch))[: len(targets)]
         peak = logits.max(axis=1, keepdims=True)
         log_sum = np.log(np.exp(logits - peak).sum(axis=1, dtype=np.float64)) + peak[:, 0]
         parts.append(log_sum - logits[np.arange(len(targets)), targets])
+        start += size
     return np.concatenate(parts)
 
 

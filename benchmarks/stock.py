@@ -51,9 +51,9 @@ class Server:
         return sum([self.context.decode(self.tokens[i : i + 1], i) for i in range(depth, depth + count + 1)][1:])
 
 
-def serve(connection: Any, *arguments: Any) -> None:
+def serve(connection: Any, kind: type[Server], *arguments: Any) -> None:
     """Carry out orders (method, arguments) until None comes."""
-    server = Server(*arguments)
+    server = kind(*arguments)
     while order := connection.recv():
         connection.send(getattr(server, order[0])(*order[1]))
 
@@ -67,11 +67,11 @@ class Side:
     connection: Any
 
     @classmethod
-    def start(cls, name: str, environment: dict[str, str], *arguments: Any) -> Side:
-        """Start a process with additional variables in its environment."""
+    def start(cls, name: str, environment: dict[str, str], kind: type[Server], *arguments: Any) -> Side:
+        """Start a process with additional variables in its environment; it makes a server of that kind."""
         spawn = get_context("spawn")
         ours, theirs = spawn.Pipe()
-        process = spawn.Process(target=serve, args=(theirs, *arguments), daemon=True)
+        process = spawn.Process(target=serve, args=(theirs, kind, *arguments), daemon=True)
         before = dict(os.environ)
         os.environ.update(environment)
         try:
@@ -171,7 +171,9 @@ def main(
     options = {"kv_type": kv_type, "flash_attn": flash_attn, "threads": threads}
     if cpu_time:
         options |= {"threads": 1, "clock": time.process_time}
-    sides = [Side.start(name, environment, path, n_ctx, n_gpu_layers, options) for name, path, environment in rows]
+    sides = [
+        Side.start(name, environment, Server, path, n_ctx, n_gpu_layers, options) for name, path, environment in rows
+    ]
 
     click.echo("| | " + " | ".join([f"{sides[0].name}, tok/s", *(side.name for side in sides[1:])]) + " |")
     click.echo("| --- |" + " ---: |" * len(sides))
