@@ -82,7 +82,7 @@ class Side:
         theirs.close()
         return cls(name, process, ours)
 
-    def ask(self, method: str, *arguments: int) -> float:
+    def ask(self, method: str, *arguments: int) -> Any:
         """Let the process do something; what it answers."""
         try:
             self.connection.send((method, arguments))

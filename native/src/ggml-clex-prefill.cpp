@@ -250,11 +250,9 @@ struct attn_plan {
         }
     }
 
-    int64_t n_columns() const { return GGML_PAD(n_heads*n_queries, TILE); }
-
-    // floats for one thread
+    // floats for one thread; the same for any number of threads, since there may turn out to be fewer than planned
     size_t size() const {
-        return n_columns()*(size_k + size_v + 2) + TILE*(size_k + size_v + TILE);
+        return COLUMNS*(size_k + size_v + 2) + TILE*(size_k + size_v + TILE);
     }
 };
 
@@ -373,10 +371,10 @@ bool ggml_clex_attn_prefill(const ggml_compute_params * params, ggml_tensor * ds
     float * k_tile = take(TILE*size_k);
     float * v_tile = take(TILE*size_v);
     float * scores = take(TILE*TILE);
-    float * q_unit = take(plan.n_columns()*size_k);
-    float * o_unit = take(plan.n_columns()*size_v);
-    float * max    = take(plan.n_columns());
-    float * sum    = take(plan.n_columns());
+    float * q_unit = take(COLUMNS*size_k);
+    float * o_unit = take(COLUMNS*size_v);
+    float * max    = take(COLUMNS);
+    float * sum    = take(COLUMNS);
 
     memset(v_tile, 0, TILE*size_v*sizeof(float)); // what pads the rows stays 0
 
