@@ -126,6 +126,7 @@ def _run_child(arguments: list[str], line_read: Callable[[str], None], verbose: 
 _REASONS = (
     r"failed to quantize: (.*)",
     r"error loading model\b.*?: (.*)",
+    r"cannot encode the text: (.*)",
     r"what\(\): *(.*)",
     r"(\S+: GGML_ASSERT.*)",
 )
