@@ -102,7 +102,9 @@ class _Counted:
         if hasattr(self.tensor, "_chunks"):
             pieces.write(self.tensor, file, self.written)
         else:
-            self.tensor.tofile(file)
+            # numpy's own tofile does not notice when the disk has no room for the last bytes.
+            array = type(self.tensor).to_eager(self.tensor) if hasattr(self.tensor, "_meta") else self.tensor
+            file.write(np.ascontiguousarray(array).data)
             self.written(self.nbytes)
 
 

@@ -15,7 +15,7 @@ import torch
 
 from clex_convert.weight_files import read_tensor
 
-_PIECE = 64 << 20  # bytes of a piece as float32
+_PIECE = 32 << 20  # bytes of a piece as float32
 
 Piece = Callable[[], torch.Tensor]
 
@@ -60,10 +60,14 @@ def write(tensor: Any, file: Any, written: Callable[[int], None]) -> None:
     Source: ``LazyChunkedTensor.tofile``; torch rounds to bfloat16 as ``gguf.quants.BF16`` does, ten times as fast.
     """
     for make in tensor._chunks:
-        piece = make()
-        if tensor._qtype.name == "BF16":
-            array = piece.to(torch.bfloat16).contiguous().view(torch.int16).numpy()
-        else:
-            array = piece.contiguous().numpy().astype(tensor.dtype, copy=False)
-        array.tofile(file)
+        array = _array(make(), tensor)
+        file.write(array.data)
         written(array.nbytes)
+        del array  # before the next one is made
+
+
+def _array(piece: torch.Tensor, tensor: Any) -> np.ndarray[Any, Any]:
+    """A piece in the type that the tensor has in the file."""
+    if tensor._qtype.name == "BF16":
+        return np.ascontiguousarray(piece.to(torch.bfloat16).view(torch.int16).numpy())
+    return np.ascontiguousarray(piece.numpy(), tensor.dtype)
