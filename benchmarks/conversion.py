@@ -10,6 +10,7 @@ import sys
 import tempfile
 import threading
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
@@ -116,7 +117,7 @@ class Run:
             self.peak = max([self.peak, *(self._peaks[number] for number in alive)])
             self.together = max(self.together, sum(self._peaks[number] for number in alive))
 
-    def _tree(self, number: int, parent: bytes):
+    def _tree(self, number: int, parent: bytes) -> Iterator[int]:
         """Process ids of a process and all below it, whose peaks are recorded."""
         process = Path(f"/proc/{number}")
         try:
@@ -182,6 +183,7 @@ def main(
             return Run().run(*CONVERT, source, target, "--method", "ntk", "--overwrite", *options)
 
         def theirs(outtype: str) -> Run:
+            assert llama_cpp is not None
             os.sync()
             direct = outtype in ("f32", "f16", "bf16")
             first, result = ("bf16", middle) if not direct else (outtype, out)

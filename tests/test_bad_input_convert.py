@@ -24,7 +24,6 @@ from clex_convert import cli
 from gguf_maker import MODEL, gguf_bytes
 from safetensors.torch import load_file, save_file
 
-
 DATA = Path(__file__).parent / "data"
 UP, DOWN = "model.clex_layer.proj_func.ode_up_proj", "model.clex_layer.proj_func.ode_down_proj"
 LLAMA = DATA / "llama"

@@ -7,6 +7,7 @@ that are large (embeddings, outputs, stacks of experts), they are made one range
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -31,8 +32,9 @@ def pieces(tensor: Any) -> list[Piece]:
         return [piece for part in arguments[0] for piece in pieces(part)]
     if len(arguments) == 2 and arguments[1] is torch.float32 and arguments[0].shape == tensor.shape:
         return [lambda piece=piece: piece().to(torch.float32) for piece in pieces(arguments[0])]
-    rows = tensor.shape[0]
-    step = max(1, rows * _PIECE // max(4 * tensor.numel(), 1))
+    # What is asked of a lazy tensor beside its shape and type makes it.
+    rows, row = tensor.shape[0], 4 * math.prod(tensor.shape[1:])
+    step = max(1, _PIECE // max(row, 1))
     ranges = [(start, min(start + step, rows)) for start in range(0, rows, step)]
     if function is read_tensor:
         return [lambda start=start, stop=stop: read_tensor(*arguments)[start:stop] for start, stop in ranges]
