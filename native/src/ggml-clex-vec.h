@@ -1,0 +1,185 @@
+#pragma once
+
+// A vector of VEC floats and the loads that attention needs, for AVX-512, AVX2, NEON and plain C++.
+
+#include "ggml-impl.h"
+#include "simd-mappings.h"
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+#if defined(__AVX512F__) && defined(__AVX512DQ__) && defined(__AVX512BW__)
+
+#include <immintrin.h>
+
+typedef __m512 vec;
+static constexpr int VEC           = 16;
+static constexpr int VEC_REGISTERS = 32;
+
+static inline vec  vec_set  (float x)                { return _mm512_set1_ps(x); }
+static inline vec  vec_load (const float * p)        { return _mm512_loadu_ps(p); }
+static inline void vec_store(float * p, vec a)       { _mm512_storeu_ps(p, a); }
+static inline vec  vec_add  (vec a, vec b)           { return _mm512_add_ps(a, b); }
+static inline vec  vec_mul  (vec a, vec b)           { return _mm512_mul_ps(a, b); }
+static inline vec  vec_fma  (vec a, vec b, vec c)    { return _mm512_fmadd_ps(a, b, c); } // a*b + c
+static inline vec  vec_max  (vec a, vec b)           { return _mm512_max_ps(a, b); }
+
+static inline vec vec_from_f16 (const ggml_fp16_t * p) { return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *) p)); }
+static inline vec vec_from_bf16(const ggml_bf16_t * p) {
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *) p)), 16));
+}
+static inline vec vec_from_i8(const int8_t * p) {
+    return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *) p)));
+}
+// the low or the high nibbles of VEC bytes
+static inline vec vec_from_low(const uint8_t * p) {
+    const __m512i x = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *) p));
+    return _mm512_cvtepi32_ps(_mm512_and_si512(x, _mm512_set1_epi32(15)));
+}
+static inline vec vec_from_high(const uint8_t * p) {
+    return _mm512_cvtepi32_ps(_mm512_srli_epi32(_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *) p)), 4));
+}
+// 16 where the bit is set, else 0, for the VEC lowest bits
+static inline vec vec_from_bits(uint32_t bits) { return _mm512_maskz_mov_ps((__mmask16) bits, _mm512_set1_ps(16.0f)); }
+
+static inline float vec_hmax(vec a) { return _mm512_reduce_max_ps(a); }
+// the sums of four vectors
+static inline void vec_sum4(const vec a[4], float * s) {
+    const __m512  ab = _mm512_add_ps(_mm512_unpacklo_ps(a[0], a[1]), _mm512_unpackhi_ps(a[0], a[1]));
+    const __m512  cd = _mm512_add_ps(_mm512_unpacklo_ps(a[2], a[3]), _mm512_unpackhi_ps(a[2], a[3]));
+    const __m512  x  = _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(_mm512_castps_pd(ab), _mm512_castps_pd(cd))),
+                                     _mm512_castpd_ps(_mm512_unpackhi_pd(_mm512_castps_pd(ab), _mm512_castps_pd(cd))));
+    const __m256  y  = _mm256_add_ps(_mm512_castps512_ps256(x), _mm512_extractf32x8_ps(x, 1));
+    _mm_storeu_ps(s, _mm_add_ps(_mm256_castps256_ps128(y), _mm256_extractf128_ps(y, 1)));
+}
+
+#elif defined(__AVX2__) && defined(__FMA__) && defined(__F16C__)
+
+#include <immintrin.h>
+
+typedef __m256 vec;
+static constexpr int VEC           = 8;
+static constexpr int VEC_REGISTERS = 16;
+
+static inline vec  vec_set  (float x)                { return _mm256_set1_ps(x); }
+static inline vec  vec_load (const float * p)        { return _mm256_loadu_ps(p); }
+static inline void vec_store(float * p, vec a)       { _mm256_storeu_ps(p, a); }
+static inline vec  vec_add  (vec a, vec b)           { return _mm256_add_ps(a, b); }
+static inline vec  vec_mul  (vec a, vec b)           { return _mm256_mul_ps(a, b); }
+static inline vec  vec_fma  (vec a, vec b, vec c)    { return _mm256_fmadd_ps(a, b, c); } // a*b + c
+static inline vec  vec_max  (vec a, vec b)           { return _mm256_max_ps(a, b); }
+
+static inline vec vec_from_f16 (const ggml_fp16_t * p) { return _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *) p)); }
+static inline vec vec_from_bf16(const ggml_bf16_t * p) {
+    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *) p)), 16));
+}
+static inline vec vec_from_i8(const int8_t * p) {
+    return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *) p)));
+}
+// the low or the high nibbles of VEC bytes
+static inline vec vec_from_low(const uint8_t * p) {
+    const __m256i x = _mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i *) p));
+    return _mm256_cvtepi32_ps(_mm256_and_si256(x, _mm256_set1_epi32(15)));
+}
+static inline vec vec_from_high(const uint8_t * p) {
+    return _mm256_cvtepi32_ps(_mm256_srli_epi32(_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i *) p)), 4));
+}
+// 16 where the bit is set, else 0, for the VEC lowest bits
+static inline vec vec_from_bits(uint32_t bits) {
+    const __m256i bit = _mm256_setr_epi32(1, 2, 4, 8, 16, 32, 64, 128);
+    const __m256i set = _mm256_cmpeq_epi32(_mm256_and_si256(_mm256_set1_epi32((int) bits), bit), bit);
+    return _mm256_and_ps(_mm256_castsi256_ps(set), _mm256_set1_ps(16.0f));
+}
+
+static inline float vec_hmax(vec a) {
+    __m128 x = _mm_max_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
+    x = _mm_max_ps(x, _mm_movehl_ps(x, x));
+    return _mm_cvtss_f32(_mm_max_ss(x, _mm_movehdup_ps(x)));
+}
+// the sums of four vectors
+static inline void vec_sum4(const vec a[4], float * s) {
+    const __m256 x = _mm256_hadd_ps(_mm256_hadd_ps(a[0], a[1]), _mm256_hadd_ps(a[2], a[3]));
+    _mm_storeu_ps(s, _mm_add_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1)));
+}
+
+#elif defined(__ARM_NEON) && defined(__aarch64__)
+
+#include <arm_neon.h>
+
+typedef float32x4_t vec;
+static constexpr int VEC           = 4;
+static constexpr int VEC_REGISTERS = 32;
+
+static inline vec  vec_set  (float x)                { return vdupq_n_f32(x); }
+static inline vec  vec_load (const float * p)        { return vld1q_f32(p); }
+static inline void vec_store(float * p, vec a)       { vst1q_f32(p, a); }
+static inline vec  vec_add  (vec a, vec b)           { return vaddq_f32(a, b); }
+static inline vec  vec_mul  (vec a, vec b)           { return vmulq_f32(a, b); }
+static inline vec  vec_fma  (vec a, vec b, vec c)    { return vfmaq_f32(c, a, b); } // a*b + c
+static inline vec  vec_max  (vec a, vec b)           { return vmaxq_f32(a, b); }
+
+static inline uint32x4_t vec_u8(const uint8_t * p) {
+    uint32_t x;
+    memcpy(&x, p, sizeof(x));
+    return vmovl_u16(vget_low_u16(vmovl_u8(vcreate_u8(x))));
+}
+static inline vec vec_from_f16 (const ggml_fp16_t * p) { return vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(p))); }
+static inline vec vec_from_bf16(const ggml_bf16_t * p) {
+    return vreinterpretq_f32_u32(vshll_n_u16(vld1_u16((const uint16_t *) p), 16));
+}
+static inline vec vec_from_i8(const int8_t * p) {
+    uint32_t x;
+    memcpy(&x, p, sizeof(x));
+    return vcvtq_f32_s32(vmovl_s16(vget_low_s16(vmovl_s8(vcreate_s8(x)))));
+}
+// the low or the high nibbles of VEC bytes
+static inline vec vec_from_low (const uint8_t * p) { return vcvtq_f32_u32(vandq_u32(vec_u8(p), vdupq_n_u32(15))); }
+static inline vec vec_from_high(const uint8_t * p) { return vcvtq_f32_u32(vshrq_n_u32(vec_u8(p), 4)); }
+// 16 where the bit is set, else 0, for the VEC lowest bits
+static inline vec vec_from_bits(uint32_t bits) {
+    const uint32_t   powers[4] = { 1, 2, 4, 8 };
+    const uint32x4_t set       = vtstq_u32(vdupq_n_u32(bits), vld1q_u32(powers));
+    return vreinterpretq_f32_u32(vandq_u32(set, vreinterpretq_u32_f32(vdupq_n_f32(16.0f))));
+}
+
+static inline float vec_hmax(vec a) { return vmaxvq_f32(a); }
+// the sums of four vectors
+static inline void vec_sum4(const vec a[4], float * s) {
+    vst1q_f32(s, vpaddq_f32(vpaddq_f32(a[0], a[1]), vpaddq_f32(a[2], a[3])));
+}
+
+#else
+
+struct vec { float x[4]; };
+static constexpr int VEC           = 4;
+static constexpr int VEC_REGISTERS = 16;
+
+template <typename F> static inline vec vec_make(F f) { return { { f(0), f(1), f(2), f(3) } }; }
+
+static inline vec  vec_set  (float x)                { return { { x, x, x, x } }; }
+static inline vec  vec_load (const float * p)        { vec a; memcpy(&a, p, sizeof(a)); return a; }
+static inline void vec_store(float * p, vec a)       { memcpy(p, &a, sizeof(a)); }
+static inline vec  vec_add  (vec a, vec b)           { return vec_make([&](int i) { return a.x[i] + b.x[i]; }); }
+static inline vec  vec_mul  (vec a, vec b)           { return vec_make([&](int i) { return a.x[i]*b.x[i]; }); }
+static inline vec  vec_fma  (vec a, vec b, vec c)    { return vec_make([&](int i) { return a.x[i]*b.x[i] + c.x[i]; }); }
+static inline vec  vec_max  (vec a, vec b)           { return vec_make([&](int i) { return a.x[i] > b.x[i] ? a.x[i] : b.x[i]; }); }
+
+static inline vec vec_from_f16 (const ggml_fp16_t * p) { return vec_make([&](int i) { return GGML_CPU_FP16_TO_FP32(p[i]); }); }
+static inline vec vec_from_bf16(const ggml_bf16_t * p) { return vec_make([&](int i) { return GGML_BF16_TO_FP32(p[i]); }); }
+static inline vec vec_from_i8  (const int8_t * p)      { return vec_make([&](int i) { return (float) p[i]; }); }
+// the low or the high nibbles of VEC bytes
+static inline vec vec_from_low (const uint8_t * p)     { return vec_make([&](int i) { return (float) (p[i] & 15); }); }
+static inline vec vec_from_high(const uint8_t * p)     { return vec_make([&](int i) { return (float) (p[i] >> 4); }); }
+// 16 where the bit is set, else 0, for the VEC lowest bits
+static inline vec vec_from_bits(uint32_t bits)         { return vec_make([&](int i) { return bits >> i & 1 ? 16.0f : 0.0f; }); }
+
+static inline float vec_hmax(vec a) { return fmaxf(fmaxf(a.x[0], a.x[1]), fmaxf(a.x[2], a.x[3])); }
+// the sums of four vectors
+static inline void vec_sum4(const vec a[4], float * s) {
+    for (int i = 0; i < 4; ++i) {
+        s[i] = (a[i].x[0] + a[i].x[2]) + (a[i].x[1] + a[i].x[3]);
+    }
+}
+
+#endif
