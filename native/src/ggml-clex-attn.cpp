@@ -4,6 +4,7 @@
 #define GGML_COMMON_DECL_CPP
 #include "ggml-common.h"
 #include "ggml-cpu-impl.h"
+#include "ops.h"
 #include "vec.h"
 
 #include <algorithm>
@@ -21,86 +22,73 @@ static constexpr int MAX_R = VEC_REGISTERS == 32 ? 4 : 3;
 static const ggml_fp16_t MASKED = 0xFC00; // -INFINITY
 
 //
-// conversion
+// types of a cache: load(row, i, x) makes the i-th N vectors of a row
 //
 
-// One row of n numbers to F32; whole vectors at a time, n is a multiple of VEC (of 32 where quantized).
-typedef void (*convert_t)(const char * src, float * dst, int n);
+struct type_f32 {
+    static constexpr int N = 1;
+    static void load(const char * row, int i, vec * x) { x[0] = vec_load((const float *) row + i*VEC); }
+};
 
-static void convert_f32 (const char * src, float * dst, int n) {
-    memcpy(dst, src, n*sizeof(float));
-}
+struct type_f16 {
+    static constexpr int N = 1;
+    static void load(const char * row, int i, vec * x) { x[0] = vec_from_f16((const ggml_fp16_t *) row + i*VEC); }
+};
 
-static void convert_f16 (const char * src, float * dst, int n) {
-    for (int i = 0; i < n; i += VEC) {
-        vec_store(dst + i, vec_from_f16((const ggml_fp16_t *) src + i));
-    }
-}
+struct type_bf16 {
+    static constexpr int N = 1;
+    static void load(const char * row, int i, vec * x) { x[0] = vec_from_bf16((const ggml_bf16_t *) row + i*VEC); }
+};
 
-static void convert_bf16(const char * src, float * dst, int n) {
-    for (int i = 0; i < n; i += VEC) {
-        vec_store(dst + i, vec_from_bf16((const ggml_bf16_t *) src + i));
-    }
-}
-
-static void convert_q8_0(const char * src, float * dst, int n) {
-    const block_q8_0 * b = (const block_q8_0 *) src;
-    for (int i = 0; i < n; i += QK8_0, ++b) {
-        const vec d = vec_set(GGML_CPU_FP16_TO_FP32(b->d));
-        for (int j = 0; j < QK8_0; j += VEC) {
-            vec_store(dst + i + j, vec_mul(vec_from_i8(b->qs + j), d));
+struct type_q8_0 {
+    static constexpr int N = QK8_0/VEC;
+    static void load(const char * row, int i, vec * x) {
+        const block_q8_0 * b = (const block_q8_0 *) row + i;
+        const vec d = vec_set_f16(&b->d);
+        for (int j = 0; j < N; ++j) {
+            x[j] = vec_mul(vec_from_i8(b->qs + j*VEC), d);
         }
     }
-}
+};
 
 // x*d + m, where x has four bits, or five where the block has qh
 template <typename B, bool HAS_MIN, bool HAS_QH>
-static void convert_q(const char * src, float * dst, int n) {
-    const B * b = (const B *) src;
-    for (int i = 0; i < n; i += 32, ++b) {
+struct type_q {
+    static constexpr int N = 32/VEC;
+    static void load(const char * row, int i, vec * x) {
+        const B * b = (const B *) row + i;
         const ggml_half * dm = (const ggml_half *) b; // each type has d first, then m
-        const float d = GGML_CPU_FP16_TO_FP32(dm[0]);
-        const float m = HAS_MIN ? GGML_CPU_FP16_TO_FP32(dm[1]) : (HAS_QH ? -16.0f : -8.0f)*d;
+        const vec d = vec_set_f16(dm);
+        const vec m = HAS_MIN ? vec_set_f16(dm + 1) : vec_mul(d, vec_set(HAS_QH ? -16.0f : -8.0f));
         uint32_t high_bits = 0;
         if constexpr (HAS_QH) {
             memcpy(&high_bits, b->qh, sizeof(high_bits));
         }
-        const vec vd = vec_set(d);
-        const vec vm = vec_set(m);
-        for (int j = 0; j < 16; j += VEC) {
-            vec low  = vec_from_low (b->qs + j);
-            vec high = vec_from_high(b->qs + j);
+        for (int j = 0; j < N/2; ++j) {
+            vec & low  = x[j];
+            vec & high = x[j + N/2];
+            vec_from_nibbles(b->qs + j*VEC, d, m, low, high);
             if constexpr (HAS_QH) {
-                low  = vec_add(low,  vec_from_bits(high_bits >> j));
-                high = vec_add(high, vec_from_bits(high_bits >> (j + 16)));
+                low  = vec_fma(vec_from_bits(high_bits >> j*VEC), d, low);
+                high = vec_fma(vec_from_bits(high_bits >> (j*VEC + 16)), d, high);
             }
-            vec_store(dst + i + j,      vec_fma(low,  vd, vm));
-            vec_store(dst + i + j + 16, vec_fma(high, vd, vm));
         }
     }
-}
-
-static convert_t get_convert(ggml_type type) {
-    switch (type) {
-        case GGML_TYPE_F32:  return convert_f32;
-        case GGML_TYPE_F16:  return convert_f16;
-        case GGML_TYPE_BF16: return convert_bf16;
-        case GGML_TYPE_Q8_0: return convert_q8_0;
-        case GGML_TYPE_Q4_0: return convert_q<block_q4_0, false, false>;
-        case GGML_TYPE_Q4_1: return convert_q<block_q4_1, true,  false>;
-        case GGML_TYPE_Q5_0: return convert_q<block_q5_0, false, true>;
-        case GGML_TYPE_Q5_1: return convert_q<block_q5_1, true,  true>;
-        default:             return nullptr;
-    }
-}
+};
 
 //
-// the two products of a block, for R rows at once
+// the two products of a block of positions
 //
 
-// s[r][j] = q[r] . k[j]; n is a multiple of 4, d of VEC
-template <int R>
-static void dot_rows(const float * const * q, const float * k, int d, int n, float * const * s) {
+// Split n rows evenly into chunks of at most MAX_R.
+static int chunk(int n) {
+    const int n_chunks = (n + MAX_R - 1)/MAX_R;
+    return (n + n_chunks - 1)/n_chunks;
+}
+
+// s[r][j] = q[r] . k[j] for R rows; n is a multiple of 4, d of N*VEC
+template <typename T, int R>
+static void dot_rows(const float * const * q, const char * const * k, int d, int n, float * const * s) {
     for (int j = 0; j < n; j += 4) {
         vec acc[R][4];
         for (int r = 0; r < R; ++r) {
@@ -108,11 +96,14 @@ static void dot_rows(const float * const * q, const float * k, int d, int n, flo
                 acc[r][p] = vec_set(0.0f);
             }
         }
-        for (int i = 0; i < d; i += VEC) {
+        for (int i = 0; i < d; i += T::N*VEC) {
             for (int p = 0; p < 4; ++p) {
-                const vec x = vec_load(k + (j + p)*d + i);
-                for (int r = 0; r < R; ++r) {
-                    acc[r][p] = vec_fma(x, vec_load(q[r] + i), acc[r][p]);
+                vec x[T::N];
+                T::load(k[j + p], i/(T::N*VEC), x);
+                for (int e = 0; e < T::N; ++e) {
+                    for (int r = 0; r < R; ++r) {
+                        acc[r][p] = vec_fma(x[e], vec_load(q[r] + i + e*VEC), acc[r][p]);
+                    }
                 }
             }
         }
@@ -122,9 +113,22 @@ static void dot_rows(const float * const * q, const float * k, int d, int n, flo
     }
 }
 
-// acc[r] = acc[r]*decay[r] + sum of p[r][j]*v[j], for C vectors of each row
-template <int R, int C>
-static void add_columns(const float * const * p, const float * v, int d, int n, float * const * acc, const float * decay, int i) {
+template <typename T>
+static void dot(int n_rows, const float * const * q, const char * const * k, int d, int n, float * const * s) {
+    for (int i = 0, r; i < n_rows; i += r) {
+        r = chunk(n_rows - i);
+        switch (r) {
+            case 1: dot_rows<T, 1>(q + i, k, d, n, s + i); break;
+            case 2: dot_rows<T, 2>(q + i, k, d, n, s + i); break;
+            case 3: dot_rows<T, 3>(q + i, k, d, n, s + i); break;
+            case 4: dot_rows<T, 4>(q + i, k, d, n, s + i); break;
+        }
+    }
+}
+
+// acc[r] = acc[r]*decay[r] + sum of p[r][j]*v[j] for R rows, in the C vectors from the i-th number on
+template <typename T, int R, int C>
+static void add_columns(const float * const * p, const char * const * v, int i, int n, float * const * acc, const float * decay) {
     vec a[R][C];
     for (int r = 0; r < R; ++r) {
         for (int c = 0; c < C; ++c) {
@@ -132,10 +136,13 @@ static void add_columns(const float * const * p, const float * v, int d, int n, 
         }
     }
     for (int j = 0; j < n; ++j) {
-        for (int c = 0; c < C; ++c) {
-            const vec x = vec_load(v + j*d + i + c*VEC);
-            for (int r = 0; r < R; ++r) {
-                a[r][c] = vec_fma(x, vec_set(p[r][j]), a[r][c]);
+        for (int c = 0; c < C; c += T::N) {
+            vec x[T::N];
+            T::load(v[j], i/(T::N*VEC) + c/T::N, x);
+            for (int e = 0; e < T::N; ++e) {
+                for (int r = 0; r < R; ++r) {
+                    a[r][c + e] = vec_fma(x[e], vec_set(p[r][j]), a[r][c + e]);
+                }
             }
         }
     }
@@ -146,14 +153,77 @@ static void add_columns(const float * const * p, const float * v, int d, int n, 
     }
 }
 
-template <int R>
-static void add_rows(const float * const * p, const float * v, int d, int n, float * const * acc, const float * decay) {
+template <typename T, int R>
+static void add_rows(const float * const * p, const char * const * v, int d, int n, float * const * acc, const float * decay) {
     int i = 0;
     for (; i + 4*VEC <= d; i += 4*VEC) {
-        add_columns<R, 4>(p, v, d, n, acc, decay, i);
+        add_columns<T, R, 4>(p, v, i, n, acc, decay);
     }
-    for (; i < d; i += VEC) {
-        add_columns<R, 1>(p, v, d, n, acc, decay, i);
+    for (; i < d; i += T::N*VEC) {
+        add_columns<T, R, T::N>(p, v, i, n, acc, decay);
+    }
+}
+
+template <typename T>
+static void add(int n_rows, const float * const * p, const char * const * v, int d, int n, float * const * acc, const float * decay) {
+    for (int i = 0, r; i < n_rows; i += r) {
+        r = chunk(n_rows - i);
+        switch (r) {
+            case 1: add_rows<T, 1>(p + i, v, d, n, acc + i, decay + i); break;
+            case 2: add_rows<T, 2>(p + i, v, d, n, acc + i, decay + i); break;
+            case 3: add_rows<T, 3>(p + i, v, d, n, acc + i, decay + i); break;
+            case 4: add_rows<T, 4>(p + i, v, d, n, acc + i, decay + i); break;
+        }
+    }
+}
+
+template <typename T>
+static void convert(const char * src, float * dst, int n) {
+    for (int i = 0; i < n; i += T::N*VEC) {
+        vec x[T::N];
+        T::load(src, i/(T::N*VEC), x);
+        for (int e = 0; e < T::N; ++e) {
+            vec_store(dst + i + e*VEC, x[e]);
+        }
+    }
+}
+
+struct kernels {
+    bool direct; // whether dot and add take rows as the cache has them; they are converted once for all anyway where
+                 // more than MAX_R query rows share them
+    decltype(&dot<type_f32>)     dot;
+    decltype(&add<type_f32>)     add;
+    decltype(&convert<type_f32>) convert;
+};
+
+template <typename T>
+static constexpr kernels make_kernels() {
+    if constexpr (T::N <= 2) {
+        return { true, dot<T>, add<T>, convert<T> };
+    } else {
+        return { false, nullptr, nullptr, convert<T> };
+    }
+}
+
+static const kernels * get_kernels(ggml_type type) {
+    static constexpr kernels f32  = make_kernels<type_f32>();
+    static constexpr kernels f16  = make_kernels<type_f16>();
+    static constexpr kernels bf16 = make_kernels<type_bf16>();
+    static constexpr kernels q8_0 = make_kernels<type_q8_0>();
+    static constexpr kernels q4_0 = make_kernels<type_q<block_q4_0, false, false>>();
+    static constexpr kernels q4_1 = make_kernels<type_q<block_q4_1, true,  false>>();
+    static constexpr kernels q5_0 = make_kernels<type_q<block_q5_0, false, true>>();
+    static constexpr kernels q5_1 = make_kernels<type_q<block_q5_1, true,  true>>();
+    switch (type) {
+        case GGML_TYPE_F32:  return &f32;
+        case GGML_TYPE_F16:  return &f16;
+        case GGML_TYPE_BF16: return &bf16;
+        case GGML_TYPE_Q8_0: return &q8_0;
+        case GGML_TYPE_Q4_0: return &q4_0;
+        case GGML_TYPE_Q4_1: return &q4_1;
+        case GGML_TYPE_Q5_0: return &q5_0;
+        case GGML_TYPE_Q5_1: return &q5_1;
+        default:             return nullptr;
     }
 }
 
@@ -255,20 +325,22 @@ struct worker {
     float   * s;      // [MAX_ROWS][BLOCK]
     int64_t * starts; // first unit of each stream, and the end
 
-    convert_t convert_k;
-    convert_t convert_v;
+    const kernels * f32;
+    const kernels * kernels_k;
+    const kernels * kernels_v;
 
-    int n_live = 0;        // positions of the block that some query sees
-    int live[BLOCK];
+    int     n_live = 0;  // positions of the block that some query sees
+    int     live[BLOCK]; // in order, from the block's first
+    int64_t block;       // positions from one block to the next
 
     worker(const attention & a, float * scratch)
         : a(a), q(scratch), tile(q + (size_t) a.n_row*a.dk), bias(tile + (size_t) BLOCK*std::max(a.dk, a.dv)),
           s(bias + (size_t) BLOCK*a.n_mask_row), starts((int64_t *) (s + BLOCK*MAX_ROWS)),
-          convert_k(get_convert(a.k->type)), convert_v(get_convert(a.v->type)) {}
+          f32(get_kernels(GGML_TYPE_F32)), kernels_k(get_kernels(a.k->type)), kernels_v(get_kernels(a.v->type)) {}
 
     // Units of work are the KV heads of the blocks that some query sees. Few units make small blocks.
-    int count(int nth) {
-        for (int block = BLOCK; ; block /= 2) {
+    void count(int nth) {
+        for (block = BLOCK; ; block /= 2) {
             starts[0] = 0;
             for (int stream = 0; stream < a.n_stream; ++stream) {
                 int64_t n = 0;
@@ -278,14 +350,14 @@ struct worker {
                 starts[stream + 1] = starts[stream] + n*a.n_head_kv;
             }
             if (block == 16 || nth == 1 || starts[a.n_stream] >= 4*nth) {
-                return block;
+                return;
             }
         }
     }
 
     int64_t unit(int ith, int nth) const { return starts[a.n_stream]*ith/nth; }
 
-    void run(float * slots, int block, int ith, int nth) {
+    void run(float * slots, int ith, int nth) {
         const int64_t u0 = unit(ith, nth);
         const int64_t u1 = unit(ith + 1, nth);
         for (int stream = 0; stream < a.n_stream; ++stream) {
@@ -332,41 +404,68 @@ struct worker {
 
     // Gather the positions that some query sees, and the mask there.
     void begin_block(int stream, int64_t begin, int n) {
-        n_live = 0;
-        if (!a.mask) {
-            for (; n_live < n; ++n_live) {
-                live[n_live] = n_live;
-            }
-            std::fill(bias, bias + n, 0.0f);
-            std::fill(bias + n, bias + BLOCK, -INFINITY);
-            return;
-        }
-        uint16_t seen[BLOCK] = {};
-        for (int row = 0; row < a.n_mask_row; ++row) {
+        uint16_t seen[BLOCK];
+        std::fill(seen, seen + n, a.mask ? 0 : 1);
+        for (int row = 0; a.mask && row < a.n_mask_row; ++row) {
             const ggml_fp16_t * m = a.mask_row(stream, row, begin);
             for (int j = 0; j < n; ++j) {
                 seen[j] |= m[j] ^ MASKED;
             }
         }
+        n_live = 0;
         for (int j = 0; j < n; ++j) {
             live[n_live] = j;
             n_live += seen[j] != 0;
         }
         for (int row = 0; row < a.n_mask_row; ++row) {
-            const ggml_fp16_t * m = a.mask_row(stream, row, begin);
-            for (int j = 0; j < n_live; ++j) {
-                bias[row*BLOCK + j] = GGML_CPU_FP16_TO_FP32(m[live[j]]);
+            float * b = bias + row*BLOCK;
+            std::fill(b, b + n_live, 0.0f);
+            std::fill(b + n_live, b + BLOCK, -INFINITY);
+            if (a.mask) {
+                const ggml_fp16_t * m = a.mask_row(stream, row, begin);
+                int j = 0;
+                for (; n_live == n && j + VEC <= n; j += VEC) {
+                    vec_store(b + j, vec_from_f16(m + j));
+                }
+                for (; j < n_live; ++j) {
+                    b[j] = GGML_CPU_FP16_TO_FP32(m[live[j]]);
+                }
             }
-            std::fill(bias + row*BLOCK + n_live, bias + (row + 1)*BLOCK, -INFINITY);
         }
     }
 
-    void convert(const ggml_tensor * x, convert_t to_f32, int d, int stream, int64_t begin, int head) {
-        const char * data = (const char *) x->data + begin*x->nb[1] + head*x->nb[2] + stream*x->nb[3];
-        const int n = (int) x->ne[0];
+    static const char * row_of(const ggml_tensor * x, int stream, int64_t position, int head) {
+        return (const char *) x->data + position*x->nb[1] + head*x->nb[2] + stream*x->nb[3];
+    }
+
+    // Ask for the rows that come next: the heads of a position lie beside each other, so that those of one head are too
+    // far apart for the processor to guess.
+    void prefetch(const ggml_tensor * x, int stream, int64_t begin, int head) const {
+#if defined(__GNUC__)
+        const char * data = row_of(x, stream, begin, head);
+        const int    size = (int) ggml_row_size(x->type, x->ne[0]);
         for (int j = 0; j < n_live; ++j) {
-            to_f32(data + live[j]*x->nb[1], tile + j*d, n);
+            for (int i = 0; i < size; i += CACHE_LINE_SIZE) {
+                __builtin_prefetch(data + live[j]*x->nb[1] + i);
+            }
         }
+#endif
+    }
+
+    // Where the block's rows of K or V are, converted first where that pays; the last one counts for those up to n_pad.
+    const kernels * fetch(const ggml_tensor * x, const kernels * own, int n_rows, int d, int stream, int64_t begin, int head,
+            int n_pad, const char ** rows) {
+        const char * data = row_of(x, stream, begin, head);
+        const bool direct = own->direct && (n_rows <= MAX_R || own == f32);
+        for (int j = 0; j < n_live; ++j) {
+            rows[j] = data + live[j]*x->nb[1];
+            if (!direct) {
+                own->convert(rows[j], tile + j*d, d);
+                rows[j] = (const char *) (tile + j*d);
+            }
+        }
+        std::fill(rows + n_live, rows + n_pad, rows[n_live - 1]);
+        return direct ? own : f32;
     }
 
     // n_rows query rows of a KV head, from the given one on, over the block's positions
@@ -386,17 +485,9 @@ struct worker {
         const int n4 = GGML_PAD(n_live, 4);
         const int nv = GGML_PAD(n_live, 16);
 
-        convert(a.k, convert_k, a.dk, stream, begin, head);
-        std::fill(tile + n_live*a.dk, tile + n4*a.dk, 0.0f);
-        for (int i = 0, r; i < n_rows; i += r) {
-            r = chunk(n_rows - i);
-            switch (r) {
-                case 1: dot_rows<1>(qs + i, tile, a.dk, n4, ss + i); break;
-                case 2: dot_rows<2>(qs + i, tile, a.dk, n4, ss + i); break;
-                case 3: dot_rows<3>(qs + i, tile, a.dk, n4, ss + i); break;
-                case 4: dot_rows<4>(qs + i, tile, a.dk, n4, ss + i); break;
-            }
-        }
+        prefetch(a.v, stream, begin, head);
+        const char * positions[BLOCK];
+        fetch(a.k, kernels_k, n_rows, a.dk, stream, begin, head, n4, positions)->dot(n_rows, qs, positions, a.dk, n4, ss);
 
         int n = 0; // rows that see some of the positions
         for (int i = 0; i < n_rows; ++i) {
@@ -408,7 +499,7 @@ struct worker {
             }
             float & max = maximum(slot)[row];
             const float new_max = std::max(max, top);
-            decay[n] = expf(max - new_max);
+            decay[n] = max == new_max ? 1.0f : expf(max - new_max);
             max = new_max;
             sum(slot)[row] = sum(slot)[row]*decay[n] + (float) ggml_vec_soft_max_f32(nv, ss[i], ss[i], max);
             acc[n] = slot + (size_t) row*a.dv;
@@ -419,16 +510,12 @@ struct worker {
         if (n == 0) {
             return;
         }
-        convert(a.v, convert_v, a.dv, stream, begin, head);
-        for (int i = 0, r; i < n; i += r) {
-            r = chunk(n - i);
-            switch (r) {
-                case 1: add_rows<1>(ss + i, tile, a.dv, n_live, acc + i, decay + i); break;
-                case 2: add_rows<2>(ss + i, tile, a.dv, n_live, acc + i, decay + i); break;
-                case 3: add_rows<3>(ss + i, tile, a.dv, n_live, acc + i, decay + i); break;
-                case 4: add_rows<4>(ss + i, tile, a.dv, n_live, acc + i, decay + i); break;
-            }
+        if (head + 1 < a.n_head_kv) {
+            prefetch(a.k, stream, begin, head + 1);
+        } else {
+            prefetch(a.k, stream, begin + block, 0);
         }
+        fetch(a.v, kernels_v, n, a.dv, stream, begin, head, n_live, positions)->add(n, ss, positions, a.dv, n_live, acc, decay);
     }
 
     // Products of query and key to logits; returns the largest.
@@ -450,12 +537,6 @@ struct worker {
             top = vec_max(top, y);
         }
         return vec_hmax(top);
-    }
-
-    // Split n rows evenly into chunks of at most MAX_R.
-    static int chunk(int n) {
-        const int n_chunks = (n + MAX_R - 1)/MAX_R;
-        return (n + n_chunks - 1)/n_chunks;
     }
 
     // Merge what the threads found out about every nth row.
@@ -510,7 +591,7 @@ bool supported(const ggml_tensor * node) {
 
     return !disabled() && q->type == GGML_TYPE_F32 && q->nb[0] == sizeof(float) && q->ne[1] <= MAX_QUERIES &&
         k->nb[0] == ggml_type_size(k->type) && v->nb[0] == ggml_type_size(v->type) &&
-        get_convert(k->type) && get_convert(v->type) &&
+        get_kernels(k->type) && get_kernels(v->type) &&
         k->ne[0] % VEC == 0 && v->ne[0] % VEC == 0 &&
         k->ne[2] == v->ne[2] && q->ne[2] % k->ne[2] == 0;
 }
@@ -533,7 +614,8 @@ bool ggml_clex_attn(const ggml_compute_params * params, ggml_tensor * dst) {
     float * slots = (float *) GGML_PAD((uintptr_t) params->wdata, 64);
     worker  w(a, slots + (nth + a.n_stream - 1)*a.slot_size() + ith*a.scratch_size());
 
-    w.run(slots, w.count(nth), ith, nth);
+    w.count(nth);
+    w.run(slots, ith, nth);
     if (nth > 1) {
         ggml_barrier(params->threadpool);
     }

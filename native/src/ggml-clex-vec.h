@@ -20,11 +20,11 @@ static constexpr int VEC_REGISTERS = 32;
 static inline vec  vec_set  (float x)                { return _mm512_set1_ps(x); }
 static inline vec  vec_load (const float * p)        { return _mm512_loadu_ps(p); }
 static inline void vec_store(float * p, vec a)       { _mm512_storeu_ps(p, a); }
-static inline vec  vec_add  (vec a, vec b)           { return _mm512_add_ps(a, b); }
 static inline vec  vec_mul  (vec a, vec b)           { return _mm512_mul_ps(a, b); }
 static inline vec  vec_fma  (vec a, vec b, vec c)    { return _mm512_fmadd_ps(a, b, c); } // a*b + c
 static inline vec  vec_max  (vec a, vec b)           { return _mm512_max_ps(a, b); }
 
+static inline vec vec_set_f16  (const ggml_fp16_t * p) { return _mm512_cvtph_ps(_mm256_set1_epi16((short) *p)); }
 static inline vec vec_from_f16 (const ggml_fp16_t * p) { return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *) p)); }
 static inline vec vec_from_bf16(const ggml_bf16_t * p) {
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *) p)), 16));
@@ -32,13 +32,12 @@ static inline vec vec_from_bf16(const ggml_bf16_t * p) {
 static inline vec vec_from_i8(const int8_t * p) {
     return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *) p)));
 }
-// the low or the high nibbles of VEC bytes
-static inline vec vec_from_low(const uint8_t * p) {
-    const __m512i x = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *) p));
-    return _mm512_cvtepi32_ps(_mm512_and_si512(x, _mm512_set1_epi32(15)));
-}
-static inline vec vec_from_high(const uint8_t * p) {
-    return _mm512_cvtepi32_ps(_mm512_srli_epi32(_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *) p)), 4));
+// the low and the high nibbles of VEC bytes, times d, plus m
+static inline void vec_from_nibbles(const uint8_t * p, vec d, vec m, vec & low, vec & high) {
+    const __m512i x     = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *) p));
+    const __m512  table = _mm512_fmadd_ps(_mm512_setr_ps(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15), d, m);
+    low  = _mm512_permutexvar_ps(x, table); // looks at four bits only
+    high = _mm512_permutexvar_ps(_mm512_srli_epi32(x, 4), table);
 }
 // 16 where the bit is set, else 0, for the VEC lowest bits
 static inline vec vec_from_bits(uint32_t bits) { return _mm512_maskz_mov_ps((__mmask16) bits, _mm512_set1_ps(16.0f)); }
@@ -65,11 +64,11 @@ static constexpr int VEC_REGISTERS = 16;
 static inline vec  vec_set  (float x)                { return _mm256_set1_ps(x); }
 static inline vec  vec_load (const float * p)        { return _mm256_loadu_ps(p); }
 static inline void vec_store(float * p, vec a)       { _mm256_storeu_ps(p, a); }
-static inline vec  vec_add  (vec a, vec b)           { return _mm256_add_ps(a, b); }
 static inline vec  vec_mul  (vec a, vec b)           { return _mm256_mul_ps(a, b); }
 static inline vec  vec_fma  (vec a, vec b, vec c)    { return _mm256_fmadd_ps(a, b, c); } // a*b + c
 static inline vec  vec_max  (vec a, vec b)           { return _mm256_max_ps(a, b); }
 
+static inline vec vec_set_f16  (const ggml_fp16_t * p) { return _mm256_cvtph_ps(_mm_set1_epi16((short) *p)); }
 static inline vec vec_from_f16 (const ggml_fp16_t * p) { return _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *) p)); }
 static inline vec vec_from_bf16(const ggml_bf16_t * p) {
     return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *) p)), 16));
@@ -77,13 +76,11 @@ static inline vec vec_from_bf16(const ggml_bf16_t * p) {
 static inline vec vec_from_i8(const int8_t * p) {
     return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *) p)));
 }
-// the low or the high nibbles of VEC bytes
-static inline vec vec_from_low(const uint8_t * p) {
+// the low and the high nibbles of VEC bytes, times d, plus m
+static inline void vec_from_nibbles(const uint8_t * p, vec d, vec m, vec & low, vec & high) {
     const __m256i x = _mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i *) p));
-    return _mm256_cvtepi32_ps(_mm256_and_si256(x, _mm256_set1_epi32(15)));
-}
-static inline vec vec_from_high(const uint8_t * p) {
-    return _mm256_cvtepi32_ps(_mm256_srli_epi32(_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i *) p)), 4));
+    low  = _mm256_fmadd_ps(_mm256_cvtepi32_ps(_mm256_and_si256(x, _mm256_set1_epi32(15))), d, m);
+    high = _mm256_fmadd_ps(_mm256_cvtepi32_ps(_mm256_srli_epi32(x, 4)), d, m);
 }
 // 16 where the bit is set, else 0, for the VEC lowest bits
 static inline vec vec_from_bits(uint32_t bits) {
@@ -114,7 +111,6 @@ static constexpr int VEC_REGISTERS = 32;
 static inline vec  vec_set  (float x)                { return vdupq_n_f32(x); }
 static inline vec  vec_load (const float * p)        { return vld1q_f32(p); }
 static inline void vec_store(float * p, vec a)       { vst1q_f32(p, a); }
-static inline vec  vec_add  (vec a, vec b)           { return vaddq_f32(a, b); }
 static inline vec  vec_mul  (vec a, vec b)           { return vmulq_f32(a, b); }
 static inline vec  vec_fma  (vec a, vec b, vec c)    { return vfmaq_f32(c, a, b); } // a*b + c
 static inline vec  vec_max  (vec a, vec b)           { return vmaxq_f32(a, b); }
@@ -124,6 +120,7 @@ static inline uint32x4_t vec_u8(const uint8_t * p) {
     memcpy(&x, p, sizeof(x));
     return vmovl_u16(vget_low_u16(vmovl_u8(vcreate_u8(x))));
 }
+static inline vec vec_set_f16  (const ggml_fp16_t * p) { return vcvt_f32_f16(vreinterpret_f16_u16(vld1_dup_u16(p))); }
 static inline vec vec_from_f16 (const ggml_fp16_t * p) { return vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(p))); }
 static inline vec vec_from_bf16(const ggml_bf16_t * p) {
     return vreinterpretq_f32_u32(vshll_n_u16(vld1_u16((const uint16_t *) p), 16));
@@ -133,9 +130,12 @@ static inline vec vec_from_i8(const int8_t * p) {
     memcpy(&x, p, sizeof(x));
     return vcvtq_f32_s32(vmovl_s16(vget_low_s16(vmovl_s8(vcreate_s8(x)))));
 }
-// the low or the high nibbles of VEC bytes
-static inline vec vec_from_low (const uint8_t * p) { return vcvtq_f32_u32(vandq_u32(vec_u8(p), vdupq_n_u32(15))); }
-static inline vec vec_from_high(const uint8_t * p) { return vcvtq_f32_u32(vshrq_n_u32(vec_u8(p), 4)); }
+// the low and the high nibbles of VEC bytes, times d, plus m
+static inline void vec_from_nibbles(const uint8_t * p, vec d, vec m, vec & low, vec & high) {
+    const uint32x4_t x = vec_u8(p);
+    low  = vfmaq_f32(m, vcvtq_f32_u32(vandq_u32(x, vdupq_n_u32(15))), d);
+    high = vfmaq_f32(m, vcvtq_f32_u32(vshrq_n_u32(x, 4)), d);
+}
 // 16 where the bit is set, else 0, for the VEC lowest bits
 static inline vec vec_from_bits(uint32_t bits) {
     const uint32_t   powers[4] = { 1, 2, 4, 8 };
@@ -160,17 +160,19 @@ template <typename F> static inline vec vec_make(F f) { return { { f(0), f(1), f
 static inline vec  vec_set  (float x)                { return { { x, x, x, x } }; }
 static inline vec  vec_load (const float * p)        { vec a; memcpy(&a, p, sizeof(a)); return a; }
 static inline void vec_store(float * p, vec a)       { memcpy(p, &a, sizeof(a)); }
-static inline vec  vec_add  (vec a, vec b)           { return vec_make([&](int i) { return a.x[i] + b.x[i]; }); }
 static inline vec  vec_mul  (vec a, vec b)           { return vec_make([&](int i) { return a.x[i]*b.x[i]; }); }
 static inline vec  vec_fma  (vec a, vec b, vec c)    { return vec_make([&](int i) { return a.x[i]*b.x[i] + c.x[i]; }); }
 static inline vec  vec_max  (vec a, vec b)           { return vec_make([&](int i) { return a.x[i] > b.x[i] ? a.x[i] : b.x[i]; }); }
 
+static inline vec vec_set_f16  (const ggml_fp16_t * p) { return vec_set(GGML_CPU_FP16_TO_FP32(*p)); }
 static inline vec vec_from_f16 (const ggml_fp16_t * p) { return vec_make([&](int i) { return GGML_CPU_FP16_TO_FP32(p[i]); }); }
 static inline vec vec_from_bf16(const ggml_bf16_t * p) { return vec_make([&](int i) { return GGML_BF16_TO_FP32(p[i]); }); }
 static inline vec vec_from_i8  (const int8_t * p)      { return vec_make([&](int i) { return (float) p[i]; }); }
-// the low or the high nibbles of VEC bytes
-static inline vec vec_from_low (const uint8_t * p)     { return vec_make([&](int i) { return (float) (p[i] & 15); }); }
-static inline vec vec_from_high(const uint8_t * p)     { return vec_make([&](int i) { return (float) (p[i] >> 4); }); }
+// the low and the high nibbles of VEC bytes, times d, plus m
+static inline void vec_from_nibbles(const uint8_t * p, vec d, vec m, vec & low, vec & high) {
+    low  = vec_fma(vec_make([&](int i) { return (float) (p[i] & 15); }), d, m);
+    high = vec_fma(vec_make([&](int i) { return (float) (p[i] >> 4); }), d, m);
+}
 // 16 where the bit is set, else 0, for the VEC lowest bits
 static inline vec vec_from_bits(uint32_t bits)         { return vec_make([&](int i) { return bits >> i & 1 ? 16.0f : 0.0f; }); }
 
