@@ -1,8 +1,6 @@
 #include "ggml-clex-attn.h"
 #include "ggml-clex-vec.h"
 
-#define GGML_COMMON_DECL_CPP
-#include "ggml-common.h"
 #include "ggml-cpu-impl.h"
 #include "ops.h"
 #include "vec.h"
@@ -20,61 +18,6 @@ static constexpr int MAX_ROWS    = 64; // query rows that share a converted bloc
 static constexpr int MAX_R = VEC_REGISTERS == 32 ? 4 : 3;
 
 static const ggml_fp16_t MASKED = 0xFC00; // -INFINITY
-
-//
-// types of a cache: load(row, i, x) makes the i-th N vectors of a row
-//
-
-struct type_f32 {
-    static constexpr int N = 1;
-    static void load(const char * row, int i, vec * x) { x[0] = vec_load((const float *) row + i*VEC); }
-};
-
-struct type_f16 {
-    static constexpr int N = 1;
-    static void load(const char * row, int i, vec * x) { x[0] = vec_from_f16((const ggml_fp16_t *) row + i*VEC); }
-};
-
-struct type_bf16 {
-    static constexpr int N = 1;
-    static void load(const char * row, int i, vec * x) { x[0] = vec_from_bf16((const ggml_bf16_t *) row + i*VEC); }
-};
-
-struct type_q8_0 {
-    static constexpr int N = QK8_0/VEC;
-    static void load(const char * row, int i, vec * x) {
-        const block_q8_0 * b = (const block_q8_0 *) row + i;
-        const vec d = vec_set_f16(&b->d);
-        for (int j = 0; j < N; ++j) {
-            x[j] = vec_mul(vec_from_i8(b->qs + j*VEC), d);
-        }
-    }
-};
-
-// x*d + m, where x has four bits, or five where the block has qh
-template <typename B, bool HAS_MIN, bool HAS_QH>
-struct type_q {
-    static constexpr int N = 32/VEC;
-    static void load(const char * row, int i, vec * x) {
-        const B * b = (const B *) row + i;
-        const ggml_half * dm = (const ggml_half *) b; // each type has d first, then m
-        const vec d = vec_set_f16(dm);
-        const vec m = HAS_MIN ? vec_set_f16(dm + 1) : vec_mul(d, vec_set(HAS_QH ? -16.0f : -8.0f));
-        uint32_t high_bits = 0;
-        if constexpr (HAS_QH) {
-            memcpy(&high_bits, b->qh, sizeof(high_bits));
-        }
-        for (int j = 0; j < N/2; ++j) {
-            vec & low  = x[j];
-            vec & high = x[j + N/2];
-            vec_from_nibbles(b->qs + j*VEC, d, m, low, high);
-            if constexpr (HAS_QH) {
-                low  = vec_fma(vec_from_bits(high_bits >> j*VEC), d, low);
-                high = vec_fma(vec_from_bits(high_bits >> (j*VEC + 16)), d, high);
-            }
-        }
-    }
-};
 
 //
 // the two products of a block of positions
@@ -177,20 +120,8 @@ static void add(int n_rows, const float * const * p, const char * const * v, int
     }
 }
 
-template <typename T>
-static void convert(const char * src, float * dst, int n) {
-    for (int i = 0; i < n; i += T::N*VEC) {
-        vec x[T::N];
-        T::load(src, i/(T::N*VEC), x);
-        for (int e = 0; e < T::N; ++e) {
-            vec_store(dst + i + e*VEC, x[e]);
-        }
-    }
-}
-
+// Of a type whose blocks are too wide for the registers there is only the conversion.
 struct kernels {
-    bool direct; // whether dot and add take rows as the cache has them; they are converted once for all anyway where
-                 // more than MAX_R query rows share them
     decltype(&dot<type_f32>)     dot;
     decltype(&add<type_f32>)     add;
     decltype(&convert<type_f32>) convert;
@@ -199,9 +130,9 @@ struct kernels {
 template <typename T>
 static constexpr kernels make_kernels() {
     if constexpr (T::N <= 2) {
-        return { true, dot<T>, add<T>, convert<T> };
+        return { dot<T>, add<T>, convert<T> };
     } else {
-        return { false, nullptr, nullptr, convert<T> };
+        return { nullptr, nullptr, convert<T> };
     }
 }
 
@@ -240,26 +171,37 @@ struct attention {
     const ggml_tensor * v;
     const ggml_tensor * mask;
     const ggml_tensor * sinks;
-    ggml_tensor       * dst;
+    const ggml_tensor * dst;
 
     int64_t n_kv;
     int     n_stream, n_head, n_head_kv, n_q;
     int     n_row;      // query rows per stream: head*n_q + token
     int     n_group;    // query rows per KV head
-    int     n_mask_row; // mask rows per stream
-    int     dk, dv;     // padded to vectors
+    int     n_mask_row; // mask rows per stream: those of the first query rows, then again
+    int     dk, dv;     // sizes of a head
 
     float scale, max_bias, softcap;
 
-    explicit attention(const ggml_tensor * node);
+    explicit attention(const ggml_tensor * dst)
+        : q(dst->src[0]), k(dst->src[1]), v(dst->src[2]), mask(dst->src[3]), sinks(dst->src[4]), dst(dst),
+          n_kv(k->ne[1]), n_stream((int) q->ne[3]), n_head((int) q->ne[2]), n_head_kv((int) k->ne[2]), n_q((int) q->ne[1]),
+          n_row(n_head*n_q), n_group(n_row/n_head_kv), n_mask_row(mask ? n_q*(int) mask->ne[2] : 1),
+          dk((int) k->ne[0]), dv((int) v->ne[0]) {
+        memcpy(&scale,    (const float *) dst->op_params + 0, sizeof(float));
+        memcpy(&max_bias, (const float *) dst->op_params + 1, sizeof(float));
+        memcpy(&softcap,  (const float *) dst->op_params + 2, sizeof(float));
+        if (softcap != 0.0f) {
+            scale /= softcap;
+        }
+    }
 
-    // Positions [begin, begin + n) of a row of the mask, which has one for each of the first n_mask_row query rows.
+    // Positions from `begin` on of a row of the mask.
     const ggml_fp16_t * mask_row(int stream, int row, int64_t begin) const {
         return (const ggml_fp16_t *) ((const char *) mask->data + (row % n_q)*mask->nb[1] + (row / n_q)*mask->nb[2] +
             (stream % mask->ne[3])*mask->nb[3]) + begin;
     }
 
-    // Whether any query of the stream sees any of the positions.
+    // Whether any query of the stream sees any of the n positions.
     bool visible(int stream, int64_t begin, int n) const {
         if (!mask) {
             return true;
@@ -277,140 +219,133 @@ struct attention {
         return false;
     }
 
+    // ALiBi
     float slope(int head) const {
         if (max_bias <= 0.0f) {
             return 1.0f;
         }
-        const int   n_log2 = 1 << (int) floor(log2(n_head));
+        const int n_log2 = 1 << (int) floor(log2(n_head));
         return head < n_log2 ? powf(powf(2.0f, -max_bias/n_log2), head + 1)
                              : powf(powf(2.0f, -max_bias/2.0f/n_log2), 2*(head - n_log2) + 1);
     }
 
-    // One thread's sums over its part of a stream: per query row the maximum, the sum of exponentials, the weighted V.
+    // One thread's sums over its part of a stream: the weighted V of each query row, then the largest logits, then the
+    // sums of the exponentials.
     size_t slot_size() const { return GGML_PAD((size_t) n_row*(dv + 2), 16); }
-    // Scratch of one thread: queries, a converted block, masks, scores, and where each stream's work begins.
+    // One thread's scratch, see worker.
     size_t scratch_size() const {
-        return GGML_PAD((size_t) n_row*dk + (size_t) BLOCK*(std::max(dk, dv) + n_mask_row + MAX_ROWS) + 2*(n_stream + 1), 16);
+        return GGML_PAD((size_t) n_row*dk + BLOCK*(std::max(dk, dv) + n_mask_row + MAX_ROWS) + 2*(n_stream + 1) + n_mask_row, 16);
     }
+    // A thread's parts of streams follow each other, so that thread + stream numbers the slots.
+    size_t n_slots(int nth) const { return nth + n_stream - 1; }
     size_t work_size(int nth) const {
-        return sizeof(float)*((nth + n_stream - 1)*slot_size() + nth*scratch_size()) + 64;
+        return sizeof(float)*(n_slots(nth)*slot_size() + nth*scratch_size()) + CACHE_LINE_SIZE;
     }
 };
-
-int padded(int64_t n) {
-    return (int) GGML_PAD(n, VEC);
-}
-
-attention::attention(const ggml_tensor * node)
-    : q(node->src[0]), k(node->src[1]), v(node->src[2]), mask(node->src[3]), sinks(node->src[4]),
-      dst(const_cast<ggml_tensor *>(node)),
-      n_kv(k->ne[1]), n_stream((int) q->ne[3]), n_head((int) q->ne[2]), n_head_kv((int) k->ne[2]), n_q((int) q->ne[1]),
-      n_row(n_head*n_q), n_group(n_row/n_head_kv), n_mask_row(mask ? n_q*(int) mask->ne[2] : 1),
-      dk(padded(k->ne[0])), dv(padded(v->ne[0])) {
-    memcpy(&scale,    (const float *) node->op_params + 0, sizeof(float));
-    memcpy(&max_bias, (const float *) node->op_params + 1, sizeof(float));
-    memcpy(&softcap,  (const float *) node->op_params + 2, sizeof(float));
-    if (softcap != 0.0f) {
-        scale /= softcap;
-    }
-}
 
 // One thread at work.
 struct worker {
     const attention & a;
+    const int ith;
+    const int nth;
 
-    float   * q;      // [n_row][dk] of the stream
-    float   * tile;   // [BLOCK][dk or dv]: K, then V
-    float   * bias;   // [n_mask_row][BLOCK]
-    float   * s;      // [MAX_ROWS][BLOCK]
-    int64_t * starts; // first unit of each stream, and the end
+    float   * slots;
+    float   * queries;   // [n_row][dk] of the stream, where vectors do not straddle cache lines
+    float   * tile;      // [BLOCK][dk or dv]: K, then V
+    float   * bias;      // [n_mask_row][BLOCK]
+    float   * scores;    // [MAX_ROWS][BLOCK]
+    int64_t * starts;    // [n_stream + 1]: the first unit of each stream, and the end
+    bool    * seeing;    // [n_mask_row]: whether the queries of that row see some of the block
 
-    const kernels * f32;
-    const kernels * kernels_k;
-    const kernels * kernels_v;
+    int     block;       // positions from one block to the next
 
-    int     n_live = 0;  // positions of the block that some query sees
-    int     live[BLOCK]; // in order, from the block's first
-    int64_t block;       // positions from one block to the next
+    // where we are
+    int     stream;
+    int64_t begin;       // first position of the block
+    int     head;        // KV head
+    int     n_live;      // positions of the block that some query sees
+    int     live[BLOCK]; // which, from `begin` on
 
-    worker(const attention & a, float * scratch)
-        : a(a), q(scratch), tile(q + (size_t) a.n_row*a.dk), bias(tile + (size_t) BLOCK*std::max(a.dk, a.dv)),
-          s(bias + (size_t) BLOCK*a.n_mask_row), starts((int64_t *) (s + BLOCK*MAX_ROWS)),
-          f32(get_kernels(GGML_TYPE_F32)), kernels_k(get_kernels(a.k->type)), kernels_v(get_kernels(a.v->type)) {}
+    worker(const attention & a, const ggml_compute_params * params) : a(a), ith(params->ith), nth(params->nth) {
+        slots   = (float *) GGML_PAD((uintptr_t) params->wdata, CACHE_LINE_SIZE);
+        queries = slots + a.n_slots(nth)*a.slot_size() + ith*a.scratch_size();
+        tile    = queries + (size_t) a.n_row*a.dk;
+        bias    = tile + (size_t) BLOCK*std::max(a.dk, a.dv);
+        scores  = bias + (size_t) BLOCK*a.n_mask_row;
+        starts  = (int64_t *) (scores + (size_t) BLOCK*MAX_ROWS);
+        seeing  = (bool *) (starts + a.n_stream + 1);
+    }
 
-    // Units of work are the KV heads of the blocks that some query sees. Few units make small blocks.
-    void count(int nth) {
+    // Units of work are the KV heads of the blocks that some query sees. Blocks are smaller where there are few.
+    void count() {
         for (block = BLOCK; ; block /= 2) {
             starts[0] = 0;
-            for (int stream = 0; stream < a.n_stream; ++stream) {
-                int64_t n = 0;
-                for (int64_t begin = 0; begin < a.n_kv; begin += block) {
-                    n += a.visible(stream, begin, (int) std::min<int64_t>(block, a.n_kv - begin));
+            for (int i = 0; i < a.n_stream; ++i) {
+                starts[i + 1] = starts[i];
+                for (int64_t j = 0; j < a.n_kv; j += block) {
+                    starts[i + 1] += a.visible(i, j, size(j)) ? a.n_head_kv : 0;
                 }
-                starts[stream + 1] = starts[stream] + n*a.n_head_kv;
             }
-            if (block == 16 || nth == 1 || starts[a.n_stream] >= 4*nth) {
+            if (nth == 1 || block == BLOCK/4 || starts[a.n_stream] >= 4*nth) {
                 return;
             }
         }
     }
 
-    int64_t unit(int ith, int nth) const { return starts[a.n_stream]*ith/nth; }
+    int size(int64_t first) const { return (int) std::min<int64_t>(block, a.n_kv - first); }
 
-    void run(float * slots, int ith, int nth) {
-        const int64_t u0 = unit(ith, nth);
-        const int64_t u1 = unit(ith + 1, nth);
-        for (int stream = 0; stream < a.n_stream; ++stream) {
-            if (std::max(u0, starts[stream]) >= std::min(u1, starts[stream + 1])) {
+    // The units [first, end) of a thread in a stream.
+    int64_t first_unit(int thread, int i) const { return std::max(starts[i],     starts[a.n_stream]*thread/nth); }
+    int64_t end_unit  (int thread, int i) const { return std::min(starts[i + 1], starts[a.n_stream]*(thread + 1)/nth); }
+
+    float * weighted(int thread, int i, int row) const { return slots + (thread + i)*a.slot_size() + (size_t) row*a.dv; }
+    float & largest (int thread, int i, int row) const { return weighted(thread, i, a.n_row)[row]; }
+    float & sum     (int thread, int i, int row) const { return weighted(thread, i, a.n_row)[a.n_row + row]; }
+
+    void run() {
+        for (stream = 0; stream < a.n_stream; ++stream) {
+            const int64_t first = first_unit(ith, stream);
+            const int64_t end   = end_unit(ith, stream);
+            if (first >= end) {
                 continue;
             }
-            float * slot = slots + (ith + stream)*a.slot_size();
-            begin_stream(slot, stream);
-            int64_t u = starts[stream]; // of the block's first head
-            for (int64_t begin = 0; u < std::min(u1, starts[stream + 1]); begin += block) {
-                const int n = (int) std::min<int64_t>(block, a.n_kv - begin);
-                if (!a.visible(stream, begin, n)) {
+            for (int row = 0; row < a.n_row; ++row) {
+                memcpy(queries + (size_t) row*a.dk, address(a.q, row % a.n_q, row / a.n_q), a.dk*sizeof(float));
+                std::fill_n(weighted(ith, stream, row), a.dv, 0.0f);
+                largest(ith, stream, row) = -INFINITY;
+                sum    (ith, stream, row) = 0.0f;
+            }
+            int64_t unit = starts[stream]; // of the block's first head
+            for (begin = 0; unit < end; begin += block) {
+                if (!a.visible(stream, begin, size(begin))) {
                     continue;
                 }
-                const int head0 = (int) std::max<int64_t>(u0 - u, 0);
-                const int head1 = (int) std::min<int64_t>(u1 - u, a.n_head_kv);
-                if (head0 < head1) {
-                    begin_block(stream, begin, n);
-                }
-                for (int head = head0; head < head1; ++head) {
-                    for (int row = 0; row < a.n_group; row += MAX_ROWS) {
-                        attend(slot, stream, begin, head, row, std::min(a.n_group - row, MAX_ROWS));
+                if (unit + a.n_head_kv > first) {
+                    begin_block();
+                    const int end_head = (int) std::min<int64_t>(end - unit, a.n_head_kv);
+                    for (head = (int) std::max<int64_t>(first - unit, 0); head < end_head; ++head) {
+                        attend_head();
                     }
                 }
-                u += a.n_head_kv;
+                unit += a.n_head_kv;
             }
         }
     }
-
-    void begin_stream(float * slot, int stream) {
-        memset(slot, 0, (size_t) a.n_row*a.dv*sizeof(float));
-        for (int row = 0; row < a.n_row; ++row) {
-            maximum(slot)[row] = -INFINITY;
-            sum(slot)[row] = 0.0f;
-            float * x = q + (size_t) row*a.dk;
-            memcpy(x, (const char *) a.q->data + (row % a.n_q)*a.q->nb[1] + (row / a.n_q)*a.q->nb[2] + stream*a.q->nb[3],
-                a.q->ne[0]*sizeof(float));
-            std::fill(x + a.q->ne[0], x + a.dk, 0.0f);
-        }
-    }
-
-    float * maximum(float * slot) const { return slot + (size_t) a.n_row*a.dv; }
-    float * sum    (float * slot) const { return maximum(slot) + a.n_row; }
 
     // Gather the positions that some query sees, and the mask there.
-    void begin_block(int stream, int64_t begin, int n) {
+    void begin_block() {
+        const int n = size(begin);
         uint16_t seen[BLOCK];
-        std::fill(seen, seen + n, a.mask ? 0 : 1);
+        std::fill_n(seen, n, a.mask ? 0 : 1);
         for (int row = 0; a.mask && row < a.n_mask_row; ++row) {
             const ggml_fp16_t * m = a.mask_row(stream, row, begin);
+            uint16_t any = 0;
             for (int j = 0; j < n; ++j) {
-                seen[j] |= m[j] ^ MASKED;
+                const uint16_t differs = m[j] ^ MASKED;
+                seen[j] |= differs;
+                any     |= differs;
             }
+            seeing[row] = any != 0;
         }
         n_live = 0;
         for (int j = 0; j < n; ++j) {
@@ -418,112 +353,76 @@ struct worker {
             n_live += seen[j] != 0;
         }
         for (int row = 0; row < a.n_mask_row; ++row) {
-            float * b = bias + row*BLOCK;
-            std::fill(b, b + n_live, 0.0f);
+            float * b = bias + (size_t) row*BLOCK;
             std::fill(b + n_live, b + BLOCK, -INFINITY);
-            if (a.mask) {
-                const ggml_fp16_t * m = a.mask_row(stream, row, begin);
-                int j = 0;
-                for (; n_live == n && j + VEC <= n; j += VEC) {
-                    vec_store(b + j, vec_from_f16(m + j));
-                }
-                for (; j < n_live; ++j) {
-                    b[j] = GGML_CPU_FP16_TO_FP32(m[live[j]]);
-                }
-            }
-        }
-    }
-
-    static const char * row_of(const ggml_tensor * x, int stream, int64_t position, int head) {
-        return (const char *) x->data + position*x->nb[1] + head*x->nb[2] + stream*x->nb[3];
-    }
-
-    // Ask for the rows that come next: the heads of a position lie beside each other, so that those of one head are too
-    // far apart for the processor to guess.
-    void prefetch(const ggml_tensor * x, int stream, int64_t begin, int head) const {
-#if defined(__GNUC__)
-        const char * data = row_of(x, stream, begin, head);
-        const int    size = (int) ggml_row_size(x->type, x->ne[0]);
-        for (int j = 0; j < n_live; ++j) {
-            for (int i = 0; i < size; i += CACHE_LINE_SIZE) {
-                __builtin_prefetch(data + live[j]*x->nb[1] + i);
-            }
-        }
-#endif
-    }
-
-    // Where the block's rows of K or V are, converted first where that pays; the last one counts for those up to n_pad.
-    const kernels * fetch(const ggml_tensor * x, const kernels * own, int n_rows, int d, int stream, int64_t begin, int head,
-            int n_pad, const char ** rows) {
-        const char * data = row_of(x, stream, begin, head);
-        const bool direct = own->direct && (n_rows <= MAX_R || own == f32);
-        for (int j = 0; j < n_live; ++j) {
-            rows[j] = data + live[j]*x->nb[1];
-            if (!direct) {
-                own->convert(rows[j], tile + j*d, d);
-                rows[j] = (const char *) (tile + j*d);
-            }
-        }
-        std::fill(rows + n_live, rows + n_pad, rows[n_live - 1]);
-        return direct ? own : f32;
-    }
-
-    // n_rows query rows of a KV head, from the given one on, over the block's positions
-    void attend(float * slot, int stream, int64_t begin, int head, int first_row, int n_rows) {
-        const float * qs[MAX_ROWS];
-        float       * ss[MAX_ROWS];
-        float       * acc[MAX_ROWS];
-        float         decay[MAX_ROWS];
-        int           rows[MAX_ROWS];
-
-        for (int i = 0; i < n_rows; ++i) {
-            rows[i] = head*a.n_group + first_row + i;
-            qs[i] = q + (size_t) rows[i]*a.dk;
-            ss[i] = s + i*BLOCK;
-        }
-
-        const int n4 = GGML_PAD(n_live, 4);
-        const int nv = GGML_PAD(n_live, 16);
-
-        prefetch(a.v, stream, begin, head);
-        const char * positions[BLOCK];
-        fetch(a.k, kernels_k, n_rows, a.dk, stream, begin, head, n4, positions)->dot(n_rows, qs, positions, a.dk, n4, ss);
-
-        int n = 0; // rows that see some of the positions
-        for (int i = 0; i < n_rows; ++i) {
-            const int row = rows[i];
-            std::fill(ss[i] + n4, ss[i] + nv, 0.0f);
-            const float top = finish(ss[i], row, nv);
-            if (top == -INFINITY) {
+            if (!a.mask) {
+                std::fill_n(b, n_live, 0.0f);
+                seeing[row] = true;
                 continue;
             }
-            float & max = maximum(slot)[row];
-            const float new_max = std::max(max, top);
-            decay[n] = max == new_max ? 1.0f : expf(max - new_max);
-            max = new_max;
-            sum(slot)[row] = sum(slot)[row]*decay[n] + (float) ggml_vec_soft_max_f32(nv, ss[i], ss[i], max);
-            acc[n] = slot + (size_t) row*a.dv;
-            ss[n] = ss[i];
-            ++n;
+            const ggml_fp16_t * m = a.mask_row(stream, row, begin);
+            int j = 0;
+            for (; n_live == n && j + VEC <= n; j += VEC) {
+                vec_store(b + j, vec_from_f16(m + j));
+            }
+            for (; j < n_live; ++j) {
+                b[j] = GGML_CPU_FP16_TO_FP32(m[live[j]]);
+            }
         }
-
-        if (n == 0) {
-            return;
-        }
-        if (head + 1 < a.n_head_kv) {
-            prefetch(a.k, stream, begin, head + 1);
-        } else {
-            prefetch(a.k, stream, begin + block, 0);
-        }
-        fetch(a.v, kernels_v, n, a.dv, stream, begin, head, n_live, positions)->add(n, ss, positions, a.dv, n_live, acc, decay);
     }
 
-    // Products of query and key to logits; returns the largest.
-    float finish(float * x, int row, int n) const {
-        const int   head  = row / a.n_q;
-        const float * b   = bias + (row % a.n_mask_row)*BLOCK;
-        const vec   slope = vec_set(a.slope(head));
-        float scale = a.scale;
+    // The query rows of the KV head that see some of the block, MAX_ROWS at a time.
+    void attend_head() {
+        int rows[MAX_ROWS];
+        int n = 0;
+        for (int row = head*a.n_group; row < (head + 1)*a.n_group; ++row) {
+            if (seeing[row % a.n_mask_row]) {
+                rows[n++] = row;
+            }
+            if (n == MAX_ROWS || (n > 0 && row + 1 == (head + 1)*a.n_group)) {
+                attend(rows, n);
+                n = 0;
+            }
+        }
+    }
+
+    void attend(const int * rows, int n) {
+        const float * q[MAX_ROWS];
+        float       * s[MAX_ROWS];
+        float       * acc[MAX_ROWS];
+        float         decay[MAX_ROWS];
+        const char  * positions[BLOCK];
+
+        for (int i = 0; i < n; ++i) {
+            q[i]   = queries + (size_t) rows[i]*a.dk;
+            s[i]   = scores + i*BLOCK;
+            acc[i] = weighted(ith, stream, rows[i]);
+        }
+        const int n_dot  = GGML_PAD(n_live, 4);
+        const int n_logit = GGML_PAD(n_live, VEC);
+
+        prefetch(a.v, begin, head);
+        fetch(a.k, n, n_dot, positions)->dot(n, q, positions, a.dk, n_dot, s);
+
+        for (int i = 0; i < n; ++i) {
+            std::fill(s[i] + n_dot, s[i] + n_logit, 0.0f);
+            float & max     = largest(ith, stream, rows[i]);
+            const float top = std::max(max, logits(s[i], rows[i], n_logit));
+            decay[i] = max == top ? 1.0f : expf(max - top);
+            max = top;
+            float & total = sum(ith, stream, rows[i]);
+            total = total*decay[i] + (float) ggml_vec_soft_max_f32(n_logit, s[i], s[i], top);
+        }
+
+        prefetch(a.k, head + 1 < a.n_head_kv ? begin : begin + block, (head + 1) % a.n_head_kv);
+        fetch(a.v, n, n_live, positions)->add(n, s, positions, a.dv, n_live, acc, decay);
+    }
+
+    // Make logits of the products of query and key; returns the largest.
+    float logits(float * x, int row, int n) const {
+        const float * b     = bias + (size_t) (row % a.n_mask_row)*BLOCK;
+        const vec     slope = vec_set(a.slope(row / a.n_q));
+        float         scale = a.scale;
         if (a.softcap != 0.0f) {
             for (int j = 0; j < n; ++j) {
                 x[j] = tanhf(x[j]*scale);
@@ -539,41 +438,70 @@ struct worker {
         return vec_hmax(top);
     }
 
-    // Merge what the threads found out about every nth row.
-    void reduce(const float * slots, int ith, int nth) const {
+    const char * address(const ggml_tensor * x, int64_t i1, int64_t i2) const {
+        return (const char *) x->data + i1*x->nb[1] + i2*x->nb[2] + stream*x->nb[3];
+    }
+
+    // Ask early for the rows that come next: the heads of a position lie beside each other, so that the rows of one head
+    // are too far apart for the processor to guess.
+    void prefetch(const ggml_tensor * x, int64_t first, int of_head) const {
+#if defined(__GNUC__)
+        const char * data = address(x, first, of_head);
+        const int    size = (int) ggml_row_size(x->type, x->ne[0]);
+        for (int j = 0; j < n_live; ++j) {
+            for (int i = 0; i < size; i += CACHE_LINE_SIZE) {
+                __builtin_prefetch(data + live[j]*x->nb[1] + i);
+            }
+        }
+#endif
+    }
+
+    // Where to find the block's rows of K or V for n query rows, and with which kernels: as they are, or converted once
+    // for all. Up to n_pad, the last one is repeated.
+    const kernels * fetch(const ggml_tensor * x, int n, int n_pad, const char ** rows) {
+        const kernels * own = get_kernels(x->type);
+        const kernels * f32 = get_kernels(GGML_TYPE_F32);
+        const bool   direct = own == f32 || (own->dot && n <= MAX_R);
+        const char * data   = address(x, begin, head);
+        const int    d      = (int) x->ne[0];
+        for (int j = 0; j < n_live; ++j) {
+            rows[j] = data + live[j]*x->nb[1];
+            if (!direct) {
+                own->convert(rows[j], tile + j*d, d);
+                rows[j] = (const char *) (tile + j*d);
+            }
+        }
+        std::fill(rows + n_live, rows + n_pad, rows[n_live - 1]);
+        return direct ? own : f32;
+    }
+
+    // Merge what the threads found out about every nth query row.
+    void reduce() const {
         for (int i = ith; i < a.n_stream*a.n_row; i += nth) {
-            const int stream = i / a.n_row;
-            const int row    = i % a.n_row;
-            const int head   = row / a.n_q;
+            const int i3  = i / a.n_row;
+            const int row = i % a.n_row;
 
-            float * out = (float *) ((char *) a.dst->data + head*a.dst->nb[1] + (row % a.n_q)*a.dst->nb[2] + stream*a.dst->nb[3]);
-            const int n = (int) a.dst->ne[0];
-
-            float max = a.sinks ? ((const float *) a.sinks->data)[head] : -INFINITY;
-            float sum = a.sinks ? 1.0f : 0.0f;
-            memset(out, 0, n*sizeof(float));
+            float * out = (float *) ((char *) a.dst->data + (row / a.n_q)*a.dst->nb[1] + (row % a.n_q)*a.dst->nb[2] + i3*a.dst->nb[3]);
+            float   max = a.sinks ? ((const float *) a.sinks->data)[row / a.n_q] : -INFINITY;
+            float   total = a.sinks ? 1.0f : 0.0f;
+            std::fill_n(out, a.dv, 0.0f);
 
             for (int t = 0; t < nth; ++t) {
-                if (std::max(unit(t, nth), starts[stream]) >= std::min(unit(t + 1, nth), starts[stream + 1])) {
+                if (first_unit(t, i3) >= end_unit(t, i3) || sum(t, i3, row) == 0.0f) {
                     continue;
                 }
-                const float * slot = slots + (t + stream)*a.slot_size();
-                const float   m    = slot[(size_t) a.n_row*a.dv + row];
-                if (m == -INFINITY) {
-                    continue;
-                }
-                const float new_max = std::max(max, m);
-                const float decay   = expf(max - new_max);
-                const float weight  = expf(m - new_max);
-                const float * acc   = slot + (size_t) row*a.dv;
-                for (int d = 0; d < n; ++d) {
+                const float   top    = std::max(max, largest(t, i3, row));
+                const float   decay  = expf(max - top);
+                const float   weight = expf(largest(t, i3, row) - top);
+                const float * acc    = weighted(t, i3, row);
+                for (int d = 0; d < a.dv; ++d) {
                     out[d] = out[d]*decay + acc[d]*weight;
                 }
-                sum = sum*decay + slot[(size_t) a.n_row*a.dv + a.n_row + row]*weight;
-                max = new_max;
+                total = total*decay + sum(t, i3, row)*weight;
+                max   = top;
             }
-            if (sum != 0.0f) {
-                ggml_vec_scale_f32(n, out, 1.0f/sum);
+            if (total != 0.0f) {
+                ggml_vec_scale_f32(a.dv, out, 1.0f/total);
             }
         }
     }
@@ -584,15 +512,14 @@ bool disabled() {
     return value;
 }
 
-bool supported(const ggml_tensor * node) {
-    const ggml_tensor * q = node->src[0];
-    const ggml_tensor * k = node->src[1];
-    const ggml_tensor * v = node->src[2];
+bool supported(const ggml_tensor * dst) {
+    const ggml_tensor * q = dst->src[0];
+    const ggml_tensor * k = dst->src[1];
+    const ggml_tensor * v = dst->src[2];
 
-    return !disabled() && q->type == GGML_TYPE_F32 && q->nb[0] == sizeof(float) && q->ne[1] <= MAX_QUERIES &&
-        k->nb[0] == ggml_type_size(k->type) && v->nb[0] == ggml_type_size(v->type) &&
-        get_kernels(k->type) && get_kernels(v->type) &&
-        k->ne[0] % VEC == 0 && v->ne[0] % VEC == 0 &&
+    return !disabled() && q->ne[1] <= MAX_QUERIES && q->type == GGML_TYPE_F32 && q->nb[0] == sizeof(float) &&
+        get_kernels(k->type) && k->nb[0] == ggml_type_size(k->type) && k->ne[0] % VEC == 0 &&
+        get_kernels(v->type) && v->nb[0] == ggml_type_size(v->type) && v->ne[0] % VEC == 0 &&
         k->ne[2] == v->ne[2] && q->ne[2] % k->ne[2] == 0;
 }
 
@@ -607,18 +534,14 @@ bool ggml_clex_attn(const ggml_compute_params * params, ggml_tensor * dst) {
         return false;
     }
     const attention a(dst);
-    const int ith = params->ith;
-    const int nth = params->nth;
-    GGML_ASSERT(params->wsize >= a.work_size(nth));
+    GGML_ASSERT(params->wsize >= a.work_size(params->nth));
 
-    float * slots = (float *) GGML_PAD((uintptr_t) params->wdata, 64);
-    worker  w(a, slots + (nth + a.n_stream - 1)*a.slot_size() + ith*a.scratch_size());
-
-    w.count(nth);
-    w.run(slots, ith, nth);
-    if (nth > 1) {
+    worker w(a, params);
+    w.count();
+    w.run();
+    if (params->nth > 1) {
         ggml_barrier(params->threadpool);
     }
-    w.reduce(slots, ith, nth);
+    w.reduce();
     return true;
 }

@@ -1,8 +1,9 @@
 #pragma once
 
-// A vector of VEC floats and the loads that attention needs, for AVX-512, AVX2, NEON and plain C++.
+// A vector of VEC floats for AVX-512, AVX2, NEON and plain C++, and the types of a KV cache as such vectors.
 
 #include "ggml-impl.h"
+#include "quants.h"
 #include "simd-mappings.h"
 
 #include <cmath>
@@ -185,3 +186,74 @@ static inline void vec_sum4(const vec a[4], float * s) {
 }
 
 #endif
+
+//
+// types of a cache: load(row, i, x) makes the i-th N vectors of a row
+//
+
+struct type_f32 {
+    static constexpr int N = 1;
+    static void load(const char * row, int i, vec * x) { x[0] = vec_load((const float *) row + i*VEC); }
+};
+
+struct type_f16 {
+    static constexpr int N = 1;
+    static void load(const char * row, int i, vec * x) { x[0] = vec_from_f16((const ggml_fp16_t *) row + i*VEC); }
+};
+
+struct type_bf16 {
+    static constexpr int N = 1;
+    static void load(const char * row, int i, vec * x) { x[0] = vec_from_bf16((const ggml_bf16_t *) row + i*VEC); }
+};
+
+struct type_q8_0 {
+    static constexpr int N = QK8_0/VEC;
+    static void load(const char * row, int i, vec * x) {
+        const block_q8_0 * b = (const block_q8_0 *) row + i;
+        const vec d = vec_set_f16(&b->d);
+        for (int j = 0; j < N; ++j) {
+            x[j] = vec_mul(vec_from_i8(b->qs + j*VEC), d);
+        }
+    }
+};
+
+// x*d + m, where x has four bits, or five where the block has qh
+template <typename B, bool HAS_MIN, bool HAS_QH>
+struct type_q {
+    static constexpr int N = 32/VEC;
+    static void load(const char * row, int i, vec * x) {
+        const B * b = (const B *) row + i;
+        const vec d = vec_set_f16(&b->d);
+        vec m;
+        if constexpr (HAS_MIN) {
+            m = vec_set_f16(&b->m);
+        } else {
+            m = vec_mul(d, vec_set(HAS_QH ? -16.0f : -8.0f));
+        }
+        uint32_t high_bits = 0;
+        if constexpr (HAS_QH) {
+            memcpy(&high_bits, b->qh, sizeof(high_bits));
+        }
+        for (int j = 0; j < N/2; ++j) {
+            vec & low  = x[j];
+            vec & high = x[j + N/2];
+            vec_from_nibbles(b->qs + j*VEC, d, m, low, high);
+            if constexpr (HAS_QH) {
+                low  = vec_fma(vec_from_bits(high_bits >> j*VEC), d, low);
+                high = vec_fma(vec_from_bits(high_bits >> (j*VEC + 16)), d, high);
+            }
+        }
+    }
+};
+
+// One row of n numbers as F32.
+template <typename T>
+static void convert(const char * src, float * dst, int n) {
+    for (int i = 0; i < n; i += T::N*VEC) {
+        vec x[T::N];
+        T::load(src, i/(T::N*VEC), x);
+        for (int e = 0; e < T::N; ++e) {
+            vec_store(dst + i + e*VEC, x[e]);
+        }
+    }
+}
