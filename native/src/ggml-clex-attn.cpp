@@ -8,6 +8,8 @@
 #include <algorithm>
 #include <cstdlib>
 
+#ifndef GGML_CLEX_NO_VEC
+
 // All query rows of one KV head - the heads of its group, times the tokens of the batch - share one conversion of each
 // K and V row. Positions go through in blocks: scores, one vectorised exponential, weighted sum, all in F32.
 static constexpr int BLOCK       = 64; // positions; a multiple of VEC
@@ -545,3 +547,15 @@ bool ggml_clex_attn(const ggml_compute_params * params, ggml_tensor * dst) {
     w.reduce();
     return true;
 }
+
+#else
+
+size_t ggml_clex_attn_work_size(const ggml_tensor *, int) {
+    return 0;
+}
+
+bool ggml_clex_attn(const ggml_compute_params *, ggml_tensor *) {
+    return false;
+}
+
+#endif

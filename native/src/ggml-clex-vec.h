@@ -1,6 +1,6 @@
 #pragma once
 
-// A vector of VEC floats for AVX-512, AVX2, NEON and plain C++, and the types of a KV cache as such vectors.
+// A vector of VEC floats for AVX-512, AVX2, NEON and whatever else GCC and Clang know, and the types of a KV cache as such vectors.
 
 #include "ggml-impl.h"
 #include "quants.h"
@@ -150,42 +150,68 @@ static inline void vec_sum4(const vec a[4], float * s) {
     vst1q_f32(s, vpaddq_f32(vpaddq_f32(a[0], a[1]), vpaddq_f32(a[2], a[3])));
 }
 
-#else
+#elif defined(__GNUC__)
 
-struct vec { float x[4]; };
+typedef float    vec     __attribute__((vector_size(16)));
+typedef int32_t  vec_i32 __attribute__((vector_size(16)));
+typedef uint32_t vec_u32 __attribute__((vector_size(16)));
+typedef uint16_t vec_u16 __attribute__((vector_size(8)));
 static constexpr int VEC           = 4;
 static constexpr int VEC_REGISTERS = 16;
 
-template <typename F> static inline vec vec_make(F f) { return { { f(0), f(1), f(2), f(3) } }; }
+template <typename V> static inline V vec_read(const void * p) { V a; memcpy(&a, p, sizeof(a)); return a; }
 
-static inline vec  vec_set  (float x)                { return { { x, x, x, x } }; }
-static inline vec  vec_load (const float * p)        { vec a; memcpy(&a, p, sizeof(a)); return a; }
+static inline vec  vec_set  (float x)                { return vec { x, x, x, x }; }
+static inline vec  vec_load (const float * p)        { return vec_read<vec>(p); }
 static inline void vec_store(float * p, vec a)       { memcpy(p, &a, sizeof(a)); }
-static inline vec  vec_mul  (vec a, vec b)           { return vec_make([&](int i) { return a.x[i]*b.x[i]; }); }
-static inline vec  vec_fma  (vec a, vec b, vec c)    { return vec_make([&](int i) { return a.x[i]*b.x[i] + c.x[i]; }); }
-static inline vec  vec_max  (vec a, vec b)           { return vec_make([&](int i) { return a.x[i] > b.x[i] ? a.x[i] : b.x[i]; }); }
+static inline vec  vec_mul  (vec a, vec b)           { return a*b; }
+static inline vec  vec_fma  (vec a, vec b, vec c)    { return a*b + c; }
+static inline vec  vec_max  (vec a, vec b)           { return a > b ? a : b; }
 
 static inline vec vec_set_f16  (const ggml_fp16_t * p) { return vec_set(GGML_CPU_FP16_TO_FP32(*p)); }
-static inline vec vec_from_f16 (const ggml_fp16_t * p) { return vec_make([&](int i) { return GGML_CPU_FP16_TO_FP32(p[i]); }); }
-static inline vec vec_from_bf16(const ggml_bf16_t * p) { return vec_make([&](int i) { return GGML_BF16_TO_FP32(p[i]); }); }
-static inline vec vec_from_i8  (const int8_t * p)      { return vec_make([&](int i) { return (float) p[i]; }); }
+static inline vec vec_from_f16 (const ggml_fp16_t * p) {
+    return vec { GGML_CPU_FP16_TO_FP32(p[0]), GGML_CPU_FP16_TO_FP32(p[1]), GGML_CPU_FP16_TO_FP32(p[2]), GGML_CPU_FP16_TO_FP32(p[3]) };
+}
+static inline vec vec_from_bf16(const ggml_bf16_t * p) {
+    return (vec) (__builtin_convertvector(vec_read<vec_u16>(p), vec_u32) << 16);
+}
+// four bytes, in the highest bits; compilers have no good code for vectors of so few
+static inline vec_u32 vec_bytes(const void * p) {
+    const uint32_t x = vec_read<uint32_t>(p);
+#if __BYTE_ORDER__ == __ORDER_BIG_ENDIAN__
+    return vec_u32 { x, x, x, x } * vec_u32 { 1, 1 << 8, 1 << 16, 1 << 24 };
+#else
+    return vec_u32 { x, x, x, x } * vec_u32 { 1 << 24, 1 << 16, 1 << 8, 1 };
+#endif
+}
+static inline vec vec_from_i8(const int8_t * p) { return __builtin_convertvector((vec_i32) vec_bytes(p) >> 24, vec); }
 // the low and the high nibbles of VEC bytes, times d, plus m
 static inline void vec_from_nibbles(const uint8_t * p, vec d, vec m, vec & low, vec & high) {
-    low  = vec_fma(vec_make([&](int i) { return (float) (p[i] & 15); }), d, m);
-    high = vec_fma(vec_make([&](int i) { return (float) (p[i] >> 4); }), d, m);
+    const vec_u32 x = vec_bytes(p);
+    low  = __builtin_convertvector((vec_i32) (x >> 24 & 15), vec)*d + m;
+    high = __builtin_convertvector((vec_i32) (x >> 28),      vec)*d + m;
 }
 // 16 where the bit is set, else 0, for the VEC lowest bits
-static inline vec vec_from_bits(uint32_t bits)         { return vec_make([&](int i) { return bits >> i & 1 ? 16.0f : 0.0f; }); }
+static inline vec vec_from_bits(uint32_t bits) {
+    const int32_t b = (int32_t) bits;
+    return __builtin_convertvector(vec_i32 { b, b, b, b } & vec_i32 { 1, 2, 4, 8 }, vec) * vec { 16, 8, 4, 2 };
+}
 
-static inline float vec_hmax(vec a) { return fmaxf(fmaxf(a.x[0], a.x[1]), fmaxf(a.x[2], a.x[3])); }
+static inline float vec_hmax(vec a) { return fmaxf(fmaxf(a[0], a[1]), fmaxf(a[2], a[3])); }
 // the sums of four vectors
 static inline void vec_sum4(const vec a[4], float * s) {
     for (int i = 0; i < 4; ++i) {
-        s[i] = (a[i].x[0] + a[i].x[2]) + (a[i].x[1] + a[i].x[3]);
+        s[i] = (a[i][0] + a[i][2]) + (a[i][1] + a[i][3]);
     }
 }
 
+#else
+
+#define GGML_CLEX_NO_VEC
+
 #endif
+
+#ifndef GGML_CLEX_NO_VEC
 
 //
 // types of a cache: load(row, i, x) makes the i-th N vectors of a row
@@ -257,3 +283,5 @@ static void convert(const char * src, float * dst, int n) {
         }
     }
 }
+
+#endif
