@@ -25,6 +25,12 @@ static const ggml_fp16_t MASKED = 0xFC00; // -INFINITY
 // the two products of a block of positions
 //
 
+// Of rows that are converted on the way, as many as leave registers for a block of the type.
+template <typename T>
+static constexpr int most_rows(int n) {
+    return T::N <= 2 || n < 2 ? n : 2;
+}
+
 // Split n rows evenly into chunks of at most MAX_R.
 static int chunk(int n) {
     const int n_chunks = (n + MAX_R - 1)/MAX_R;
@@ -65,8 +71,8 @@ static void dot(int n_rows, const float * const * q, const char * const * k, int
         switch (r) {
             case 1: dot_rows<T, 1>(q + i, k, d, n, s + i); break;
             case 2: dot_rows<T, 2>(q + i, k, d, n, s + i); break;
-            case 3: dot_rows<T, 3>(q + i, k, d, n, s + i); break;
-            case 4: dot_rows<T, 4>(q + i, k, d, n, s + i); break;
+            case 3: dot_rows<T, most_rows<T>(3)>(q + i, k, d, n, s + i); break;
+            case 4: dot_rows<T, most_rows<T>(4)>(q + i, k, d, n, s + i); break;
         }
     }
 }
@@ -101,8 +107,8 @@ static void add_columns(const float * const * p, const char * const * v, int i, 
 template <typename T, int R>
 static void add_rows(const float * const * p, const char * const * v, int d, int n, float * const * acc, const float * decay) {
     int i = 0;
-    for (; i + 4*VEC <= d; i += 4*VEC) {
-        add_columns<T, R, 4>(p, v, i, n, acc, decay);
+    for (constexpr int C = T::N > 4 ? T::N : 4; i + C*VEC <= d; i += C*VEC) {
+        add_columns<T, R, C>(p, v, i, n, acc, decay);
     }
     for (; i < d; i += T::N*VEC) {
         add_columns<T, R, T::N>(p, v, i, n, acc, decay);
@@ -116,14 +122,14 @@ static void add(int n_rows, const float * const * p, const char * const * v, int
         switch (r) {
             case 1: add_rows<T, 1>(p + i, v, d, n, acc + i, decay + i); break;
             case 2: add_rows<T, 2>(p + i, v, d, n, acc + i, decay + i); break;
-            case 3: add_rows<T, 3>(p + i, v, d, n, acc + i, decay + i); break;
-            case 4: add_rows<T, 4>(p + i, v, d, n, acc + i, decay + i); break;
+            case 3: add_rows<T, most_rows<T>(3)>(p + i, v, d, n, acc + i, decay + i); break;
+            case 4: add_rows<T, most_rows<T>(4)>(p + i, v, d, n, acc + i, decay + i); break;
         }
     }
 }
 
-// Of a type whose blocks are too wide for the registers there is only the conversion.
 struct kernels {
+    int most_rows; // for how many query rows dot and add take rows as they are; more share a conversion
     decltype(&dot<type_f32>)     dot;
     decltype(&add<type_f32>)     add;
     decltype(&convert<type_f32>) convert;
@@ -131,11 +137,7 @@ struct kernels {
 
 template <typename T>
 static constexpr kernels make_kernels() {
-    if constexpr (T::N <= 2) {
-        return { dot<T>, add<T>, convert<T> };
-    } else {
-        return { nullptr, nullptr, convert<T> };
-    }
+    return { most_rows<T>(MAX_R), dot<T>, add<T>, convert<T> };
 }
 
 static const kernels * get_kernels(ggml_type type) {
@@ -463,7 +465,7 @@ struct worker {
     const kernels * fetch(const ggml_tensor * x, int n, int n_pad, const char ** rows) {
         const kernels * own = get_kernels(x->type);
         const kernels * f32 = get_kernels(GGML_TYPE_F32);
-        const bool   direct = own == f32 || (own->dot && n <= MAX_R);
+        const bool   direct = own == f32 || n <= own->most_rows;
         const char * data   = address(x, begin, head);
         const int    d      = (int) x->ne[0];
         for (int j = 0; j < n_live; ++j) {

@@ -30,15 +30,16 @@ static inline vec vec_from_f16 (const ggml_fp16_t * p) { return _mm512_cvtph_ps(
 static inline vec vec_from_bf16(const ggml_bf16_t * p) {
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *) p)), 16));
 }
-static inline vec vec_from_i8(const int8_t * p) {
-    return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *) p)));
+// 16 numbers
+static inline void vec_from_i8(const int8_t * p, vec * x) {
+    x[0] = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *) p)));
 }
-// the low and the high nibbles of VEC bytes, times d, plus m
-static inline void vec_from_nibbles(const uint8_t * p, vec d, vec m, vec & low, vec & high) {
+// the low and the high nibbles of 16 bytes, times d, plus m
+static inline void vec_from_nibbles(const uint8_t * p, vec d, vec m, vec * low, vec * high) {
     const __m512i x     = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *) p));
     const __m512  table = _mm512_fmadd_ps(_mm512_setr_ps(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15), d, m);
-    low  = _mm512_permutexvar_ps(x, table); // looks at four bits only
-    high = _mm512_permutexvar_ps(_mm512_srli_epi32(x, 4), table);
+    low [0] = _mm512_permutexvar_ps(x, table); // looks at four bits only
+    high[0] = _mm512_permutexvar_ps(_mm512_srli_epi32(x, 4), table);
 }
 // 16 where the bit is set, else 0, for the VEC lowest bits
 static inline vec vec_from_bits(uint32_t bits) { return _mm512_maskz_mov_ps((__mmask16) bits, _mm512_set1_ps(16.0f)); }
@@ -74,14 +75,19 @@ static inline vec vec_from_f16 (const ggml_fp16_t * p) { return _mm256_cvtph_ps(
 static inline vec vec_from_bf16(const ggml_bf16_t * p) {
     return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *) p)), 16));
 }
-static inline vec vec_from_i8(const int8_t * p) {
-    return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *) p)));
+// 16 numbers
+static inline void vec_from_i8(const int8_t * p, vec * x) {
+    for (int i = 0; i < 2; ++i) {
+        x[i] = _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *) (p + 8*i))));
+    }
 }
-// the low and the high nibbles of VEC bytes, times d, plus m
-static inline void vec_from_nibbles(const uint8_t * p, vec d, vec m, vec & low, vec & high) {
-    const __m256i x = _mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i *) p));
-    low  = _mm256_fmadd_ps(_mm256_cvtepi32_ps(_mm256_and_si256(x, _mm256_set1_epi32(15))), d, m);
-    high = _mm256_fmadd_ps(_mm256_cvtepi32_ps(_mm256_srli_epi32(x, 4)), d, m);
+// the low and the high nibbles of 16 bytes, times d, plus m
+static inline void vec_from_nibbles(const uint8_t * p, vec d, vec m, vec * low, vec * high) {
+    for (int i = 0; i < 2; ++i) {
+        const __m256i x = _mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i *) (p + 8*i)));
+        low [i] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(_mm256_and_si256(x, _mm256_set1_epi32(15))), d, m);
+        high[i] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(_mm256_srli_epi32(x, 4)), d, m);
+    }
 }
 // 16 where the bit is set, else 0, for the VEC lowest bits
 static inline vec vec_from_bits(uint32_t bits) {
@@ -116,26 +122,29 @@ static inline vec  vec_mul  (vec a, vec b)           { return vmulq_f32(a, b); }
 static inline vec  vec_fma  (vec a, vec b, vec c)    { return vfmaq_f32(c, a, b); } // a*b + c
 static inline vec  vec_max  (vec a, vec b)           { return vmaxq_f32(a, b); }
 
-static inline uint32x4_t vec_u8(const uint8_t * p) {
-    uint32_t x;
-    memcpy(&x, p, sizeof(x));
-    return vmovl_u16(vget_low_u16(vmovl_u8(vcreate_u8(x))));
-}
 static inline vec vec_set_f16  (const ggml_fp16_t * p) { return vcvt_f32_f16(vreinterpret_f16_u16(vld1_dup_u16(p))); }
 static inline vec vec_from_f16 (const ggml_fp16_t * p) { return vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(p))); }
 static inline vec vec_from_bf16(const ggml_bf16_t * p) {
     return vreinterpretq_f32_u32(vshll_n_u16(vld1_u16((const uint16_t *) p), 16));
 }
-static inline vec vec_from_i8(const int8_t * p) {
-    uint32_t x;
-    memcpy(&x, p, sizeof(x));
-    return vcvtq_f32_s32(vmovl_s16(vget_low_s16(vmovl_s8(vcreate_s8(x)))));
+// 16 numbers
+static inline void vec_widen(int8x16_t b, vec * x) {
+    const int16x8_t h[2] = { vmovl_s8(vget_low_s8(b)), vmovl_s8(vget_high_s8(b)) };
+    for (int i = 0; i < 2; ++i) {
+        x[2*i]     = vcvtq_f32_s32(vmovl_s16(vget_low_s16 (h[i])));
+        x[2*i + 1] = vcvtq_f32_s32(vmovl_s16(vget_high_s16(h[i])));
+    }
 }
-// the low and the high nibbles of VEC bytes, times d, plus m
-static inline void vec_from_nibbles(const uint8_t * p, vec d, vec m, vec & low, vec & high) {
-    const uint32x4_t x = vec_u8(p);
-    low  = vfmaq_f32(m, vcvtq_f32_u32(vandq_u32(x, vdupq_n_u32(15))), d);
-    high = vfmaq_f32(m, vcvtq_f32_u32(vshrq_n_u32(x, 4)), d);
+static inline void vec_from_i8(const int8_t * p, vec * x) { vec_widen(vld1q_s8(p), x); }
+// the low and the high nibbles of 16 bytes, times d, plus m
+static inline void vec_from_nibbles(const uint8_t * p, vec d, vec m, vec * low, vec * high) {
+    const uint8x16_t b = vld1q_u8(p);
+    vec_widen(vreinterpretq_s8_u8(vandq_u8(b, vdupq_n_u8(15))), low);
+    vec_widen(vreinterpretq_s8_u8(vshrq_n_u8(b, 4)), high);
+    for (int i = 0; i < 4; ++i) {
+        low [i] = vfmaq_f32(m, low [i], d);
+        high[i] = vfmaq_f32(m, high[i], d);
+    }
 }
 // 16 where the bit is set, else 0, for the VEC lowest bits
 static inline vec vec_from_bits(uint32_t bits) {
@@ -184,12 +193,19 @@ static inline vec_u32 vec_bytes(const void * p) {
     return vec_u32 { x, x, x, x } * vec_u32 { 1 << 24, 1 << 16, 1 << 8, 1 };
 #endif
 }
-static inline vec vec_from_i8(const int8_t * p) { return __builtin_convertvector((vec_i32) vec_bytes(p) >> 24, vec); }
-// the low and the high nibbles of VEC bytes, times d, plus m
-static inline void vec_from_nibbles(const uint8_t * p, vec d, vec m, vec & low, vec & high) {
-    const vec_u32 x = vec_bytes(p);
-    low  = __builtin_convertvector((vec_i32) (x >> 24 & 15), vec)*d + m;
-    high = __builtin_convertvector((vec_i32) (x >> 28),      vec)*d + m;
+// 16 numbers
+static inline void vec_from_i8(const int8_t * p, vec * x) {
+    for (int i = 0; i < 4; ++i) {
+        x[i] = __builtin_convertvector((vec_i32) vec_bytes(p + 4*i) >> 24, vec);
+    }
+}
+// the low and the high nibbles of 16 bytes, times d, plus m
+static inline void vec_from_nibbles(const uint8_t * p, vec d, vec m, vec * low, vec * high) {
+    for (int i = 0; i < 4; ++i) {
+        const vec_u32 x = vec_bytes(p + 4*i);
+        low [i] = __builtin_convertvector((vec_i32) (x >> 24 & 15), vec)*d + m;
+        high[i] = __builtin_convertvector((vec_i32) (x >> 28),      vec)*d + m;
+    }
 }
 // 16 where the bit is set, else 0, for the VEC lowest bits
 static inline vec vec_from_bits(uint32_t bits) {
@@ -237,8 +253,10 @@ struct type_q8_0 {
     static void load(const char * row, int i, vec * x) {
         const block_q8_0 * b = (const block_q8_0 *) row + i;
         const vec d = vec_set_f16(&b->d);
+        vec_from_i8(b->qs,      x);
+        vec_from_i8(b->qs + 16, x + N/2);
         for (int j = 0; j < N; ++j) {
-            x[j] = vec_mul(vec_from_i8(b->qs + j*VEC), d);
+            x[j] = vec_mul(x[j], d);
         }
     }
 };
@@ -260,13 +278,10 @@ struct type_q {
         if constexpr (HAS_QH) {
             memcpy(&high_bits, b->qh, sizeof(high_bits));
         }
-        for (int j = 0; j < N/2; ++j) {
-            vec & low  = x[j];
-            vec & high = x[j + N/2];
-            vec_from_nibbles(b->qs + j*VEC, d, m, low, high);
-            if constexpr (HAS_QH) {
-                low  = vec_fma(vec_from_bits(high_bits >> j*VEC), d, low);
-                high = vec_fma(vec_from_bits(high_bits >> (j*VEC + 16)), d, high);
+        vec_from_nibbles(b->qs, d, m, x, x + N/2);
+        if constexpr (HAS_QH) {
+            for (int j = 0; j < N; ++j) {
+                x[j] = vec_fma(vec_from_bits(high_bits >> j*VEC), d, x[j]);
             }
         }
     }
