@@ -24,8 +24,6 @@ from clex_convert import cli
 from gguf_maker import MODEL, gguf_bytes
 from safetensors.torch import load_file, save_file
 
-from clex_local.tables import read_tables
-
 DATA = Path(__file__).parent / "data"
 UP, DOWN = "model.clex_layer.proj_func.ode_up_proj", "model.clex_layer.proj_func.ode_down_proj"
 LLAMA = DATA / "llama"
@@ -452,19 +450,6 @@ def test_stopping_leaves_nothing(out: Path, smollm: Path, number: int, code: int
     wanted = ["clex-convert: error: interrupted, nothing was written"] if number == signal.SIGINT else []
     assert errors.splitlines() == wanted
     assert list(out.parent.iterdir()) == []
-
-
-def test_files_of_a_killed_run_go_with_the_next(out: Path, source: Path) -> None:
-    returned, _ = stop([LLAMA, out], out, signal.SIGKILL, lambda files: len(files) == 1)
-    assert returned == -signal.SIGKILL
-    (left,) = out.parent.iterdir()
-    of_a_living_process = out.with_name(re.sub(r"\d+-", f"{os.getpid()}-", left.name))
-    of_another_target = out.with_name(left.name.replace("out", "other"))
-    for path in (of_a_living_process, of_another_target):
-        path.touch()
-    assert run(source, out, "--method", "ntk").returncode == 0
-    assert set(out.parent.iterdir()) == {out, of_a_living_process, of_another_target}
-    assert read_tables(out) is not None
 
 
 def test_an_output_that_appears_meanwhile_is_kept(monkeypatch: pytest.MonkeyPatch, source: Path, out: Path) -> None:

@@ -198,6 +198,7 @@ def _show(result: ConversionResult) -> None:
     Console(highlight=False).print(table)
     method = tables.method if result.baked is None else f"{tables.method} baked for {result.baked} tokens"
     click.echo(f"{result.path}: {result.outtype}, method {method}, {_size(result.size)}, {result.seconds:.1f} s")
+    click.echo(f"SHA-256 {result.sha256}")
     for note in result.notes:
         click.echo(f"note: {note}")
 

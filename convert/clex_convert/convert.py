@@ -39,6 +39,7 @@ class ConversionResult:
         baked: context length that one table was baked for; None for a file with all of them.
         outtype: type of its tensors, or ``copy``.
         size: bytes.
+        sha256: SHA-256 of the file in hexadecimal digits. The same source and options give the same bytes.
         seconds: time taken.
         notes: what the user should know of it, a sentence each.
     """
@@ -48,6 +49,7 @@ class ConversionResult:
     baked: int | None
     outtype: str
     size: int
+    sha256: str
     seconds: float
     notes: list[str] = field(default_factory=list)
 
@@ -131,9 +133,9 @@ def convert(
         else:
             made = job.gguf(source, rope_scaling, tables_for)
         _read_back(made, bake, output)
-        target.commit(made.temporary)
+        size, sha256 = made.temporary.stat().st_size, target.commit(made.temporary)
     return ConversionResult(
-        output, made.tables, bake, made.outtype, output.stat().st_size, time.monotonic() - started, made.notes
+        output, made.tables, bake, made.outtype, size, sha256, time.monotonic() - started, made.notes
     )
 
 

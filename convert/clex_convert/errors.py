@@ -33,8 +33,7 @@ def writing(path: str | os.PathLike[str]) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        # numpy's tofile reports a short write without an errno.
-        if error.errno in FULL or (error.errno is None and "written" in str(error)):
+        if error.errno in FULL:
             raise disk_full(path) from None
         raise ConvertError(f"{path}: could not be written ({error.strerror or one_line(error)})") from None
 

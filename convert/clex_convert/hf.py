@@ -20,10 +20,12 @@ from typing import Any
 import numpy as np
 
 import clex_convert
+from clex_convert import pieces
 from clex_convert.checkpoint import CLEX_LAYER, Checkpoint
 from clex_convert.contents import Contents
 from clex_convert.errors import ConvertError, extra_packages, one_line, writing
 from clex_convert.hub import named_card, offline
+from clex_convert.weight_files import read_tensor
 
 PRECISIONS = {"f32": "ALL_F32", "f16": "MOSTLY_F16", "bf16": "MOSTLY_BF16"}
 
@@ -98,14 +100,20 @@ class _Counted:
         self.tensor, self.nbytes, self.written = tensor, tensor.nbytes, written
 
     def tofile(self, file: Any) -> None:
-        self.tensor.tofile(file)
-        self.written(self.nbytes)
+        if hasattr(self.tensor, "_chunks"):
+            pieces.write(self.tensor, file, self.written)
+        else:
+            # numpy's own tofile does not notice when the disk has no room for the last bytes.
+            array = type(self.tensor).to_eager(self.tensor) if hasattr(self.tensor, "_meta") else self.tensor
+            file.write(np.ascontiguousarray(array).data)
+            self.written(self.nbytes)
 
 
 def _model_class(
-    conversion: ModuleType, keys: Any, checkpoint: Checkpoint, contents: Contents, pre_tokenizer: str | None
+    conversion: ModuleType, gguf: ModuleType, checkpoint: Checkpoint, contents: Contents, pre_tokenizer: str | None
 ) -> Any:
     """The scripts' class for an architecture: less the CLEX layer, with what an adapter changes and the contents."""
+    keys = gguf.Keys
     base = conversion.get_model_class(checkpoint.architecture)
     loaders: dict[str, Callable[[], Any]] = {}
 
@@ -116,6 +124,18 @@ def _model_class(
         lazy = conversion.base.LazyTorchTensor
         meta = lazy.meta_with_dtype_and_shape(lazy._dtype_str_map["F32"], merge.shape)
         return lambda: lazy(meta=meta, args=(loaders[name](),), func=merge.apply)
+
+    def alone(name: str, load: Callable[[], Any]) -> Callable[[], Any]:
+        path = checkpoint.tensors[name][0]
+        if path.suffix != ".bin":
+            return load
+
+        # The scripts keep the whole file mapped, and with it in memory what was read of it.
+        def lazily() -> Any:
+            tensor = load()
+            return type(tensor)(meta=tensor._meta, args=(path, name), func=read_tensor)
+
+        return lazily
 
     class ClexModel(base):
         model_arch = base.model_arch
@@ -131,11 +151,18 @@ def _model_class(
 
         @classmethod
         def filter_tensors(cls, item: tuple[str, Any]) -> tuple[str, Any] | None:
-            name, loaders[item[0]] = item
+            name = item[0]
+            loaders[name] = alone(*item)
             # transformers does not look at the output matrix of a model whose config ties it to the embedding
             if CLEX_LAYER in name or (checkpoint.tied is not None and name == checkpoint.tied[1]):
                 return None
             return super().filter_tensors((name, merged(name)))
+
+        def modify_tensors(self, data_torch: Any, name: str, bid: int | None) -> Iterator[tuple[str, Any]]:
+            for new_name, tensor in super().modify_tensors(data_torch, name, bid):
+                if isinstance(tensor, gguf.LazyBase) and len(tensor.shape) > 1:
+                    tensor = gguf.LazyChunkedTensor(pieces.pieces(tensor), tensor.shape, np.float32)
+                yield new_name, tensor
 
         # Where a pre-tokenizer is named the vocabulary is a byte-level BPE, whatever its files make of it: the
         # scripts try the other kinds first and would take a folder that transformers saved from a GGUF for one.
@@ -270,7 +297,7 @@ def write_checkpoint(
     with conversion_scripts() as (conversion, gguf), _quiet(verbose), offline():
         model = None
         try:
-            model = _model_class(conversion, gguf.Keys, checkpoint, contents, pre_tokenizer)(
+            model = _model_class(conversion, gguf, checkpoint, contents, pre_tokenizer)(
                 checkpoint.path,
                 gguf.LlamaFileType[PRECISIONS[precision]],
                 target.with_name("unused.gguf"),  # they would take braces in a name for fields to fill in

@@ -8,8 +8,11 @@ from __future__ import annotations
 
 import os
 import re
+import select
+import signal
 import subprocess
 import sys
+import threading
 from collections import deque
 from collections.abc import Callable
 from pathlib import Path
@@ -23,6 +26,10 @@ OUTTYPES = (
     *("iq1_s", "iq1_m", "iq2_xxs", "iq2_xs", "iq2_s", "iq2_m", "iq3_xxs", "iq3_xs", "iq3_s", "iq3_m"),
     *("iq4_nl", "iq4_xs", "tq1_0", "tq2_0", "q1_0", "q2_0", "mxfp4_moe"),
 )
+
+# Bytes that llama_model_quantize may use for the rows at work, beside the tensor that they come from; its default is
+# eight times as much as a machine for small models has.
+_QUANTIZE_BUFFER = 256 << 20
 
 # Text that a vocabulary needs its tokens for single bytes for, or a token for what is unknown.
 _PROBE = "\tNaïve 漢字 🙂\n".encode()
@@ -126,12 +133,15 @@ def _run_child(arguments: list[str], line_read: Callable[[str], None], verbose: 
 _REASONS = (
     r"failed to quantize: (.*)",
     r"error loading model\b.*?: (.*)",
+    r"cannot encode the text: (.*)",
     r"what\(\): *(.*)",
     r"(\S+: GGML_ASSERT.*)",
 )
 
 
 def _reason(lines: list[str], code: int) -> str:
+    if code == -signal.SIGKILL:
+        return "its process was killed, as the system does when memory runs out; close other programs and try again"
     for pattern in _REASONS:
         for line in reversed(lines):
             if match := re.search(pattern, line):
@@ -140,11 +150,25 @@ def _reason(lines: list[str], code: int) -> str:
     return one_line(f"{said} (exit code {code})")
 
 
+def _end_with_parent() -> None:
+    """Ends this process as soon as nobody can read what it says: its parent was killed."""
+    if not hasattr(select, "poll"):
+        return
+    watch = select.poll()
+    watch.register(1, 0)  # no more than that the other end of the pipe was closed
+
+    def wait() -> None:
+        watch.poll()
+        os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()
+
+
 def main() -> None:
     """The child: ``quantize SOURCE TARGET FTYPE`` or ``check FILE``, llama.cpp's log on standard output."""
     import ctypes
-    import signal
 
+    _end_with_parent()
     from llama_cpp import llama_cpp
 
     # Ctrl-C reaches the whole process group; the C code would keep Python's handler from running.
@@ -164,6 +188,7 @@ def main() -> None:
         parameters = llama_cpp.llama_model_quantize_default_params()
         parameters.ftype = int(ftype)
         parameters.allow_requantize = True
+        parameters.max_buf_size = _QUANTIZE_BUFFER
         sys.exit(llama_cpp.llama_model_quantize(os.fsencode(source), os.fsencode(target), ctypes.pointer(parameters)))
     model_parameters = llama_cpp.llama_model_default_params()
     model_parameters.vocab_only = True

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
+import hashlib
 import os
 import re
 import secrets
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-
-import psutil
 
 from clex_convert.errors import ConvertError, writing
 
@@ -16,8 +17,8 @@ from clex_convert.errors import ConvertError, writing
 class Output:
     """One output file and its temporary files, in a ``with``: whatever happens, only a complete file stays.
 
-    Temporary files are hidden files beside the target, named after it and the process. Those that a killed
-    process left behind are removed by the next run for the same target.
+    Temporary files are hidden files beside the target, named after it, and locked while their process lives. Those
+    that a killed process left behind are removed by the next run for the same target.
     """
 
     def __init__(self, path: Path, *, overwrite: bool) -> None:
@@ -28,7 +29,7 @@ class Output:
         """
         self.path = path
         self.overwrite = overwrite
-        self._temporary: list[Path] = []
+        self._temporary: dict[Path, int | None] = {}  # and the descriptor that holds the lock
         self._check()
         if not path.parent.is_dir():
             raise ConvertError(f"{path}: the folder {path.parent} does not exist; create it first")
@@ -47,20 +48,18 @@ class Output:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        for path in self._temporary:
-            with contextlib.suppress(OSError):
-                path.unlink()
+        for path in list(self._temporary):
+            self.discard(path)
 
     def _prefix(self) -> str:
         return f".{self.path.name[:180]}."
 
     def _remove_stale(self) -> None:
-        pattern = re.compile(re.escape(self._prefix()) + r"(\d+)-[0-9a-f]{8}\.tmp")
+        pattern = re.compile(re.escape(self._prefix()) + r"[0-9a-f]{16}\.tmp")
         for entry in os.listdir(self.path.parent):
-            match = pattern.fullmatch(entry)
-            if match and not psutil.pid_exists(int(match[1])):
+            if pattern.fullmatch(entry):
                 with contextlib.suppress(OSError):
-                    (self.path.parent / entry).unlink()
+                    _remove_unlocked(self.path.parent / entry)
 
     def temporary(self) -> Path:
         """Creates an empty file beside the target, which goes away with this object.
@@ -68,32 +67,48 @@ class Output:
         Raises:
             ConvertError: the folder cannot be written.
         """
-        path = self.path.parent / f"{self._prefix()}{os.getpid()}-{secrets.token_hex(4)}.tmp"
-        with writing(self.path):
-            self._temporary.append(path)
-            os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
-        return path
+        while True:
+            path = self.path.parent / f"{self._prefix()}{secrets.token_hex(8)}.tmp"
+            with writing(self.path):
+                self._temporary[path] = None
+                descriptor = self._temporary[path] = os.open(path, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o666)
+                with contextlib.suppress(OSError):  # file systems without locks have nobody who takes it for stale
+                    fcntl.flock(descriptor, fcntl.LOCK_EX)
+                # Another run may have come between the last two steps and removed it.
+                if os.fstat(descriptor).st_nlink:
+                    return path
+            self.discard(path)
 
     def discard(self, path: Path) -> None:
         """Removes a temporary file that is needed no more."""
         with contextlib.suppress(OSError):
             path.unlink()
+        descriptor = self._temporary.pop(path, None)
+        if descriptor is not None:
+            os.close(descriptor)
 
-    def commit(self, path: Path) -> None:
+    def commit(self, path: Path) -> str:
         """Puts a complete temporary file in the target's place, on the disk and all at once.
+
+        Returns:
+            Its SHA-256 in hexadecimal digits.
 
         Raises:
             ConvertError: the target appeared meanwhile, or the disk refuses.
         """
         with writing(self.path):
-            with path.open("rb+") as file:
-                os.fsync(file.fileno())
+            # Reading it back takes about as long as the disk takes to write it.
+            with path.open("rb+") as file, ThreadPoolExecutor(1) as pool:
+                synced = pool.submit(os.fsync, file.fileno())
+                digest = _sha256(path)
+                synced.result()
             self._check()
             if self.overwrite:
                 os.replace(path, self.path)
             else:
                 self._rename_new(path)
             _sync_folder(self.path.parent)
+        return digest
 
     def _rename_new(self, path: Path) -> None:
         # A hard link fails where the name exists, at once; file systems without them get the plain rename.
@@ -103,6 +118,23 @@ class Output:
             self._check()
         except OSError:
             os.replace(path, self.path)
+
+
+def _remove_unlocked(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        path.unlink()
+    finally:
+        os.close(descriptor)
+
+
+def _sha256(path: Path) -> str:
+    digest, buffer = hashlib.sha256(), memoryview(bytearray(4 << 20))
+    with path.open("rb", buffering=0) as file:
+        while count := file.readinto(buffer):
+            digest.update(buffer[:count])
+    return digest.hexdigest()
 
 
 def _sync_folder(folder: Path) -> None:

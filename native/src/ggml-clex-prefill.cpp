@@ -5,19 +5,14 @@
 // K then needs no transposition, and the softmax has a column in each lane of its vectors.
 
 #include "ggml-clex-prefill.h"
+#include "ggml-clex-vec.h"
 
 #include "ggml-cpu-impl.h"
 #include "ggml-cpu.h"
-#include "ggml-impl.h"
-#include "quants.h"
-#include "simd-mappings.h"
-#include "vec.h"
 
 #include <algorithm>
-#include <cmath>
-#include <cstdint>
-#include <cstdlib>
-#include <cstring>
+
+#ifndef GGML_CLEX_NO_VEC
 
 static const int64_t N_QUERIES_MIN = 9;   // fewer are decoding
 static const int64_t TILE          = 64;  // positions, and columns, of a tile of scores
@@ -25,73 +20,26 @@ static const int64_t COLUMNS       = 128; // of a unit, at most: its queries and
 
 static const uint16_t F16_MINUS_INF = 0xFC00;
 
-//
-// vectors
-//
+// of the block of results that stays in registers
+static const int VEC_ROWS    = VEC_REGISTERS == 32 && VEC == 16 ? 8 : 4;
+static const int VEC_COLUMNS = VEC_REGISTERS == 32 && VEC == 4 ? 4 : 2;
+static_assert(TILE % (VEC_COLUMNS*VEC) == 0 && TILE % VEC_ROWS == 0, "a tile is made of whole blocks");
+static_assert(VEC % VEC_ROWS == 0, "the rows of the second product are columns of the first");
 
-#if defined(__AVX512F__) && defined(__AVX512DQ__)
-typedef __m512 vec;
-static inline vec  vec_load (const float * x)      { return _mm512_loadu_ps(x); }
-static inline void vec_store(float * x, vec v)     { _mm512_storeu_ps(x, v); }
-static inline vec  vec_set  (float x)              { return _mm512_set1_ps(x); }
-static inline vec  vec_add  (vec a, vec b)         { return _mm512_add_ps(a, b); }
-static inline vec  vec_sub  (vec a, vec b)         { return _mm512_sub_ps(a, b); }
-static inline vec  vec_max  (vec a, vec b)         { return _mm512_max_ps(a, b); }
-static inline vec  vec_fma  (vec a, vec b, vec c)  { return _mm512_fmadd_ps(a, b, c); }
-static inline vec  vec_exp  (vec x)                { return ggml_v_expf(x); }
-static const int VEC_ROWS = 8, VEC_COLUMNS = 2; // of the block of results that stays in registers
-#elif defined(__AVX2__) && defined(__FMA__)
-typedef __m256 vec;
-static inline vec  vec_load (const float * x)      { return _mm256_loadu_ps(x); }
-static inline void vec_store(float * x, vec v)     { _mm256_storeu_ps(x, v); }
-static inline vec  vec_set  (float x)              { return _mm256_set1_ps(x); }
-static inline vec  vec_add  (vec a, vec b)         { return _mm256_add_ps(a, b); }
-static inline vec  vec_sub  (vec a, vec b)         { return _mm256_sub_ps(a, b); }
-static inline vec  vec_max  (vec a, vec b)         { return _mm256_max_ps(a, b); }
-static inline vec  vec_fma  (vec a, vec b, vec c)  { return _mm256_fmadd_ps(a, b, c); }
-static inline vec  vec_exp  (vec x)                { return ggml_v_expf(x); }
-static const int VEC_ROWS = 4, VEC_COLUMNS = 2;
-#elif defined(__ARM_NEON) && defined(__aarch64__) && !defined(__ARM_FEATURE_SVE)
-typedef float32x4_t vec;
-static inline vec  vec_load (const float * x)      { return vld1q_f32(x); }
-static inline void vec_store(float * x, vec v)     { vst1q_f32(x, v); }
-static inline vec  vec_set  (float x)              { return vdupq_n_f32(x); }
-static inline vec  vec_add  (vec a, vec b)         { return vaddq_f32(a, b); }
-static inline vec  vec_sub  (vec a, vec b)         { return vsubq_f32(a, b); }
-static inline vec  vec_max  (vec a, vec b)         { return vmaxq_f32(a, b); }
-static inline vec  vec_fma  (vec a, vec b, vec c)  { return vfmaq_f32(c, a, b); }
-static inline vec  vec_exp  (vec x)                { return ggml_v_expf(x); }
-static const int VEC_ROWS = 4, VEC_COLUMNS = 4;
-#else
-struct vec { float x[4]; };
-template <typename F> static inline vec vec_map(F f) { return {{ f(0), f(1), f(2), f(3) }}; }
-static inline vec  vec_load (const float * x)      { return vec_map([&](int i) { return x[i]; }); }
-static inline void vec_store(float * x, vec v)     { memcpy(x, v.x, sizeof(v.x)); }
-static inline vec  vec_set  (float x)              { return vec_map([&](int) { return x; }); }
-static inline vec  vec_add  (vec a, vec b)         { return vec_map([&](int i) { return a.x[i] + b.x[i]; }); }
-static inline vec  vec_sub  (vec a, vec b)         { return vec_map([&](int i) { return a.x[i] - b.x[i]; }); }
-static inline vec  vec_max  (vec a, vec b)         { return vec_map([&](int i) { return std::max(a.x[i], b.x[i]); }); }
-static inline vec  vec_fma  (vec a, vec b, vec c)  { return vec_map([&](int i) { return a.x[i]*b.x[i] + c.x[i]; }); }
-static inline vec  vec_exp  (vec v)                { return vec_map([&](int i) { return expf(v.x[i]); }); }
-static const int VEC_ROWS = 2, VEC_COLUMNS = 2;
-#endif
-static const int64_t VEC_SIZE = sizeof(vec) / sizeof(float);
-static_assert(TILE % (VEC_COLUMNS*VEC_SIZE) == 0 && VEC_SIZE % VEC_ROWS == 0, "a tile is made of whole blocks");
-
-// C[ROWS x N*VEC_SIZE] (+)= A * B over k terms; A(i, p) is a[i*a_row + p*a_term]
+// C[ROWS x N*VEC] (+)= A * B over k terms; A(i, p) is a[i*a_row + p*a_term]
 template <int ROWS, int N>
 static void product_block(float * c, int64_t c_row, const float * a, int64_t a_row, int64_t a_term, const float * b,
         int64_t b_row, int64_t k, bool add) {
     vec sum[ROWS][N];
     for (int i = 0; i < ROWS; ++i) {
         for (int j = 0; j < N; ++j) {
-            sum[i][j] = add ? vec_load(c + i*c_row + j*VEC_SIZE) : vec_set(0.0f);
+            sum[i][j] = add ? vec_load(c + i*c_row + j*VEC) : vec_set(0.0f);
         }
     }
     for (int64_t p = 0; p < k; ++p) {
         vec row[N];
         for (int j = 0; j < N; ++j) {
-            row[j] = vec_load(b + p*b_row + j*VEC_SIZE);
+            row[j] = vec_load(b + p*b_row + j*VEC);
         }
         for (int i = 0; i < ROWS; ++i) {
             const vec x = vec_set(a[i*a_row + p*a_term]);
@@ -102,17 +50,17 @@ static void product_block(float * c, int64_t c_row, const float * a, int64_t a_r
     }
     for (int i = 0; i < ROWS; ++i) {
         for (int j = 0; j < N; ++j) {
-            vec_store(c + i*c_row + j*VEC_SIZE, sum[i][j]);
+            vec_store(c + i*c_row + j*VEC, sum[i][j]);
         }
     }
 }
 
-// the same for any multiples of VEC_ROWS rows and VEC_SIZE columns; N vectors at a time, then half as many
+// the same for any multiples of VEC_ROWS rows and VEC columns; N vectors at a time, then half as many
 template <int N = VEC_COLUMNS>
 static void product(float * c, int64_t c_row, const float * a, int64_t a_row, int64_t a_term, const float * b,
         int64_t b_row, int64_t k, int64_t rows, int64_t columns, bool add) {
-    const int64_t whole = columns / (N*VEC_SIZE) * (N*VEC_SIZE);
-    for (int64_t j = 0; j < whole; j += N*VEC_SIZE) {
+    const int64_t whole = columns / (N*VEC) * (N*VEC);
+    for (int64_t j = 0; j < whole; j += N*VEC) {
         for (int64_t i = 0; i < rows; i += VEC_ROWS) {
             product_block<VEC_ROWS, N>(c + i*c_row + j, c_row, a + i*a_row, a_row, a_term, b + j, b_row, k, add);
         }
@@ -127,74 +75,33 @@ static void product(float * c, int64_t c_row, const float * a, int64_t a_row, in
 //
 // rows of K and V as F32
 //
-// As in ggml-quants.c, which is compiled for the oldest CPU.
-//
 
-typedef void (*row_to_float)(const void * row, float * y, int64_t n);
+typedef void (*row_to_float)(const char * row, float * y, int n);
 
-static void row_from_f32(const void * row, float * y, int64_t n) {
+static void row_from_f32(const char * row, float * y, int n) {
     memcpy(y, row, n*sizeof(float));
 }
 
-static void row_from_f16(const void * row, float * y, int64_t n) {
+static void row_from_f16(const char * row, float * y, int n) {
     ggml_cpu_fp16_to_fp32((const ggml_fp16_t *) row, y, n);
 }
 
-static void row_from_bf16(const void * row, float * y, int64_t n) {
+static void row_from_bf16(const char * row, float * y, int n) {
     ggml_cpu_bf16_to_fp32((const ggml_bf16_t *) row, y, n);
 }
 
-static void row_from_q8_0(const void * row, float * y, int64_t n) {
-    const block_q8_0 * x = (const block_q8_0 *) row;
-    for (int64_t i = 0; i < n/QK8_0; ++i, y += QK8_0) {
-        const float d = GGML_CPU_FP16_TO_FP32(x[i].d);
-        for (int j = 0; j < QK8_0; ++j) {
-            y[j] = x[i].qs[j]*d;
-        }
-    }
-}
-
-static float minimum(const block_q4_0 &)   { return 0.0f; }
-static float minimum(const block_q5_0 &)   { return 0.0f; }
-static float minimum(const block_q4_1 & x) { return GGML_CPU_FP16_TO_FP32(x.m); }
-static float minimum(const block_q5_1 & x) { return GGML_CPU_FP16_TO_FP32(x.m); }
-
-// q4_0, q4_1, q5_0 and q5_1: values of 4 bits, perhaps with a fifth in qh, less ZERO
-template <typename block, bool FIFTH, int ZERO>
-static void row_from_nibbles(const void * row, float * y, int64_t n) {
-    const block * x = (const block *) row;
-    for (int64_t i = 0; i < n/32; ++i, y += 32) {
-        const float d = GGML_CPU_FP16_TO_FP32(x[i].d);
-        const float m = minimum(x[i]);
-        int32_t q[32];
-        for (int j = 0; j < 16; ++j) {
-            q[j]      = x[i].qs[j] & 0xF;
-            q[j + 16] = x[i].qs[j] >> 4;
-        }
-        if constexpr (FIFTH) {
-            uint32_t qh;
-            memcpy(&qh, x[i].qh, sizeof(qh));
-            for (int j = 0; j < 32; ++j) {
-                q[j] |= (qh >> j & 1) << 4;
-            }
-        }
-        for (int j = 0; j < 32; ++j) {
-            y[j] = (q[j] - ZERO)*d + m;
-        }
-    }
-}
-
+// those of floats take any number of them, rows of blocks are whole vectors
 static row_to_float row_converter(ggml_type type) {
     switch (type) {
         case GGML_TYPE_F32:  return row_from_f32;
         case GGML_TYPE_F16:  return row_from_f16;
         case GGML_TYPE_BF16: return row_from_bf16;
-        case GGML_TYPE_Q8_0: return row_from_q8_0;
-        case GGML_TYPE_Q4_0: return row_from_nibbles<block_q4_0, false, 8>;
-        case GGML_TYPE_Q4_1: return row_from_nibbles<block_q4_1, false, 0>;
-        case GGML_TYPE_Q5_0: return row_from_nibbles<block_q5_0, true, 16>;
-        case GGML_TYPE_Q5_1: return row_from_nibbles<block_q5_1, true, 0>;
-        default:             return ggml_get_type_traits(type)->to_float;
+        case GGML_TYPE_Q8_0: return convert<type_q8_0>;
+        case GGML_TYPE_Q4_0: return convert<type_q4_0>;
+        case GGML_TYPE_Q4_1: return convert<type_q4_1>;
+        case GGML_TYPE_Q5_0: return convert<type_q5_0>;
+        case GGML_TYPE_Q5_1: return convert<type_q5_1>;
+        default:             return nullptr;
     }
 }
 
@@ -225,7 +132,7 @@ struct attn_plan {
         const ggml_tensor * v = dst->src[2];
 
         size_k = k->ne[0];
-        size_v = GGML_PAD(v->ne[0], VEC_SIZE);
+        size_v = GGML_PAD(v->ne[0], VEC);
 
         const int64_t group = q->ne[2]/k->ne[2];
 
@@ -257,11 +164,10 @@ struct attn_plan {
 };
 
 static bool attn_prefill_applies(const ggml_tensor * dst) {
-    static const bool disabled = getenv("GGML_CLEX_ATTN_DISABLE") != nullptr;
     const ggml_tensor * q = dst->src[0];
     const ggml_tensor * k = dst->src[1];
     const ggml_tensor * v = dst->src[2];
-    return !disabled && q->ne[1] >= N_QUERIES_MIN && q->type == GGML_TYPE_F32 && k->ne[2] == v->ne[2] &&
+    return q->ne[1] >= N_QUERIES_MIN && q->type == GGML_TYPE_F32 && k->ne[2] == v->ne[2] &&
         row_converter(k->type) && row_converter(v->type);
 }
 
@@ -305,16 +211,16 @@ static void look_at_mask(attn_columns & c, int64_t first, int64_t n) {
 
 // the softmax as far as it goes with n more positions: scores become weights
 static void soft_max(attn_columns & c, float * scores, int64_t n, int64_t size_v) {
-    for (int64_t j = 0; j < GGML_PAD(c.n, VEC_SIZE); j += VEC_SIZE) {
+    for (int64_t j = 0; j < GGML_PAD(c.n, VEC); j += VEC) {
         vec max = vec_load(c.max + j);
         for (int64_t i = 0; i < n; ++i) {
             max = vec_max(max, vec_load(scores + i*TILE + j));
         }
-        float before[VEC_SIZE], after[VEC_SIZE];
+        float before[VEC], after[VEC];
         vec_store(before, vec_load(c.max + j));
         vec_store(after, max);
         vec_store(c.max + j, max);
-        for (int64_t i = 0; i < VEC_SIZE; ++i) {
+        for (int64_t i = 0; i < VEC; ++i) {
             if (after[i] > before[i] && before[i] != -INFINITY) {
                 const float scale = expf(before[i] - after[i]);
                 c.sum[j + i] *= scale;
@@ -335,7 +241,7 @@ static void soft_max(attn_columns & c, float * scores, int64_t n, int64_t size_v
 }
 
 bool ggml_clex_attn_prefill(const ggml_compute_params * params, ggml_tensor * dst) {
-    if (params->use_ref || !attn_prefill_applies(dst)) {
+    if (!attn_prefill_applies(dst)) {
         return false;
     }
     const ggml_tensor * q     = dst->src[0];
@@ -450,7 +356,7 @@ bool ggml_clex_attn_prefill(const ggml_compute_params * params, ggml_tensor * ds
                 if (c.tile == attn_columns::HIDDEN) {
                     continue;
                 }
-                product(scores, TILE, k_tile, size_k, 1, c.q, TILE, size_k, GGML_PAD(n, VEC_ROWS), GGML_PAD(c.n, VEC_SIZE), false);
+                product(scores, TILE, k_tile, size_k, 1, c.q, TILE, size_k, GGML_PAD(n, VEC_ROWS), GGML_PAD(c.n, VEC), false);
                 if (softcap != 0.0f) {
                     for (int64_t i = 0; i < n; ++i) {
                         for (int64_t j = 0; j < c.n; ++j) {
@@ -491,3 +397,15 @@ bool ggml_clex_attn_prefill(const ggml_compute_params * params, ggml_tensor * ds
     }
     return true;
 }
+
+#else
+
+size_t ggml_clex_attn_prefill_work_size(const ggml_tensor *, int) {
+    return 0;
+}
+
+bool ggml_clex_attn_prefill(const ggml_compute_params *, ggml_tensor *) {
+    return false;
+}
+
+#endif

@@ -1,0 +1,75 @@
+"""Tensors of llama.cpp's conversion scripts, made and written a few rows at a time.
+
+The scripts describe each tensor of the output as a tree of operations and evaluate it whole, as float32, to write it:
+that takes several times the memory of the largest tensor. Where rows do not depend on each other, which holds for all
+that are large (embeddings, outputs, stacks of experts), they are made one range after the other here.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+
+from clex_convert.weight_files import read_tensor
+
+_PIECE = 32 << 20  # bytes of a piece as float32
+
+Piece = Callable[[], torch.Tensor]
+
+
+def pieces(tensor: Any) -> list[Piece]:
+    """Functions that make a lazy tensor, one range of its rows after the other.
+
+    Args:
+        tensor: ``LazyTorchTensor`` of the scripts; its operations are read off as ``LazyBase`` keeps them.
+    """
+    function, arguments = tensor._func, tensor._args
+    if function is torch.stack and tensor._kwargs == {"dim": 0}:
+        return [piece for part in arguments[0] for piece in pieces(part)]
+    if len(arguments) == 2 and arguments[1] is torch.float32 and arguments[0].shape == tensor.shape:
+        return [lambda piece=piece: piece().to(torch.float32) for piece in pieces(arguments[0])]
+    # What is asked of a lazy tensor beside its shape and type makes it.
+    rows, row = tensor.shape[0], 4 * math.prod(tensor.shape[1:])
+    step = max(1, _PIECE // max(row, 1))
+    ranges = [(start, min(start + step, rows)) for start in range(0, rows, step)]
+    if function is read_tensor:
+        return [lambda start=start, stop=stop: read_tensor(*arguments)[start:stop] for start, stop in ranges]
+    if len(arguments) == 1 and hasattr(arguments[0], "data_range"):
+        return [lambda start=start, stop=stop: _read(arguments[0], tensor, start, stop) for start, stop in ranges]
+    return [lambda: type(tensor).to_eager(tensor)]
+
+
+def _read(stored: Any, tensor: Any, start: int, stop: int) -> torch.Tensor:
+    """Rows of a tensor in a safetensors file (``LocalTensor`` of the scripts)."""
+    place = stored.data_range
+    row = place.size // tensor.shape[0]
+    data = np.fromfile(place.filename, np.uint8, (stop - start) * row, offset=place.offset + start * row)
+    return torch.from_numpy(data).view(tensor.dtype).reshape(stop - start, *tensor.shape[1:])
+
+
+def write(tensor: Any, file: Any, written: Callable[[int], None]) -> None:
+    """Writes a ``LazyChunkedTensor`` whose chunks are `pieces`.
+
+    Args:
+        tensor: its ``_qtype`` is F32, F16 or BF16.
+        file: file to write to.
+        written: called with the bytes of each piece.
+
+    Source: ``LazyChunkedTensor.tofile``; torch rounds to bfloat16 as ``gguf.quants.BF16`` does, ten times as fast.
+    """
+    for make in tensor._chunks:
+        array = _array(make(), tensor)
+        file.write(array.data)
+        written(array.nbytes)
+        del array  # before the next one is made
+
+
+def _array(piece: torch.Tensor, tensor: Any) -> np.ndarray[Any, Any]:
+    """A piece in the type that the tensor has in the file."""
+    if tensor._qtype.name == "BF16":
+        return np.ascontiguousarray(piece.to(torch.bfloat16).view(torch.int16).numpy())
+    return np.ascontiguousarray(piece.numpy(), tensor.dtype)
