@@ -149,9 +149,7 @@ def convert(
         job.make(check)
         target.commit(job.made)
     size, seconds = output.stat().st_size, time.monotonic() - started
-    return ConversionResult(
-        output, job.tables, bake, job.recipe.outtype, size, seconds, job.notes, job.divergence
-    )
+    return ConversionResult(output, job.tables, bake, job.recipe.outtype, size, seconds, job.notes, job.divergence)
 
 
 def sizes(source: str | os.PathLike[str], **options: Any) -> list[Size]:
