@@ -125,7 +125,6 @@ def _ggml() -> ctypes.CDLL:
         "ggml_tensor_overhead": (size, []),
         "ggml_new_tensor": (pointer, [pointer, ctypes.c_int, ctypes.c_int, ctypes.POINTER(i64)]),
         "ggml_set_name": (pointer, [pointer, string]),
-        "ggml_type_name": (string, [ctypes.c_int]),
         "ggml_log_get": (None, [ctypes.POINTER(pointer), ctypes.POINTER(pointer)]),
         "ggml_log_set": (None, [pointer, pointer]),
     }
