@@ -96,7 +96,7 @@ class GGUFWriter:
         """
         offsets = [self.header.add_tensor(t.name, t.shape, t.type) for t in self.tensors.values()]
         total, done, alignment = max(sum(t.size for t in self.tensors.values()), 1), 0, self.header.alignment
-        with ExitStack() as stack, writing(shown):
+        with writing(shown), ExitStack() as stack:  # what closing the file still writes, too
             sources: dict[Path, BinaryIO] = {}
             out = stack.enter_context(target.open("wb"))
             start = out.write(self.header.encoded())
