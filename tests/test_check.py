@@ -12,13 +12,15 @@ import numpy as np
 import pytest
 from clex_convert import cli
 from clex_convert.check import TEXT, check_result
+from clex_convert.checkpoint import Rope
 from clex_convert.contents import Contents, with_tables
+from clex_convert.weights import OdeSettings
 from gguf_maker import MODEL, gguf_bytes
 from low_level import Context, Model
 
 from clex_local import Llama
 from clex_local.gguf_file import GGUFFile
-from clex_local.tables import read_tables
+from clex_local.tables import Tables, read_tables
 
 
 def log_probabilities(path: Path, tokens: list[int]) -> np.ndarray:
@@ -106,13 +108,17 @@ def test_tables_must_be_those_that_were_made(golden_gguf: Callable[[str], Path])
     path = golden_gguf("llama")
     tables = read_tables(path)
     assert tables is not None
-    check_result(path, with_tables(tables), path)
+
+    def contents(tables: Tables) -> Contents:
+        return with_tables(tables, "llama", Rope(32, 32, 1e4, 64, OdeSettings(), {}))
+
+    check_result(path, contents(tables), path)
     inv_freq = tables.inv_freq.copy()
     inv_freq[2, 3] = np.nextafter(inv_freq[2, 3], np.float32(1))
     others = {
-        "clex.inv_freq": with_tables(replace(tables, inv_freq=inv_freq)),
-        "clex.log_scale": with_tables(replace(tables, log_scale=True)),
-        "llama.context_length": replace(with_tables(tables), context_length=65),
+        "clex.inv_freq": contents(replace(tables, inv_freq=inv_freq)),
+        "clex.log_scale": contents(replace(tables, log_scale=True)),
+        "llama.context_length": replace(contents(tables), context_length=65),
         "clex.version": Contents(64, {}),
     }
     for key, other in others.items():

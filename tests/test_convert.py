@@ -402,9 +402,10 @@ def test_the_command_prints_the_buckets_and_the_file(tmp_path: Path) -> None:
     lines = result.stdout.splitlines()
     assert lines[0].split() == ["bucket", "factor", "tokens", "up", "to"]
     assert lines[1].split() == ["1", "1", "64"]
-    assert "..." in lines[-3]
-    assert lines[-2].split() == ["20", "20", "1280"]
-    assert lines[-1].startswith(f"{out}: copy, method ntk, 0.0 MB, ")
+    assert "..." in lines[-4]
+    assert lines[-3].split() == ["20", "20", "1280"]
+    assert lines[-2].startswith(f"{out}: copy, method ntk, 0.0 MB, ")
+    assert lines[-1] == f"SHA-256 {hashlib.sha256(out.read_bytes()).hexdigest()}"
     assert result.stderr == ""
 
 
