@@ -138,6 +138,15 @@ def _ggml() -> ctypes.CDLL:
     return library
 
 
+@functools.cache
+def tensor_types() -> dict[str, int]:
+    """Number of every ``ggml_type`` by its name in small letters."""
+    from llama_cpp import GGML_TYPE_COUNT
+
+    names = (_ggml().ggml_type_name(code) for code in range(GGML_TYPE_COUNT))
+    return {name.decode().lower(): code for code, name in enumerate(names) if name}
+
+
 _log_lock = threading.Lock()
 
 
@@ -383,6 +392,13 @@ class GGUFHeader(_Header):
         finally:
             library.ggml_free(memory)
         return library.gguf_get_tensor_offset(self._context, library.gguf_get_n_tensors(self._context) - 1)
+
+    @property
+    def data_size(self) -> int:
+        """Bytes of the data section, with the padding after the last tensor."""
+        library, last = _ggml(), _ggml().gguf_get_n_tensors(self._context) - 1
+        end = library.gguf_get_tensor_offset(self._context, last) + library.gguf_get_tensor_size(self._context, last)
+        return (end + self.alignment - 1) // self.alignment * self.alignment
 
     def encoded(self) -> bytes:
         """The header as it is in memory, padded: the tensor data follows it directly in a file."""

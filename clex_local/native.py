@@ -60,6 +60,13 @@ seq_reserve = _declare("llama_clex_seq_reserve", ctypes.c_bool, _context, ctypes
 seq_bucket = _declare("llama_clex_seq_bucket", ctypes.c_int32, _context, ctypes.c_int32)
 get_stats = _declare("llama_clex_get_stats", Stats, _context)
 
+imatrix_init = _declare("llama_clex_imatrix_init", ctypes.c_void_p)
+imatrix_collect = _declare("llama_clex_imatrix_collect", ctypes.c_bool, ctypes.c_void_p, ctypes.c_bool, ctypes.c_void_p)
+imatrix_save = _declare(
+    *("llama_clex_imatrix_save", ctypes.c_bool, ctypes.c_void_p, ctypes.c_char_p, ctypes.c_char_p),
+    *(ctypes.c_uint32, ctypes.c_uint32),
+)
+
 
 def method(model: object) -> str:
     """What made the tables of a model; empty without tables."""

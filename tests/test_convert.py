@@ -16,7 +16,7 @@ import click.testing
 import numpy as np
 import pytest
 import torch
-from clex_convert import cli, native, ode, weights
+from clex_convert import cli, ode, quantize, weights
 from gguf_maker import MODEL, TENSORS, gguf_bytes
 from safetensors.torch import load_file, save_file
 
@@ -263,7 +263,7 @@ def test_a_folder_becomes_q4_k_m_unless_told(tmp_path: Path) -> None:
     assert result.outtype == "q4_k_m"
     assert "rows that blocks of q4_k_m do not divide" in result.notes[0]
     with GGUFFile(tmp_path / "out.gguf") as file:
-        assert file.get("general.file_type") == native.file_type("q4_k_m")
+        assert file.get("general.file_type") == quantize.file_type("q4_k_m")
     assert [path.name for path in tmp_path.iterdir()] == ["out.gguf"]
 
 
@@ -332,7 +332,7 @@ def test_tables_of_a_file_are_replaced(tmp_path: Path, golden_gguf: Callable[[st
 def test_broken_tables_of_a_file_can_be_replaced(tmp_path: Path) -> None:
     source = tmp_path / "in.gguf"
     source.write_bytes(gguf_bytes({**MODEL, "clex.version": np.uint32(9), "clex.inv_freq": "nonsense"}))
-    result = clex_convert.convert(source, tmp_path / "out.gguf", method="ntk")
+    result = clex_convert.convert(source, tmp_path / "out.gguf", method="ntk", check="none")
     assert result.tables.context_lengths == [64, 128, 192, 256]
 
 
@@ -345,7 +345,7 @@ def test_alignment_and_a_missing_end_are_minded(tmp_path: Path, alignment: int) 
         keys["general.alignment"] = np.uint32(alignment)
         data = gguf_bytes(keys, pad_end=False, alignment=alignment)
     source.write_bytes(data)
-    result = clex_convert.convert(source, tmp_path / "out.gguf", method="ntk")
+    result = clex_convert.convert(source, tmp_path / "out.gguf", method="ntk", check="none")
     with GGUFFile(result.path) as file:
         assert file.data_offset % alignment == 0
         contents = result.path.read_bytes()[file.data_offset :]
@@ -385,54 +385,7 @@ def test_outtypes_are_all_that_llama_cpp_has() -> None:
     names = {name.removeprefix(prefix) for name in dir(llama_cpp) if name.startswith(prefix)}
     # The first is no type, and llama_model_quantize does not make the second.
     names -= {"GUESSED", "MOSTLY_NVFP4"}
-    assert {name.removeprefix("ALL_").removeprefix("MOSTLY_").lower() for name in names} == set(native.OUTTYPES)
-
-
-NEED_AN_IMPORTANCE_MATRIX = {"iq1_s", "iq1_m", "iq2_xxs", "iq2_xs", "iq2_s", "iq2_m", "iq3_xxs", "iq3_xs", "q2_k_s"}
-
-
-@pytest.fixture(scope="module")
-def wide_gguf(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model whose rows every block size divides, unlike those of the golden models."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    folder = model_folder(
-        DATA / "llama",
-        tmp_path_factory.mktemp("wide") / "wide",
-        without=("model.safetensors",),
-        hidden_size=256,
-        num_hidden_layers=1,
-        intermediate_size=256,
-        rope_scaling=None,
-    )
-    torch.manual_seed(1)
-    tensors = LlamaForCausalLM(LlamaConfig(**config_of(folder))).state_dict()
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / "model.safetensors")
-    return clex_convert.convert(folder, folder.parent / "wide.gguf", outtype="f32", method="ntk").path
-
-
-@pytest.mark.parametrize("outtype", native.OUTTYPES)
-def test_every_outtype_can_be_made_or_is_refused_with_the_reason(tmp_path: Path, wide_gguf: Path, outtype: str) -> None:
-    def make() -> clex_convert.ConversionResult:
-        return clex_convert.convert(wide_gguf, tmp_path / "out.gguf", outtype=outtype, method="ntk", max_factor=2)
-
-    if outtype in NEED_AN_IMPORTANCE_MATRIX:
-        with pytest.raises(clex_convert.ConvertError, match=f"{outtype} needs an importance matrix"):
-            make()
-        assert not list(tmp_path.iterdir())
-        return
-    result = make()
-    assert result.notes == []
-    assert result.tables.context_lengths == [64, 128]
-    with GGUFFile(result.path) as file:
-        assert file.get("general.file_type") == native.file_type(outtype)
-
-
-def test_quantizing_again_is_said(tmp_path: Path, wide_gguf: Path) -> None:
-    first = clex_convert.convert(wide_gguf, tmp_path / "q8.gguf", outtype="q8_0", method="ntk")
-    second = clex_convert.convert(first.path, tmp_path / "q4.gguf", outtype="q4_0", method="ntk")
-    assert second.notes == ["the source was quantized already: quantizing it again costs quality"]
-    assert second.size < first.size
+    assert {name.removeprefix("ALL_").removeprefix("MOSTLY_").lower() for name in names} == set(quantize.OUTTYPES)
 
 
 # the command
@@ -443,14 +396,16 @@ def test_the_command_prints_the_buckets_and_the_file(tmp_path: Path) -> None:
     source.write_bytes(gguf_bytes(MODEL))
     out = tmp_path / "out.gguf"
     arguments = [str(source), str(out), "--method", "ntk", "--max-factor", "20", "--outtype", "COPY"]
+    arguments += ["--check", "none"]  # nothing but a header
     result = click.testing.CliRunner().invoke(cli.main, arguments)
     assert result.exit_code == 0, result.output
     lines = result.stdout.splitlines()
     assert lines[0].split() == ["bucket", "factor", "tokens", "up", "to"]
     assert lines[1].split() == ["1", "1", "64"]
-    assert "..." in lines[-3]
-    assert lines[-2].split() == ["20", "20", "1280"]
-    assert lines[-1].startswith(f"{out}: copy, method ntk, 0.0 MB, ")
+    assert "..." in lines[-4]
+    assert lines[-3].split() == ["20", "20", "1280"]
+    assert lines[-2].startswith(f"{out}: copy, method ntk, 0.0 MB, ")
+    assert lines[-1] == f"SHA-256 {hashlib.sha256(out.read_bytes()).hexdigest()}"
     assert result.stderr == ""
 
 
@@ -458,5 +413,5 @@ def test_overwriting_replaces_the_file(tmp_path: Path) -> None:
     source, out = tmp_path / "in.gguf", tmp_path / "out.gguf"
     source.write_bytes(gguf_bytes(MODEL))
     out.write_text("old")
-    clex_convert.convert(source, out, method="ntk", overwrite=True)
+    clex_convert.convert(source, out, method="ntk", overwrite=True, check="none")
     assert read_tables(out) is not None

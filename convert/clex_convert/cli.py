@@ -17,12 +17,16 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from clex_convert.convert import DEFAULT_OUTTYPE, ConversionResult, convert
+from clex_convert.check import CHECKS
+from clex_convert.convert import ConversionResult, convert, sizes
+from clex_convert.job import DEFAULT_OUTTYPE, Size
 from clex_convert.methods import METHODS, converter_version
-from clex_convert.native import OUTTYPES
+from clex_convert.output import megabytes
+from clex_convert.quantize import OUTTYPES, TENSOR_TYPES
 from clex_convert.weights import ACTIVATIONS
 from clex_local.errors import ClexError
 
+_TENSOR_TYPE = click.Choice(TENSOR_TYPES, case_sensitive=False)
 _METHODS_HELP = "; ".join(f"{name}: {method.summary}" for name, method in METHODS.items())
 
 
@@ -45,7 +49,7 @@ def _rope_scaling(context: click.Context, option: click.Parameter, text: str | N
 
 @click.command("clex-convert", context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
 @click.argument("source", type=click.Path(path_type=Path))
-@click.argument("output", metavar="OUT.gguf", type=click.Path(path_type=Path))
+@click.argument("output", metavar="OUT.gguf", type=click.Path(path_type=Path), required=False)
 @click.option(
     "--outtype",
     type=click.Choice(["copy", *OUTTYPES], case_sensitive=False),
@@ -125,15 +129,57 @@ def _rope_scaling(context: click.Context, option: click.Parameter, text: str | N
     metavar="NAME",
     help="llama.cpp's name of the BPE pre-tokenizer, where it cannot recognise it.",
 )
+@click.option(
+    "--imatrix",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="Importance matrix to quantize with, as llama.cpp's llama-imatrix makes it (GGUF or .dat).",
+)
+@click.option(
+    "--imatrix-from",
+    type=click.Path(path_type=Path),
+    metavar="TEXT",
+    help="Compute an importance matrix from a text file, with the unquantized model.",
+)
+@click.option(
+    "--imatrix-chunks", type=click.IntRange(min=1), metavar="N", help="Read only N times 512 tokens of that text."
+)
+@click.option(
+    "--save-imatrix", type=click.Path(path_type=Path), metavar="FILE", help="Keep the computed importance matrix."
+)
+@click.option(
+    "--tensor-type",
+    multiple=True,
+    metavar="NAME=TYPE",
+    help="Type of the tensors that the regular expression NAME is found in; the first that fits counts. Repeatable. "
+    f"TYPE: {', '.join(TENSOR_TYPES)}.",
+)
+@click.option("--keep-f16", multiple=True, metavar="REGEX", help="As --tensor-type REGEX=f16, and before them.")
+@click.option("--output-tensor-type", type=_TENSOR_TYPE, metavar="TYPE", help="Type of output.weight.")
+@click.option("--token-embedding-type", type=_TENSOR_TYPE, metavar="TYPE", help="Type of token_embd.weight.")
+@click.option("--pure", is_flag=True, help="No mixtures: all matrices get the one type.")
+@click.option("--dry-run", is_flag=True, help="Show the size of each type, or of --outtype, and write nothing.")
+@click.option(
+    "--check",
+    type=click.Choice(CHECKS),
+    default="basic",
+    show_default=True,
+    help="How the result is checked. basic: it is opened, its tables are compared, a few tokens are decoded; full: its "
+    "predictions are compared with the unquantized model's as well.",
+)
 @click.option("--overwrite", is_flag=True, help="Replace an existing OUT.gguf.")
 @click.option("-v", "--verbose", is_flag=True, help="Show llama.cpp's log.")
 @click.version_option(converter_version(), package_name="clex-local")
-def main(verbose: bool, **options: Any) -> None:
+def main(
+    source: Path, output: Path | None, dry_run: bool, overwrite: bool, check: str, verbose: bool, **options: Any
+) -> None:
     """Convert SOURCE to OUT.gguf with the frequency tables that let it read past its original context.
 
     SOURCE is a Hugging Face model folder with a CLEX layer, or an existing GGUF file, to which tables are added (of a
     split one any part); or a model of the Hugging Face hub, as org/name, org/name@revision or org/name/file.gguf.
     """
+    if output is None and not dry_run:
+        raise click.UsageError("Missing argument 'OUT.gguf'.")
     if verbose:
         logging.basicConfig(format="%(message)s")
     errors = Console(stderr=True)
@@ -155,16 +201,35 @@ def main(verbose: bool, **options: Any) -> None:
                 tasks[phase] = bars.add_task(phase, total=1.0)
             bars.update(tasks[phase], completed=part)
 
+        def expected(size: int) -> None:
+            if errors.is_terminal:
+                errors.print(f"{output} will have {megabytes(size)}", highlight=False)
+
         with _stoppable(), contextlib.ExitStack() as stack:
             stack.callback(bars.stop)
-            result = convert(**options, verbose=verbose, progress=progress)
+            if output is None or dry_run:
+                found = sizes(source, **options, verbose=verbose)
+            else:
+                result = convert(
+                    source,
+                    output,
+                    **options,
+                    overwrite=overwrite,
+                    check=check,
+                    verbose=verbose,
+                    progress=progress,
+                    expected=expected,
+                )
     except ClexError as error:
         click.echo(f"clex-convert: error: {error}", err=True)
         sys.exit(1)
     except KeyboardInterrupt:
         click.echo("clex-convert: error: interrupted, nothing was written", err=True)
         sys.exit(130)
-    _show(result)
+    if output is None or dry_run:
+        _show_sizes(found)
+    else:
+        _show(result)
 
 
 @contextlib.contextmanager
@@ -197,11 +262,25 @@ def _show(result: ConversionResult) -> None:
         table.add_row(str(index + 1), f"{factor:g}", str(length))
     Console(highlight=False).print(table)
     method = tables.method if result.baked is None else f"{tables.method} baked for {result.baked} tokens"
-    click.echo(f"{result.path}: {result.outtype}, method {method}, {_size(result.size)}, {result.seconds:.1f} s")
+    click.echo(f"{result.path}: {result.outtype}, method {method}, {megabytes(result.size)}, {result.seconds:.1f} s")
     click.echo(f"SHA-256 {result.sha256}")
+    if result.divergence is not None:
+        found = result.divergence
+        click.echo(
+            f"check: mean KL divergence {found.kl:.4f} from the unquantized model; the likeliest next token is the "
+            f"same for {found.agreement:.1%} of {found.tokens} tokens"
+        )
     for note in result.notes:
         click.echo(f"note: {note}")
 
 
-def _size(count: int) -> str:
-    return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"
+def _show_sizes(found: list[Size]) -> None:
+    table = Table(box=None, pad_edge=False, show_edge=False)
+    table.add_column("type")
+    table.add_column("bytes", justify="right")
+    table.add_column("", justify="right")
+    table.add_column("")
+    for size in found:
+        numbers = ("-", "") if size.size is None else (str(size.size), megabytes(size.size))
+        table.add_row(size.outtype, *numbers, size.note)
+    Console(highlight=False, soft_wrap=True).print(table)

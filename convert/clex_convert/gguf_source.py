@@ -166,7 +166,15 @@ class GGUFSource:
         except TablesError as error:
             raise ConvertError(f"{self.path}: {error}; pass --method to make new tables") from None
 
-    def write(self, contents: Contents, target: Path, shown: Path, *, progress: Callable[[float], None]) -> None:
+    def write(
+        self,
+        contents: Contents,
+        target: Path,
+        shown: Path,
+        *,
+        progress: Callable[[float], None],
+        planned: Callable[[], bool],
+    ) -> None:
         """Writes the model as one file; the tensor data are copied bit for bit.
 
         Args:
@@ -174,6 +182,7 @@ class GGUFSource:
             target: file to write.
             shown: the file that messages speak of.
             progress: called with the part of the data copied, 0 to 1.
+            planned: called when the header is written and the data are a hole; whether to fill it.
 
         Raises:
             ConvertError: the source changed meanwhile, or the disk cannot hold the copy.
@@ -188,4 +197,4 @@ class GGUFSource:
                     writer.add(tensor)
             for name, values in contents.tensors.items():
                 writer.add(TensorData.of(name, values))
-            writer.write(target, shown, progress=progress)
+            writer.write(target, shown, progress=progress, planned=planned)

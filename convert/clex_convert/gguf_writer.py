@@ -80,23 +80,30 @@ class GGUFWriter:
         """Adds a tensor, or puts it in the place of the one that has its name."""
         self.tensors[tensor.name] = tensor
 
-    def write(self, target: Path, shown: Path, *, progress: Callable[[float], None]) -> None:
+    def write(
+        self, target: Path, shown: Path, *, progress: Callable[[float], None], planned: Callable[[], bool]
+    ) -> None:
         """Writes the file; tensor data are copied bit for bit, a few megabytes at a time.
 
         Args:
             target: file to write.
             shown: the file that messages speak of.
             progress: called with the part of the data written, 0 to 1.
+            planned: called when the header is written and the data are a hole; whether to fill it.
 
         Raises:
             ConvertError: a source became shorter or cannot be read, or the disk cannot hold the file.
         """
         offsets = [self.header.add_tensor(t.name, t.shape, t.type) for t in self.tensors.values()]
         total, done, alignment = max(sum(t.size for t in self.tensors.values()), 1), 0, self.header.alignment
-        with ExitStack() as stack, writing(shown):
+        with writing(shown), ExitStack() as stack:  # what closing the file still writes, too
             sources: dict[Path, BinaryIO] = {}
             out = stack.enter_context(target.open("wb"))
             start = out.write(self.header.encoded())
+            out.flush()
+            out.truncate(start + self.header.data_size)
+            if not planned():
+                return
             for tensor, offset in zip(self.tensors.values(), offsets, strict=True):
                 assert out.tell() == start + offset
                 if isinstance(tensor.source, Path) and tensor.source not in sources:

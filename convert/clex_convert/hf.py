@@ -93,20 +93,15 @@ def _quiet(verbose: bool) -> Iterator[None]:
         transformers.logging.set_verbosity(shown)
 
 
-class _Counted:
-    """A tensor for the writer that tells how many bytes were written."""
+class _Hole:
+    """A tensor for the writer that leaves its place empty, to be filled later."""
 
-    def __init__(self, tensor: Any, written: Callable[[int], None]) -> None:
-        self.tensor, self.nbytes, self.written = tensor, tensor.nbytes, written
+    def __init__(self, tensor: Any) -> None:
+        self.tensor, self.nbytes, self.offset = tensor, tensor.nbytes, 0
 
     def tofile(self, file: Any) -> None:
-        if hasattr(self.tensor, "_chunks"):
-            pieces.write(self.tensor, file, self.written)
-        else:
-            # numpy's own tofile does not notice when the disk has no room for the last bytes.
-            array = type(self.tensor).to_eager(self.tensor) if hasattr(self.tensor, "_meta") else self.tensor
-            file.write(np.ascontiguousarray(array).data)
-            self.written(self.nbytes)
+        self.offset = file.tell()
+        file.seek(self.nbytes, os.SEEK_CUR)
 
 
 def _model_class(
@@ -276,6 +271,7 @@ def write_checkpoint(
     pre_tokenizer: str | None,
     verbose: bool,
     progress: Callable[[float], None],
+    planned: Callable[[], bool],
 ) -> None:
     """Writes a checkpoint, and what is said of its rotary embedding, to a GGUF file.
 
@@ -288,6 +284,7 @@ def write_checkpoint(
         pre_tokenizer: llama.cpp's name of the pre-tokenizer of a byte-level BPE that it does not recognise.
         verbose: let the scripts log.
         progress: called with the part of the tensors written, 0 to 1.
+        planned: called when the header is written and the tensors are a hole; whether to fill it.
 
     Raises:
         ConvertError: something that llama.cpp's scripts cannot read or the disk cannot hold.
@@ -307,7 +304,7 @@ def write_checkpoint(
             with named_card(checkpoint.path) as card:
                 model.dir_model_card = card
                 model.prepare_metadata(vocab_only=False)
-            _write(model.gguf_writer, target, shown, progress)
+            _write(model.gguf_writer, target, shown, progress, planned)
         except ConvertError:
             raise
         except FloatingPointError:
@@ -322,19 +319,39 @@ def write_checkpoint(
                     model.gguf_writer.close()
 
 
-def _write(writer: Any, target: Path, shown: Path, progress: Callable[[float], None]) -> None:
-    tensors = [tensor for shard in writer.tensors for tensor in shard.values()]
-    total, done = sum(tensor.nbytes for tensor in tensors), 0
-
-    def written(count: int) -> None:
-        nonlocal done
-        done += count
-        progress(done / max(total, 1))
-
-    for tensor in tensors:
-        tensor.tensor = _Counted(tensor.tensor, written)
+def _write(
+    writer: Any, target: Path, shown: Path, progress: Callable[[float], None], planned: Callable[[], bool]
+) -> None:
+    infos = [info for shard in writer.tensors for info in shard.values()]
+    holes = [_Hole(info.tensor) for info in infos]
+    for info, hole in zip(infos, holes, strict=True):
+        info.tensor = hole
     with writing(shown), np.errstate(over="raise"):
         writer.write_header_to_file(path=target)
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()
         writer.close()
+        size = max((hole.offset + hole.nbytes for hole in holes), default=0)
+        if target.stat().st_size < size:
+            os.truncate(target, size)
+        if not planned():
+            return
+        total, done = max(sum(hole.nbytes for hole in holes), 1), 0
+        with target.open("rb+") as file:
+            for hole in holes:
+                file.seek(hole.offset)
+                for count in _fill(file, hole.tensor):
+                    done += count
+                    progress(done / total)
+                hole.tensor = None
+
+
+def _fill(file: Any, tensor: Any) -> Iterator[int]:
+    """Writes a tensor of the scripts; yields the bytes of each piece."""
+    if hasattr(tensor, "_chunks"):
+        yield from pieces.write(tensor, file)
+        return
+    # numpy's own tofile does not notice when the disk has no room for the last bytes.
+    array = type(tensor).to_eager(tensor) if hasattr(tensor, "_meta") else tensor
+    file.write(np.ascontiguousarray(array).data)
+    yield tensor.nbytes

@@ -1,11 +1,13 @@
-"""llama.cpp's own quantizer and loader, in a child process.
+"""llama.cpp's C functions in a child process.
 
-A child can be stopped at once (the C functions do not look for Ctrl-C), and where llama.cpp aborts on a file it
-cannot bear, the converter still ends with a readable message.
+A child can be stopped at once (the C functions do not look for Ctrl-C), its memory is given back when it ends, and
+where llama.cpp aborts on a file it cannot bear, the converter still ends with a readable message.
 """
 
 from __future__ import annotations
 
+import ctypes
+import json
 import os
 import re
 import select
@@ -15,107 +17,55 @@ import sys
 import threading
 from collections import deque
 from collections.abc import Callable
-from pathlib import Path
+from typing import Any
 
-from clex_convert.errors import ConvertError, disk_full, one_line
+from clex_convert.errors import one_line
 
-# Every type that llama_model_quantize can make, in the words of its constants LLAMA_FTYPE_MOSTLY_*.
-OUTTYPES = (
-    *("f32", "f16", "bf16", "q8_0", "q4_0", "q4_1", "q5_0", "q5_1"),
-    *("q2_k", "q2_k_s", "q3_k_s", "q3_k_m", "q3_k_l", "q4_k_s", "q4_k_m", "q5_k_s", "q5_k_m", "q6_k"),
-    *("iq1_s", "iq1_m", "iq2_xxs", "iq2_xs", "iq2_s", "iq2_m", "iq3_xxs", "iq3_xs", "iq3_s", "iq3_m"),
-    *("iq4_nl", "iq4_xs", "tq1_0", "tq2_0", "q1_0", "q2_0", "mxfp4_moe"),
-)
+_REPORT = "clex-report "
 
-# Bytes that llama_model_quantize may use for the rows at work, beside the tensor that they come from; its default is
-# eight times as much as a machine for small models has.
-_QUANTIZE_BUFFER = 256 << 20
-
-# Text that a vocabulary needs its tokens for single bytes for, or a token for what is unknown.
-_PROBE = "\tNaïve 漢字 🙂\n".encode()
+Progress = Callable[[float], None]
 
 
-def file_type(outtype: str) -> int:
-    """Number of a type in llama.cpp's ``enum llama_ftype``."""
-    from llama_cpp import llama_cpp
-
-    return getattr(llama_cpp, "LLAMA_FTYPE_ALL_F32" if outtype == "f32" else f"LLAMA_FTYPE_MOSTLY_{outtype.upper()}")
-
-
-def quantize(
-    source: Path, target: Path, outtype: str, shown: Path, *, verbose: bool, progress: Callable[[float], None]
-) -> list[str]:
-    """Quantizes a GGUF file with ``llama_model_quantize``.
+def run_child(
+    module: str,
+    request: dict[str, Any],
+    *,
+    verbose: bool,
+    line_read: Callable[[str], None] = lambda line: None,
+    reported: Callable[[Any], None] = lambda value: None,
+) -> str | None:
+    """Runs a module of this package that calls llama.cpp.
 
     Args:
-        source: GGUF file of any type.
-        target: file to write.
-        outtype: one of `OUTTYPES`.
-        shown: the output that messages speak of.
+        module: its full name; its ``__main__`` begins with `request`.
+        request: what it is to do, to be passed as JSON.
         verbose: show llama.cpp's log.
-        progress: called with the part of the tensors done, 0 to 1.
+        line_read: called with each line of the log.
+        reported: called with each value that the child passes to `report`.
 
     Returns:
-        What the user should know of the result, a sentence each.
-
-    Raises:
-        ConvertError: llama.cpp refuses, or the disk is full.
+        None if it succeeds, otherwise the reason that llama.cpp's log gives.
     """
-    notes: list[str] = []
-
-    def line_read(line: str) -> None:
-        if match := re.match(r"\[ *(\d+)/ *(\d+)\]", line):
-            progress((int(match[1]) - 1) / int(match[2]))
-        if match := re.search(r"(\d+ of \d+) tensor\(s\) required fallback", line):
-            notes.append(f"{match[1]} tensors have rows that blocks of {outtype} do not divide; they use a larger type")
-
-    reason = _run_child(["quantize", str(source), str(target), str(file_type(outtype))], line_read, verbose)
-    if reason is None:
-        return notes
-    if "iostream error" in reason:
-        raise disk_full(shown)
-    if "imatrix" in reason or "importance matrix" in reason:
-        raise ConvertError(
-            f"{shown}: {outtype} needs an importance matrix, which clex-convert does not make; "
-            "use q2_k or a larger type"
-        )
-    raise ConvertError(f"{shown}: llama.cpp could not make {outtype}: {reason}")
-
-
-def check_loads(path: Path, shown: Path, *, verbose: bool) -> None:
-    """Lets llama.cpp read a file's settings and vocabulary, without its tensors, and tokenize a few characters.
-
-    Raises:
-        ConvertError: it refuses them, such as a pre-tokenizer name it does not know.
-    """
-    reason = _run_child(["check", str(path)], lambda line: None, verbose)
-    if reason is None:
-        return
-    hint = ""
-    if "pre-tokenizer" in reason:
-        hint = "; pass another --pre-tokenizer"
-    elif "unordered_map" in reason:  # what it throws when a sentencepiece vocabulary has no tokens for bytes
-        hint = "; if its tokenizer is a byte-level BPE, pass the name of its pre-tokenizer with --pre-tokenizer"
-    raise ConvertError(f"{shown}: llama.cpp cannot load the result: {reason}{hint}")
-
-
-def _run_child(arguments: list[str], line_read: Callable[[str], None], verbose: bool) -> str | None:
-    """Runs this module; None if it succeeds, otherwise the reason that llama.cpp's log gives."""
-    command = [sys.executable, "-m", "clex_convert.native", *arguments]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "GGML_NO_BACKTRACE": "1"}
     last: deque[str] = deque(maxlen=200)
     with subprocess.Popen(
-        command,
+        [sys.executable, "-m", module],
         env=environment,
-        stdin=subprocess.DEVNULL,
+        stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
         errors="replace",
     ) as child:
+        assert child.stdin is not None
         assert child.stdout is not None
         try:
+            with child.stdin as stdin:
+                stdin.write(json.dumps(request))
             for line in child.stdout:
+                if line.startswith(_REPORT):
+                    reported(json.loads(line[len(_REPORT) :]))
+                    continue
                 if verbose:
                     sys.stderr.write(line)
                 last.append(line.strip())
@@ -150,6 +100,9 @@ def _reason(lines: list[str], code: int) -> str:
     return one_line(f"{said} (exit code {code})")
 
 
+# In the child
+
+
 def _end_with_parent() -> None:
     """Ends this process as soon as nobody can read what it says: its parent was killed."""
     if not hasattr(select, "poll"):
@@ -164,42 +117,34 @@ def _end_with_parent() -> None:
     threading.Thread(target=wait, daemon=True).start()
 
 
-def main() -> None:
-    """The child: ``quantize SOURCE TARGET FTYPE`` or ``check FILE``, llama.cpp's log on standard output."""
-    import ctypes
-
+def request() -> dict[str, Any]:
+    """What the parent wants; from here on llama.cpp's log goes to it."""
     _end_with_parent()
-    from llama_cpp import llama_cpp
-
+    wanted = json.loads(sys.stdin.read())
     # Ctrl-C reaches the whole process group; the C code would keep Python's handler from running.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
+    from llama_cpp import llama_cpp
 
-    @llama_cpp.llama_log_callback
-    def log(level: int, text: bytes, data: ctypes.c_void_p) -> None:
-        try:
-            os.write(1, text)
-        except OSError:
-            os._exit(1)  # the parent is gone, so is the need for the result
-
-    llama_cpp.llama_log_set(log, ctypes.c_void_p(0))
-    command, *arguments = sys.argv[1:]
-    if command == "quantize":
-        source, target, ftype = arguments
-        parameters = llama_cpp.llama_model_quantize_default_params()
-        parameters.ftype = int(ftype)
-        parameters.allow_requantize = True
-        parameters.max_buf_size = _QUANTIZE_BUFFER
-        sys.exit(llama_cpp.llama_model_quantize(os.fsencode(source), os.fsencode(target), ctypes.pointer(parameters)))
-    model_parameters = llama_cpp.llama_model_default_params()
-    model_parameters.vocab_only = True
-    model = llama_cpp.llama_model_load_from_file(os.fsencode(arguments[0]), model_parameters)
-    if not model:
-        sys.exit(1)
-    tokens, vocabulary = (llama_cpp.llama_token * 256)(), llama_cpp.llama_model_get_vocab(model)
-    assert vocabulary is not None
-    count = llama_cpp.llama_tokenize(vocabulary, _PROBE, len(_PROBE), tokens, len(tokens), True, False)
-    sys.exit(0 if count > 0 else "llama.cpp cannot tokenize with this vocabulary")
+    llama_cpp.llama_log_set(_log_callback(llama_cpp), ctypes.c_void_p(0))
+    return wanted
 
 
-if __name__ == "__main__":
-    main()
+def report(value: Any) -> None:
+    """Tells the parent something that can be JSON."""
+    _write(f"\n{_REPORT}{json.dumps(value)}\n".encode())
+
+
+def _write(text: bytes) -> None:
+    try:
+        os.write(1, text)
+    except OSError:
+        os._exit(1)  # the parent is gone, so is the need for the result
+
+
+_kept: list[Any] = []  # the callback must outlive the call that sets it
+
+
+def _log_callback(llama_cpp: Any) -> Any:
+    callback = llama_cpp.llama_log_callback(lambda level, text, data: _write(text))
+    _kept.append(callback)
+    return callback

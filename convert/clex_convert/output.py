@@ -8,10 +8,16 @@ import hashlib
 import os
 import re
 import secrets
+import shutil
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from clex_convert.errors import ConvertError, writing
+
+
+def megabytes(count: int) -> str:
+    """A number of bytes for people."""
+    return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"
 
 
 class Output:
@@ -78,6 +84,25 @@ class Output:
                 if os.fstat(descriptor).st_nlink:
                     return path
             self.discard(path)
+
+    def check_room(self, needed: int) -> None:
+        """Checks that the disk has room, where it tells how much it has.
+
+        Args:
+            needed: bytes that are still to be written beside the target.
+
+        Raises:
+            ConvertError: it has less.
+        """
+        try:
+            free = shutil.disk_usage(self.path.parent).free
+        except OSError:
+            return
+        if needed > free:
+            raise ConvertError(
+                f"{self.path}: needs {megabytes(needed)} of disk while it is made, {self.path.parent} has "
+                f"{megabytes(free)} free; make room first"
+            )
 
     def discard(self, path: Path) -> None:
         """Removes a temporary file that is needed no more."""

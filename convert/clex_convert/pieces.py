@@ -8,7 +8,7 @@ that are large (embeddings, outputs, stacks of experts), they are made one range
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -51,20 +51,19 @@ def _read(stored: Any, tensor: Any, start: int, stop: int) -> torch.Tensor:
     return torch.from_numpy(data).view(tensor.dtype).reshape(stop - start, *tensor.shape[1:])
 
 
-def write(tensor: Any, file: Any, written: Callable[[int], None]) -> None:
-    """Writes a ``LazyChunkedTensor`` whose chunks are `pieces`.
+def write(tensor: Any, file: Any) -> Iterator[int]:
+    """Writes a ``LazyChunkedTensor`` whose chunks are `pieces`; yields the bytes of each.
 
     Args:
         tensor: its ``_qtype`` is F32, F16 or BF16.
         file: file to write to.
-        written: called with the bytes of each piece.
 
     Source: ``LazyChunkedTensor.tofile``; torch rounds to bfloat16 as ``gguf.quants.BF16`` does, ten times as fast.
     """
     for make in tensor._chunks:
         array = _array(make(), tensor)
         file.write(array.data)
-        written(array.nbytes)
+        yield array.nbytes
         del array  # before the next one is made
 
 

@@ -80,6 +80,25 @@ LLAMA_API int32_t llama_clex_seq_bucket(const struct llama_context * ctx, llama_
 
 LLAMA_API struct llama_clex_stats llama_clex_get_stats(const struct llama_context * ctx);
 
+//
+// importance matrix for the quantizer
+//
+
+// of each matrix of the layers, the sums of squares of its inputs, for each expert apart
+struct llama_clex_imatrix;
+
+LLAMA_API struct llama_clex_imatrix * llama_clex_imatrix_init(void);
+LLAMA_API void llama_clex_imatrix_free(struct llama_clex_imatrix * imatrix);
+
+// llama_context_params.cb_eval, with the importance matrix as its user data: every later decode adds to it. Tokens
+// whose logits are not asked for are missing from the last layer.
+LLAMA_API bool llama_clex_imatrix_collect(struct ggml_tensor * t, bool ask, void * imatrix);
+
+// Write it as llama.cpp's llama-imatrix does. n_chunks of chunk_size tokens were decoded of a text called dataset.
+// Returns false if the file cannot be written.
+LLAMA_API bool llama_clex_imatrix_save(const struct llama_clex_imatrix * imatrix, const char * path,
+        const char * dataset, uint32_t n_chunks, uint32_t chunk_size);
+
 #ifdef __cplusplus
 }
 #endif
