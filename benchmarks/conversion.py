@@ -149,6 +149,7 @@ class Run:
     "--llama-quantize", type=click.Path(exists=True, dir_okay=False, path_type=Path),
     help="Its tool llama-quantize.  [default: build/bin/llama-quantize in that folder]",
 )  # fmt: skip
+@click.option("--check", default="basic", show_default=True, help="How clex-convert checks its results.")
 @click.option("--rounds", type=click.IntRange(min=1), default=3, show_default=True, help="Turns of each side.")
 @click.option(
     "--folder", type=click.Path(file_okay=False, path_type=Path), default=Path("build/bench"), show_default=True,
@@ -160,6 +161,7 @@ def main(
     outtypes: tuple[str, ...],
     llama_cpp: Path | None,
     llama_quantize: Path | None,
+    check: str,
     rounds: int,
     folder: Path,
 ) -> None:
@@ -180,7 +182,7 @@ def main(
 
         def ours(source: Path, target: Path, *options: str) -> Run:
             os.sync()  # what the run before left to be written is not for this one to wait for
-            return Run().run(*CONVERT, source, target, "--method", "ntk", "--overwrite", *options)
+            return Run().run(*CONVERT, source, target, "--method", "ntk", "--check", check, "--overwrite", *options)
 
         def theirs(outtype: str) -> Run:
             assert llama_cpp is not None
