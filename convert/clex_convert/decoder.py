@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import ctypes
+import os
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +18,33 @@ import numpy.typing as npt
 
 from clex_local import native
 from clex_local.memory import default_threads
+
+_RESIDENT = 256 << 20  # bytes of the file that may be in this process' memory, or not much more
+_MADV_DONTNEED = 4  # Linux
+
+
+def _keep_out(path: Path) -> None:
+    """Gives pages of the mapped file back as they pile up: each is used once, and may be larger than the memory."""
+    libc = ctypes.CDLL(None)
+    libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+    inode, page = str(path.stat().st_ino), os.sysconf("SC_PAGESIZE")
+
+    def resident_file_pages() -> int:
+        with open("/proc/self/statm") as file:
+            return int(file.read().split()[2])
+
+    def watch() -> None:
+        start = resident_file_pages()
+        while True:
+            time.sleep(0.01)
+            if (resident_file_pages() - start) * page < _RESIDENT:
+                continue
+            with open("/proc/self/maps") as file:
+                maps = [line.split() for line in file]
+            for first, last in (line[0].split("-") for line in maps if line[4] == inode):
+                libc.madvise(int(first, 16), int(last, 16) - int(first, 16), _MADV_DONTNEED)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 class Decoder:
@@ -32,6 +62,9 @@ class Decoder:
         """
         parameters = llama_cpp.llama_model_default_params()
         parameters.n_gpu_layers = 0
+        if os.path.exists("/proc/self/statm"):
+            os.environ["LLAMA_CLEX_NO_PREFETCH"] = "1"
+            _keep_out(path)
         # Another layout of the weights would take as much memory as they do, for the sake of one pass or a few.
         parameters.use_extra_bufts = False
         self.model: Any = llama_cpp.llama_model_load_from_file(str(path).encode(), parameters)
