@@ -288,8 +288,9 @@ def test_the_command_says_what_it_baked(golden_gguf, tmp_path):
     target = tmp_path / "m.gguf"
     result = click.testing.CliRunner().invoke(cli.main, [str(golden_gguf("llama")), str(target), "--bake", "100"])
     assert result.exit_code == 0, result.output
-    *_, summary, note = result.stdout.splitlines()
+    *_, summary, digest, note = result.stdout.splitlines()
     assert summary.startswith(f"{target}: copy, method clex baked for 100 tokens, ")
+    assert digest.startswith("SHA-256 ")
     assert note == "note: every prompt, short ones too, gets the frequencies made for up to 128 tokens"
 
 

@@ -66,7 +66,7 @@ def test_a_real_model_with_tables(smollm_ntk):
         (16385, 24576, 3, 1),
         (24577, 32768, 4, 1),
     ]
-    assert found.provenance["stretch"] == "2t - 1"
+    assert found.provenance["growth"] == 2
     assert [entry.context for entry in found.memory] == [8192, 16384, 32768]
 
 

@@ -438,7 +438,7 @@ def test_a_real_folder_still_answers(tmp_path: Path, smollm_folder: Path, outtyp
     )
     assert result.size == size.size
     llm = Llama(str(result.path), n_ctx=128, verbose=False)
-    question = {"role": "user", "content": "What is the capital of France?"}
+    question = {"role": "user", "content": "What is the opposite of hot?"}
     answer: Any = llm.create_chat_completion([question], temperature=0, max_tokens=16)
-    assert "Paris" in answer["choices"][0]["message"]["content"]
+    assert "cold" in answer["choices"][0]["message"]["content"]
     llm.close()
