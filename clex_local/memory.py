@@ -304,7 +304,7 @@ def plan_context(
         advice += [f"--kv-type {found.kv_type}" for found in smaller if found.needed <= available][:1]
     least = plan(wanted, choices[-1])
     raise ClexError(
-        f"a context of {wanted:,} tokens needs {gib(least.needed)} of memory with a {least.kv_type} cache "
+        f"a context of {wanted:,} tokens needs {gib(least.needed)} of memory ({least.kv_type} cache) "
         f"but {gib(available)} are available" + (f"; pass {' or '.join(advice)}" if advice else "")
     )
 
