@@ -7,6 +7,7 @@ import logging
 import os
 import sys
 from contextlib import closing
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +16,7 @@ import click
 from clex_local.command import INTERRUPTED, SETTINGS, Command
 from clex_local.errors import ClexError
 from clex_local.gguf_file import GGUFFile
-from clex_local.memory import KV_TYPES, ModelShape, default_threads, gib, kv_bytes, plan_context
+from clex_local.memory import KV_TYPES, ModelShape, gib, kv_bytes, plan_context, trained_context
 from clex_local.tables import read_tables
 from clex_local.terminal import Chat, Terminal, join, line_editor, plain_lines, printable, read_text
 
@@ -28,10 +29,11 @@ def open_model(
     path: str | os.PathLike[str],
     ctx: int | None = None,
     *,
-    kv_type: str = "f16",
+    kv_type: str | None = None,
     flash_attn: bool | None = None,
     batch: int = 512,
     threads: int | None = None,
+    threads_batch: int | None = None,
     gpu_layers: int | None = None,
     seed: int = -1,
     verbose: bool = False,
@@ -41,13 +43,15 @@ def open_model(
     Args:
         path: a GGUF file.
         ctx: tokens the context holds; 0 for all the model covers, None for as many of them as fit comfortably.
-        kv_type: type of the key and value cache, a name from ``memory.KV_TYPES``.
+        kv_type: type of the key and value cache, a name from ``memory.KV_TYPES``; None takes F16, or q8_0 where only
+            that fits.
         flash_attn: None takes what is faster and fits.
         batch: prompt tokens computed at once.
         threads: threads to compute with; None takes the physical cores.
+        threads_batch: threads to read prompts with; None takes ``threads``.
         gpu_layers: layers computed on a GPU, -1 for all; None is all if the library supports a GPU, otherwise none.
         seed: of the sampler, -1 for a different one each time.
-        verbose: let llama.cpp write its log to stderr.
+        verbose: write llama.cpp's log to stderr, and the settings chosen.
 
     Raises:
         ClexError: the file cannot be read or loaded, or does not cover ``ctx``, or memory does not hold it.
@@ -55,7 +59,7 @@ def open_model(
     tables = read_tables(path)
     with GGUFFile(path) as file:
         shape = ModelShape.from_metadata(file)
-        trained = int(file.get(f"{file.get('general.architecture')}.context_length") or 0)
+        trained = trained_context(file)
     maximum = tables.max_context_length if tables else trained
     if not maximum:
         raise ClexError(f"{path}: not a language model (it has no context length)")
@@ -76,29 +80,24 @@ def open_model(
     offload = llama_cpp.llama_supports_gpu_offload()
     if gpu_layers is None:
         gpu_layers = -1 if offload else 0
-    on_gpu = 0
-    # On a Mac the GPU's memory is the main memory.
-    if shape and offload and sys.platform != "darwin":
-        on_gpu = shape.layers if gpu_layers < 0 else min(gpu_layers, shape.layers)
     plan = plan_context(
         shape,
         maximum,
         ctx,
         kv_type=kv_type,
-        flash_attn=True if flash_attn is None and offload and gpu_layers else flash_attn,
+        flash_attn=flash_attn,
         batch=batch,
-        gpu_layers=on_gpu,
+        n_gpu_layers=gpu_layers if offload else 0,
         weights=os.path.getsize(path),
     )
-    kv = KV_TYPES[kv_type][0]
-    threads = threads or default_threads()
+    kv = KV_TYPES[plan.kv_type][0]
     try:
         llm = Llama(
             model_path=str(path),
             n_ctx=plan.n_ctx,
             n_batch=batch,
             n_threads=threads,
-            n_threads_batch=threads,
+            n_threads_batch=threads_batch,
             n_gpu_layers=gpu_layers,
             type_k=kv,
             type_v=kv,
@@ -149,7 +148,7 @@ def answer_once(terminal: Terminal, text: str, as_json: bool = False) -> int:
 
 
 def report(session: Session, answer: Answer) -> dict[str, Any]:
-    """What ``--json`` prints: the answer, why it ended, tokens, seconds, tokens per second, and the tables' state."""
+    """What ``--json`` prints: the answer, why it ended, tokens, settings, times, speeds, and the tables' state."""
     clex = session.llm.clex
     return {
         "text": answer.text,
@@ -157,6 +156,7 @@ def report(session: Session, answer: Answer) -> dict[str, Any]:
         "prompt_tokens": answer.prompt_tokens,
         "completion_tokens": answer.completion_tokens,
         "context": session.capacity,
+        "settings": asdict(session.llm.settings),
         "timings": {
             "prefill_seconds": round(answer.prefill_seconds, 4),
             "prefill_tokens_per_second": round(answer.prefill_speed, 2),
@@ -256,6 +256,13 @@ TEMPLATES = ["model", "chatml", "plain"]
     help="Threads to compute with.",
 )
 @click.option(
+    "--threads-batch",
+    metavar="N",
+    type=click.IntRange(min=1),
+    show_default="as --threads",
+    help="Threads to read prompts with.",
+)
+@click.option(
     "--n-gpu-layers",
     metavar="N",
     type=click.IntRange(min=-1),
@@ -266,7 +273,7 @@ TEMPLATES = ["model", "chatml", "plain"]
     "--kv-type",
     metavar="TYPE",
     type=click.Choice(list(KV_TYPES)),
-    default="f16",
+    show_default="f16, or q8_0 where only that fits",
     help=f"Type of the key and value cache: {', '.join(KV_TYPES)}.",
 )
 @click.option(
@@ -287,7 +294,7 @@ TEMPLATES = ["model", "chatml", "plain"]
     help="How messages become a prompt: model (its own template), chatml, or plain (the text is continued).",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object with the answer, tokens and speed.")
-@click.option("-v", "--verbose", is_flag=True, help="Show llama.cpp's log.")
+@click.option("-v", "--verbose", is_flag=True, help="Show llama.cpp's log, and the settings chosen.")
 @click.version_option(package_name="clex-local")
 def main(
     model: Path,
@@ -303,8 +310,9 @@ def main(
     repeat_penalty: float,
     seed: int,
     threads: int | None,
+    threads_batch: int | None,
     n_gpu_layers: int | None,
-    kv_type: str,
+    kv_type: str | None,
     flash_attn: bool | None,
     batch: int,
     chat_template: str,
@@ -337,6 +345,7 @@ def main(
             flash_attn=flash_attn,
             batch=batch,
             threads=threads,
+            threads_batch=threads_batch,
             gpu_layers=n_gpu_layers,
             seed=seed,
             verbose=verbose,
@@ -364,7 +373,9 @@ def main(
         name = llm.metadata.get("general.name") or model.name
         with GGUFFile(model) as file:
             shape = ModelShape.from_metadata(file)
-        cache = f"{gib(kv_bytes(shape, session.capacity, kv_type))} {kv_type}" if shape else kv_type
+        cache = llm.settings.type_k
+        if shape:
+            cache = f"{gib(kv_bytes(shape, session.capacity, cache))} {cache}"
         chat = Chat(terminal, name, cache)
         context = f"{session.capacity:,} tokens of context"
         if ctx is None and session.capacity < (covered := llm._model.n_ctx_train()):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import inspect
+import sys
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -19,9 +20,20 @@ from llama_cpp.llama_speculative import LlamaDraftModel
 
 from clex_local import native
 from clex_local.errors import ClexError
+from clex_local.gguf_file import GGUFFile
+from clex_local.memory import (
+    KV_TYPES,
+    ContextPlan,
+    ModelShape,
+    choose_cache,
+    default_threads,
+    is_quantized,
+    trained_context,
+)
 from clex_local.tables import ContextError, read_tables
 
 _ERROR_LEVEL = 4  # GGML_LOG_LEVEL_ERROR
+_TYPE_NAMES = {code: name for name, (code, _, _) in KV_TYPES.items()}
 _GENERATE = inspect.signature(llama_cpp.Llama.generate)
 
 
@@ -71,13 +83,43 @@ class ClexState:
         raise _too_long(n_tokens, self.max_context)
 
 
+@dataclass(frozen=True)
+class Settings:
+    """What a context computes with, chosen or given.
+
+    Attributes:
+        flash_attn: flash attention is on.
+        type_k, type_v: types of the key and value cache, names from ``memory.KV_TYPES``.
+        n_threads: threads for single tokens.
+        n_threads_batch: threads for more than one token, as in a prompt.
+        n_batch: tokens given to llama.cpp at once.
+        n_ubatch: tokens computed at once.
+    """
+
+    flash_attn: bool
+    type_k: str
+    type_v: str
+    n_threads: int
+    n_threads_batch: int
+    n_batch: int
+    n_ubatch: int
+
+    def __str__(self) -> str:
+        flash = "flash attention" if self.flash_attn else "no flash attention"
+        cache = self.type_k if self.type_k == self.type_v else f"{self.type_k} key and {self.type_v} value"
+        threads = f"{self.n_threads} thread{'s' if self.n_threads > 1 else ''}"
+        if self.n_threads_batch != self.n_threads:
+            threads += f" ({self.n_threads_batch} for prompts)"
+        return f"{flash}, {cache} cache, {threads}, {self.n_ubatch:,} tokens at once"
+
+
 class Llama(llama_cpp.Llama):
     """llama-cpp-python's ``Llama``, every argument and method of it, aware of the length of the sequence.
 
     A model whose GGUF has ``clex.*`` tables uses the table of the sequence's actual length, whatever ``n_ctx``, and so
     does one with LongRoPE factors (Phi-3), unless the environment has ``LLAMA_CLEX_LONGROPE_DISABLE``; one with neither
     runs as in llama-cpp-python. ``n_ctx=0`` gives all the context that the tables cover, and so does a larger one:
-    there is no table beyond.
+    there is no table beyond. What else is not given is chosen to be fast on this machine; ``settings`` has it.
 
     Args:
         model_path: a GGUF file.
@@ -88,6 +130,11 @@ class Llama(llama_cpp.Llama):
             the length (``clex.log_scale``), that is after every change of the length.
         policy: ``by-length``, or ``fixed`` to use the table of ``n_ctx`` for every length.
         clamp: allow contexts beyond the last table, which is then used; the authors' code does so.
+        flash_attn: None uses flash attention where it is faster, and where the cache does not fit in memory without.
+        type_k: ggml type of the key cache; with neither type given it is F16, or q8_0 where only that fits in memory.
+        type_v: ggml type of the value cache, in the same way.
+        n_threads: threads for single tokens; None takes the physical cores.
+        n_threads_batch: threads for prompts; None takes as many as for single tokens.
         **kwargs: every other argument of llama-cpp-python's ``Llama``.
 
     Attributes:
@@ -107,6 +154,11 @@ class Llama(llama_cpp.Llama):
         prefix_reuse: Literal["fast", "exact"] = "fast",
         policy: Literal["by-length", "fixed"] = "by-length",
         clamp: bool = False,
+        flash_attn: bool | None = None,
+        type_k: int | None = None,
+        type_v: int | None = None,
+        n_threads: int | None = None,
+        n_threads_batch: int | None = None,
         **kwargs: Any,
     ) -> None:
         self.on_prefill: Callable[[int, int], None] | None = None
@@ -122,9 +174,25 @@ class Llama(llama_cpp.Llama):
         tables = read_tables(model_path)
         if tables is not None and not clamp:
             n_ctx = min(n_ctx, tables.max_context_length)
+        if flash_attn is None or (flash_attn and type_k is None and type_v is None):
+            maximum = tables.max_context_length if tables else 0
+            plan = _choose(model_path, n_ctx, maximum, flash_attn, type_k, type_v, kwargs)
+            flash_attn = plan.flash_attn
+            if type_k is None and type_v is None:
+                type_k = type_v = KV_TYPES[plan.kv_type][0]
+        n_threads = n_threads or default_threads()
         with _native_errors(forward=kwargs.get("verbose", True)) as errors:
             try:
-                super().__init__(model_path, n_ctx=n_ctx, **kwargs)
+                super().__init__(
+                    model_path,
+                    n_ctx=n_ctx,
+                    flash_attn=flash_attn,
+                    type_k=type_k,
+                    type_v=type_v,
+                    n_threads=n_threads,
+                    n_threads_batch=n_threads_batch or n_threads,
+                    **kwargs,
+                )
             except ValueError as error:
                 # The first names the cause, without the function that says so; the last only that there is no model.
                 reason = errors[0].split(": ", 1)[-1] if errors else str(error)
@@ -141,6 +209,22 @@ class Llama(llama_cpp.Llama):
         self._exact = prefix_reuse == "exact" and self._has_tables
         # of each cached token, the _table() that it was computed with
         self._computed = np.full(len(self.input_ids), -1, np.int64)
+        if self.verbose:
+            print(f"clex_local: {self.settings}", file=sys.stderr)
+
+    @property
+    def settings(self) -> Settings:
+        """What the context computes with, whether it was given or chosen."""
+        params = self.context_params
+        return Settings(
+            flash_attn=params.flash_attn_type == llama_cpp.LLAMA_FLASH_ATTN_TYPE_ENABLED,
+            type_k=_TYPE_NAMES.get(params.type_k, f"ggml type {params.type_k}"),
+            type_v=_TYPE_NAMES.get(params.type_v, f"ggml type {params.type_v}"),
+            n_threads=params.n_threads,
+            n_threads_batch=params.n_threads_batch,
+            n_batch=params.n_batch,
+            n_ubatch=params.n_ubatch,
+        )
 
     @property
     def clex(self) -> ClexState | None:
@@ -285,6 +369,36 @@ class _ClippedDraft(LlamaDraftModel):
 
     def __call__(self, input_ids: npt.NDArray[np.intc], /, **kwargs: Any) -> npt.NDArray[np.intc]:
         return self.model(input_ids, **kwargs)[: max(0, self.llm._room(len(input_ids)))]
+
+
+def _choose(
+    path: str,
+    n_ctx: int,
+    maximum: int,
+    flash_attn: bool | None,
+    type_k: int | None,
+    type_v: int | None,
+    options: dict[str, Any],
+) -> ContextPlan:
+    """Flash attention and the type of cache, where they are not given, for a context of n_ctx tokens.
+
+    ``maximum`` is what ``n_ctx`` 0 means, 0 for what the model was trained for. ``options`` are those of
+    llama-cpp-python's ``Llama``.
+    """
+    with GGUFFile(path) as file:
+        shape = ModelShape.from_metadata(file)
+        n_ctx = n_ctx or maximum or trained_context(file)
+    # Types that are not among ours are quantized. Of two, the one that needs flash attention or more memory counts.
+    given = [_TYPE_NAMES.get(code, "q4_0") for code in (type_k, type_v) if code is not None]
+    kv_type = max(given, key=lambda name: (is_quantized(name), KV_TYPES[name][2]), default=None)
+    return choose_cache(
+        shape,
+        n_ctx,
+        kv_type=kv_type,
+        flash_attn=flash_attn,
+        batch=min(options.get("n_batch", 512), options.get("n_ubatch", 512)),
+        n_gpu_layers=options.get("n_gpu_layers", 0) if llama_cpp.llama_supports_gpu_offload() else 0,
+    )
 
 
 def _too_long(n_tokens: int, limit: int) -> ContextError:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -83,6 +84,14 @@ class ModelShape:
         return shape if len(per_layer) == layers and min(sizes) >= 0 else None
 
 
+def trained_context(metadata: Mapping[str, Any] | GGUFFile) -> int:
+    """Tokens the model was trained for, 0 where its metadata does not say."""
+    try:
+        return max(int(metadata.get(f"{metadata.get('general.architecture')}.context_length") or 0), 0)
+    except (TypeError, ValueError, OverflowError):
+        return 0
+
+
 def array_size(metadata: Mapping[str, Any] | GGUFFile, key: str) -> int:
     """Elements of an array in a model's metadata."""
     return metadata.array_size(key) if isinstance(metadata, GGUFFile) else len(metadata.get(key) or [])
@@ -130,12 +139,86 @@ def compute_bytes(shape: ModelShape, n_ctx: int, batch: int = 512, flash_attn: b
 
 @dataclass(frozen=True)
 class ContextPlan:
-    """A context that the model and the memory hold. ``kv`` and ``compute`` are bytes of main memory, 0 if unknown."""
+    """A way to hold a context. ``kv`` and ``compute`` are bytes of main memory, 0 if unknown."""
 
     n_ctx: int
     flash_attn: bool
+    kv_type: str = "f16"
     kv: int = 0
     compute: int = 0
+
+    @property
+    def needed(self) -> int:
+        """Bytes of main memory in all."""
+        return self.kv + self.compute
+
+
+def is_quantized(kv_type: str) -> bool:
+    """Whether this type of cache needs flash attention."""
+    return KV_TYPES[kv_type][1] > 1
+
+
+def has_fast_flash_attention(shape: ModelShape | None) -> bool:
+    """Whether flash attention is the fastest path on a CPU: native/src/ggml-clex-attn.cpp computes it."""
+    if shape is None or "GGML_CLEX_ATTN_DISABLE" in os.environ:
+        return False
+    return shape.key_length % 16 == 0 and shape.value_length % 16 == 0
+
+
+def cache_choices(
+    shape: ModelShape | None, kv_type: str | None = None, flash_attn: bool | None = None, n_gpu_layers: int = 0
+) -> list[tuple[str, bool]]:
+    """Types of the cache, each with or without flash attention, the best first; what is given is kept.
+
+    F16 comes first because its keys lose nothing when they are re-rotated. q8_0 is as fast and takes half the memory.
+    With flash attention llama.cpp makes an F16 copy of an F32 cache for every batch (llama-graph.cpp, build_attn_mha).
+    """
+    if flash_attn is None and (n_gpu_layers or (kv_type != "f32" and has_fast_flash_attention(shape))):
+        flash_attn = True
+    types = [kv_type] if kv_type else ["f16"]
+    if kv_type is None and shape and kv_type_fits(shape, "q8_0"):
+        types.append("q8_0")
+    flash = [False, True] if flash_attn is None else [flash_attn]
+    return [(name, on) for name in types for on in flash if on or not is_quantized(name)]
+
+
+def layers_in_memory(shape: ModelShape, n_gpu_layers: int) -> int:
+    """Layers that use main memory. On a Mac the GPU's memory is the main memory."""
+    if sys.platform == "darwin":
+        return shape.layers
+    return 0 if n_gpu_layers < 0 else max(shape.layers - n_gpu_layers, 0)
+
+
+def cache_plan(
+    shape: ModelShape, n_ctx: int, kv_type: str, flash_attn: bool, batch: int = 512, n_gpu_layers: int = 0
+) -> ContextPlan:
+    """What a context of ``n_ctx`` tokens takes with this cache."""
+    layers = layers_in_memory(shape, n_gpu_layers)
+    kv = kv_bytes(shape, n_ctx, kv_type, layers)
+    return ContextPlan(n_ctx, flash_attn, kv_type, kv, compute_bytes(shape, n_ctx, batch, flash_attn) if layers else 0)
+
+
+def choose_cache(
+    shape: ModelShape | None,
+    n_ctx: int,
+    *,
+    kv_type: str | None = None,
+    flash_attn: bool | None = None,
+    batch: int = 512,
+    n_gpu_layers: int = 0,
+    available: int | None = None,
+) -> ContextPlan:
+    """Choose the type of cache and flash attention for ``n_ctx`` tokens: the first of ``cache_choices`` that fits.
+
+    Where none fits, or the shape is unknown, it is the first of all. The arguments are those of ``plan_context``.
+    """
+    choices = cache_choices(shape, kv_type, flash_attn, n_gpu_layers)
+    if shape is None:
+        return ContextPlan(n_ctx, choices[0][1], choices[0][0])
+    if available is None:
+        available = available_bytes()
+    plans = [cache_plan(shape, n_ctx, *choice, batch, n_gpu_layers) for choice in choices]
+    return next((plan for plan in plans if plan.needed <= available), plans[0])
 
 
 def plan_context(
@@ -143,82 +226,85 @@ def plan_context(
     maximum: int,
     ctx: int | None = None,
     *,
-    kv_type: str = "f16",
+    kv_type: str | None = None,
     flash_attn: bool | None = None,
     batch: int = 512,
-    gpu_layers: int = 0,
+    n_gpu_layers: int = 0,
     weights: int = 0,
     available: int | None = None,
 ) -> ContextPlan:
-    """Decide how many tokens the context holds and whether flash attention is used.
+    """Decide how many tokens the context holds, the type of its cache, and whether flash attention is used.
 
     Args:
         shape: the model's, or None where it is unknown; memory is not checked then.
         maximum: tokens the model covers.
         ctx: tokens asked for; 0 asks for the maximum, None for as much of it as leaves the machine usable.
-        kv_type: a name from ``KV_TYPES``.
-        flash_attn: None takes what is faster, which on a CPU is without, unless only flash attention makes it fit.
+        kv_type: a name from ``KV_TYPES``; None takes F16, or q8_0 where only that holds the context.
+        flash_attn: None takes what is faster, unless only flash attention makes it fit.
         batch: prompt tokens computed at once.
-        gpu_layers: layers that do not use main memory, counted from the last one.
+        n_gpu_layers: layers computed on a GPU, counted from the last one, -1 for all; 0 where there is no GPU.
         weights: bytes of the model's weights, which share the memory when ``ctx`` is None.
         available: bytes there are; None asks the system.
 
     Raises:
         ClexError: the model does not cover ``ctx``, memory does not hold it, or the options contradict each other.
     """
-    quantized = KV_TYPES[kv_type][1] > 1
-    if quantized and flash_attn is False:
+    if kv_type and is_quantized(kv_type) and flash_attn is False:
         raise ClexError(f"a {kv_type} cache needs flash attention; drop --no-flash-attn or use --kv-type f16")
-    if shape and not kv_type_fits(shape, kv_type):
+    if shape and kv_type and not kv_type_fits(shape, kv_type):
         raise ClexError(
             f"a {kv_type} cache needs head sizes divisible by 32, this model has {shape.key_length}; "
             "use --kv-type f16, bf16 or f32"
         )
     if ctx and ctx > maximum:
         raise ClexError(f"this model covers {maximum:,} tokens, asked for {ctx:,}")
-    choices = [False, True] if flash_attn is None else [flash_attn]
-    if flash_attn is None and (quantized or gpu_layers):
-        choices = [True]
     if shape is None:
-        return ContextPlan(min(maximum, 8192) if ctx is None else ctx or maximum, choices[0])
+        n_ctx = min(maximum, 8192) if ctx is None else ctx or maximum
+        return choose_cache(None, n_ctx, kv_type=kv_type, flash_attn=flash_attn, n_gpu_layers=n_gpu_layers)
     if available is None:
         available = available_bytes()
+    choices = cache_choices(shape, kv_type, flash_attn, n_gpu_layers)
 
-    def plan(n_ctx: int, flash: bool, kv_type: str = kv_type) -> ContextPlan:
-        on_cpu = max(shape.layers - gpu_layers, 0)
-        kv = kv_bytes(shape, n_ctx, kv_type, on_cpu)
-        return ContextPlan(n_ctx, flash, kv, compute_bytes(shape, n_ctx, batch, flash) if on_cpu else 0)
+    def plan(n_ctx: int, choice: tuple[str, bool]) -> ContextPlan:
+        return cache_plan(shape, n_ctx, *choice, batch, n_gpu_layers)
 
-    def largest_plan(budget: int, flash: bool) -> ContextPlan | None:
+    def largest_plan(budget: int, choice: tuple[str, bool]) -> ContextPlan | None:
         low, high = 0, -(-maximum // CELLS)
         while low < high:
             middle = (low + high + 1) // 2
-            tried = plan(min(middle * CELLS, maximum), flash)
-            low, high = (middle, high) if tried.kv + tried.compute <= budget else (low, middle - 1)
-        return plan(min(low * CELLS, maximum), flash) if low else None
+            fits = plan(min(middle * CELLS, maximum), choice).needed <= budget
+            low, high = (middle, high) if fits else (low, middle - 1)
+        return plan(min(low * CELLS, maximum), choice) if low else None
 
     if ctx is None:
         # A quarter stays free for everything else, and the weights must stay in memory to be of use.
-        budget = available * 3 // 4 - (weights if gpu_layers < shape.layers else 0)
-        plans = [found for flash in choices if (found := largest_plan(budget, flash))]
+        budget = available * 3 // 4 - (weights if layers_in_memory(shape, n_gpu_layers) else 0)
+        plans = [found for choice in choices if (found := largest_plan(budget, choice))]
         if plans:
-            return max(plans, key=lambda found: found.n_ctx)
+            return max(plans, key=lambda found: found.n_ctx)  # the first of the largest
         ctx = min(maximum, 4096)  # weights that fill the memory by themselves still run, slowly, from disk
 
     wanted = ctx or maximum
-    for flash in choices:
-        found = plan(wanted, flash)
-        if found.kv + found.compute <= available:
-            return found
-    needed = plan(wanted, choices[-1])
+    found = choose_cache(
+        shape,
+        wanted,
+        kv_type=kv_type,
+        flash_attn=flash_attn,
+        batch=batch,
+        n_gpu_layers=n_gpu_layers,
+        available=available,
+    )
+    if found.needed <= available:
+        return found
     advice = []
     if (fits := largest_plan(available, choices[-1])) is not None:
         advice.append(f"--ctx {fits.n_ctx}")
-    smaller = plan(wanted, True, "q8_0")
-    if not quantized and flash_attn is not False and smaller.kv + smaller.compute <= available:
-        advice.append("--kv-type q8_0")
+    if flash_attn is not False:
+        smaller = [plan(wanted, (name, True)) for name in ("q8_0", "q4_0") if kv_type_fits(shape, name)]
+        advice += [f"--kv-type {found.kv_type}" for found in smaller if found.needed <= available][:1]
+    least = plan(wanted, choices[-1])
     raise ClexError(
-        f"a context of {wanted:,} tokens needs {gib(needed.kv + needed.compute)} of memory "
+        f"a context of {wanted:,} tokens needs {gib(least.needed)} of memory ({least.kv_type} cache) "
         f"but {gib(available)} are available" + (f"; pass {' or '.join(advice)}" if advice else "")
     )
 

@@ -26,7 +26,7 @@ LARGEST_TEXT = 256 * 2**20  # bytes; no context holds more, and nobody waits for
 HELP = """\
 /file PATH   put a text file in front of your next message
 /reset       forget the conversation
-/stats       tokens, buckets, speed, memory
+/stats       tokens, buckets, speed, memory, settings
 /quit        leave (Ctrl-D too)
 Enter sends. Alt-Enter, or a backslash at the end of a line, starts a new line.
 Ctrl-C stops an answer and keeps what was written. A space before a slash makes it text."""
@@ -344,6 +344,7 @@ class Chat:
             f"model      {self.name}",
             f"context    {session.used:,} of {session.capacity:,} tokens",
             f"cache      {self.memory}",
+            f"settings   {session.llm.settings}",
         ]
         if clex:
             covers = ", ".join(f"t = {t:g}: {int(t * clex.original_context):,}" for t in clex.buckets)

@@ -267,34 +267,78 @@ def test_metadata_with_a_number_per_layer_or_another_cache():
 def test_the_context_is_what_fits():
     shape = ModelShape.from_metadata(LLAMA_7B)
     plan = plan_context(shape, 65536, available=100 * GIB)
-    assert (plan.n_ctx, plan.flash_attn) == (65536, False)
+    assert (plan.n_ctx, plan.flash_attn, plan.kv_type) == (65536, True, "f16")
     plan = plan_context(shape, 65536, available=16 * GIB, weights=4 * GIB)
-    assert 8192 < plan.n_ctx < 65536
-    assert plan.kv + plan.compute <= 8 * GIB
+    half = plan_context(shape, 65536, kv_type="f16", available=16 * GIB, weights=4 * GIB)
+    assert (plan.kv_type, half.kv_type) == ("q8_0", "f16")
+    assert 8192 < half.n_ctx < 16384 < plan.n_ctx < 32768
+    for found in (plan, half):
+        assert found.kv + found.compute <= 8 * GIB
+        more = kv_bytes(shape, found.n_ctx + 256, found.kv_type)
+        assert more + compute_bytes(shape, found.n_ctx + 256, flash_attn=True) > 8 * GIB
     # Weights that fill the memory still run.
-    assert plan_context(shape, 65536, available=6 * GIB, weights=8 * GIB).n_ctx == 4096
+    plan = plan_context(shape, 65536, available=6 * GIB, weights=8 * GIB)
+    assert (plan.n_ctx, plan.kv_type) == (4096, "f16")
 
 
-def test_flash_attention_is_for_what_does_not_fit_without():
+ODD_HEADS = LLAMA_7B | {"llama.attention.key_length": 128, "llama.attention.value_length": 136}
+
+
+def test_flash_attention_is_for_heads_that_it_is_fast_with(monkeypatch):
+    shape, odd = ModelShape.from_metadata(LLAMA_7B), ModelShape.from_metadata(ODD_HEADS)
+    assert plan_context(shape, 65536, 1024, available=100 * GIB).flash_attn
+    assert not plan_context(shape, 65536, 1024, flash_attn=False, available=100 * GIB).flash_attn
+    assert not plan_context(odd, 65536, 1024, available=100 * GIB).flash_attn
+    assert plan_context(odd, 65536, 1024, flash_attn=True, available=100 * GIB).flash_attn
+    assert not plan_context(shape, 65536, 1024, kv_type="f32", available=100 * GIB).flash_attn
+    assert plan_context(odd, 65536, 1024, n_gpu_layers=-1, available=100 * GIB).flash_attn
+    # Without it the scores of 32 heads are there at once.
+    assert not plan_context(odd, 65536, 32768, available=20 * GIB).flash_attn
+    assert plan_context(odd, 65536, 32768, available=17 * GIB).flash_attn
+    assert not plan_context(None, 65536, 1024).flash_attn
+    monkeypatch.setenv("GGML_CLEX_ATTN_DISABLE", "1")
+    assert not plan_context(shape, 65536, 1024, available=100 * GIB).flash_attn
+    assert plan_context(shape, 65536, 1024, kv_type="q8_0", available=100 * GIB).flash_attn
+
+
+def test_a_q8_0_cache_is_for_what_f16_cannot_hold():
+    shape, odd = ModelShape.from_metadata(LLAMA_7B), ModelShape.from_metadata(ODD_HEADS)
+    assert plan_context(shape, 65536, 32768, available=17 * GIB).kv_type == "f16"
+    plan = plan_context(shape, 65536, 32768, available=10 * GIB)
+    assert (plan.kv_type, plan.flash_attn) == ("q8_0", True)
+    assert plan.kv == kv_bytes(shape, 32768, "q8_0")
+    assert plan_context(shape, 65536, 1024, kv_type="q4_0", available=10 * GIB).kv_type == "q4_0"
+    for other, options in [(shape, {"kv_type": "f16"}), (shape, {"flash_attn": False}), (odd, {})]:
+        with pytest.raises(ClexError, match=r"\(f16 cache\)"):
+            plan_context(other, 65536, 32768, **options, available=10 * GIB)
+
+
+def test_layers_on_a_gpu_take_no_main_memory(monkeypatch):
     shape = ModelShape.from_metadata(LLAMA_7B)
-    assert not plan_context(shape, 65536, 32768, available=20 * GIB).flash_attn
-    assert plan_context(shape, 65536, 32768, available=17 * GIB).flash_attn
-    assert plan_context(shape, 65536, 4096, kv_type="q8_0", available=17 * GIB).flash_attn
+    monkeypatch.setattr(sys, "platform", "linux")
+    assert plan_context(shape, 65536, 4096, n_gpu_layers=24, available=GIB).kv == GIB // 2
+    plan = plan_context(shape, 65536, 0, n_gpu_layers=-1, available=0)
+    assert (plan.kv, plan.compute, plan.kv_type) == (0, 0, "f16")
+    monkeypatch.setattr(sys, "platform", "darwin")
+    assert plan_context(shape, 65536, 4096, n_gpu_layers=-1, available=4 * GIB).kv == 2 * GIB
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"ctx": 65536}, r"a context of 65,536 tokens needs 32\.\d GiB of memory but 20\.0 GiB are available; "
-                         r"pass --ctx \d+ or --kv-type q8_0"),
-        ({"ctx": 65536, "flash_attn": False}, r"needs 3\d\.\d GiB of memory but 20\.0 GiB .*; pass --ctx \d+$"),
+        ({"ctx": 65536, "kv_type": "f16"}, r"a context of 65,536 tokens needs 32\.\d GiB of memory \(f16 cache\) "
+                                           r"but 10\.0 GiB are available; pass --ctx \d+ or --kv-type q4_0$"),
+        ({"ctx": 36864, "kv_type": "f16"}, r"pass --ctx \d+ or --kv-type q8_0$"),
+        ({"ctx": 65536}, r"needs 17\.\d GiB of memory \(q8_0 cache\) .*; pass --ctx \d+ or --kv-type q4_0$"),
+        ({"ctx": 65536, "kv_type": "q4_1"}, r"\(q4_1 cache\) .*; pass --ctx \d+ or --kv-type q4_0$"),
+        ({"ctx": 65536, "flash_attn": False}, r"needs 3\d\.\d GiB of memory \(f16 cache\) .*; pass --ctx \d+$"),
         ({"ctx": 65537}, "this model covers 65,536 tokens, asked for 65,537"),
         ({"kv_type": "q8_0", "flash_attn": False}, "a q8_0 cache needs flash attention"),
     ],
 )  # fmt: skip
 def test_a_context_that_memory_or_model_cannot_hold(options, message):
     with pytest.raises(ClexError, match=message):
-        plan_context(ModelShape.from_metadata(LLAMA_7B), 65536, **options, available=20 * GIB)
+        plan_context(ModelShape.from_metadata(LLAMA_7B), 65536, **options, available=10 * GIB)
 
 
 def test_quantized_caches_need_whole_blocks():
@@ -331,7 +375,8 @@ def test_only_the_answer_goes_to_stdout(small_buckets):
 
 
 def test_json(small_buckets, document):
-    options = ["--system", "Be brief.", "--temp", 0, "--max-tokens", 4, "--ctx", 2048, "--kv-type", "q8_0", "--json"]
+    options = ["--system", "Be brief.", "--temp", 0, "--max-tokens", 4, "--ctx", 2048, "--kv-type", "q8_0"]
+    options += ["--threads-batch", 2, "--batch", 128, "--json"]
     result = run(small_buckets, "-f", document, "-p", "How many lines?", *options)
     assert (result.returncode, result.stderr) == (0, "")
     answer = json.loads(result.stdout)
@@ -339,6 +384,15 @@ def test_json(small_buckets, document):
     assert answer["finish_reason"] == "length"
     assert answer["completion_tokens"] == 4
     assert answer["context"] == 2048
+    assert answer["settings"] == {
+        "flash_attn": True,
+        "type_k": "q8_0",
+        "type_v": "q8_0",
+        "n_threads": 1,
+        "n_threads_batch": 2,
+        "n_batch": 128,
+        "n_ubatch": 128,
+    }
     assert answer["clex"]["method"] == "ntk"
     assert answer["clex"]["buckets"] == [1, 2, 3, 4, 5, 6, 7, 8]
     total = answer["prompt_tokens"] + answer["completion_tokens"]
@@ -397,7 +451,7 @@ def test_a_context_beyond_the_memory(small_buckets, monkeypatch):
     monkeypatch.setattr(memory_module, "available_bytes", lambda: 100 * 2**20)
     result = CliRunner().invoke(main, [str(small_buckets), "-p", "x", "--ctx", "2048"])
     assert result.exit_code == 1
-    assert "a context of 2,048 tokens needs 150 MiB of memory but 100 MiB are available" in result.stderr
+    assert "a context of 2,048 tokens needs 129 MiB of memory (q8_0 cache) but 100 MiB are available" in result.stderr
 
 
 def test_bad_input_is_one_line(small_buckets, smollm, tmp_path):
@@ -594,6 +648,7 @@ def test_attachments_and_the_status_line(session, tmp_path):
 
     chat = Chat(Terminal(session, quiet=True), "name", "cache")
     assert chat.status() == " 0 of 1,024 tokens  ·  bucket 1 of 8 (t = 1, up to 256 tokens)"
+    assert "settings   flash attention, f16 cache, 1 thread, 64 tokens at once\n" in chat.stats()
     (tmp_path / "a.txt").write_text("word " * 20)
     chat.attach(str(tmp_path / "a.txt"))
     assert chat.status().endswith("  ·  a.txt (21 tokens)")
@@ -609,7 +664,7 @@ def test_attachments_and_the_status_line(session, tmp_path):
 def test_a_model_without_tables_has_a_status_too(session):
     from clex_local.terminal import Chat, Terminal
 
-    plain = SimpleNamespace(clex=None, n_ctx=lambda: 128, input_ids=[0] * 128)
+    plain = SimpleNamespace(clex=None, settings=session.llm.settings, n_ctx=lambda: 128, input_ids=[0] * 128)
     chat = Chat(Terminal(session, quiet=True), "name", "cache")
     session.llm = plain
     assert chat.status() == " 0 of 128 tokens"

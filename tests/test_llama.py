@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import os
+import pickle
 import subprocess
 import sys
+from contextlib import closing
 
 import llama_cpp
 import numpy as np
 import pytest
+from random_gguf import make_model
 
 from clex_local import ClexError, Llama
+from clex_local import memory as memory_module
+from clex_local.llama import Settings
+from clex_local.memory import ModelShape, cache_plan, default_threads
 
 
 @pytest.fixture
@@ -140,7 +146,74 @@ def test_truncated_model_is_one_error(tmp_path, golden_gguf):
 
 def test_quantized_values_without_flash_attention_say_what_is_wrong(golden_gguf):
     with pytest.raises(ClexError, match=r"(?i)flash"):
-        Llama(str(golden_gguf("llama")), n_ctx=0, type_v=8, verbose=False)
+        Llama(str(golden_gguf("llama")), n_ctx=0, type_v=8, flash_attn=False, verbose=False)
+
+
+def settings(path, **options) -> Settings:
+    with closing(Llama(str(path), verbose=False, **options)) as llm:
+        return llm.settings
+
+
+def test_settings_are_chosen_and_can_be_given(tmp_path):
+    path = make_model(tmp_path / "model.gguf")
+    cores = default_threads()
+    assert settings(path) == Settings(True, "f16", "f16", cores, cores, 256, 256)  # the tables cover 256 tokens
+    given = {"flash_attn": False, "n_threads": 1, "n_threads_batch": 3, "n_batch": 128, "n_ubatch": 64}
+    assert settings(path, **given) == Settings(False, "f16", "f16", 1, 3, 128, 64)
+    assert settings(path, n_threads=3).n_threads_batch == 3
+    # Flash attention computes with an F16 copy of an F32 cache, and is needed by a quantized one.
+    assert not settings(path, type_k=0, type_v=0).flash_attn
+    found = settings(path, type_k=1, type_v=8)
+    assert (found.flash_attn, found.type_k, found.type_v) == (True, "f16", "q8_0")
+
+
+@pytest.mark.parametrize(("head", "fast"), [(24, False), (48, True), (40, False), (64, True)])
+def test_flash_attention_is_on_for_heads_that_it_is_fast_with(tmp_path, head, fast):
+    path = make_model(tmp_path / "model.gguf", head=head)
+    assert settings(path).flash_attn == fast
+    assert settings(path, flash_attn=True).flash_attn
+
+
+def test_q8_0_is_taken_where_only_that_fits(tmp_path, monkeypatch):
+    path = make_model(tmp_path / "model.gguf", n_buckets=64, n_head_kv=2)
+    with memory_module.GGUFFile(path) as file:
+        shape = ModelShape.from_metadata(file)
+    f16, q8_0 = (cache_plan(shape, 4096, name, True).needed for name in ("f16", "q8_0"))
+    for available, options, expected in [
+        (f16, {}, "f16"),
+        (f16 - 1, {}, "q8_0"),
+        (f16 - 1, {"n_ctx": 2048}, "f16"),
+        (f16 - 1, {"flash_attn": True}, "q8_0"),
+        (f16 - 1, {"flash_attn": False}, "f16"),
+        (f16 - 1, {"type_k": 1}, "f16"),
+        (q8_0 - 1, {}, "f16"),  # as llama-cpp-python: the system may know better
+    ]:
+        monkeypatch.setattr(memory_module, "available_bytes", lambda available=available: available)
+        found = settings(path, **{"n_ctx": 0, **options})
+        assert (found.type_k, found.type_v) == (expected, expected), (available, options)
+
+
+def test_settings_survive_pickling(tmp_path):
+    options = {"n_threads": 3, "n_batch": 64, "type_k": 8, "type_v": 8, "verbose": False}
+    with closing(Llama(str(make_model(tmp_path / "model.gguf")), **options)) as llm:
+        state = pickle.loads(pickle.dumps(llm))
+    with closing(state) as again:
+        assert again.settings == Settings(True, "q8_0", "q8_0", 3, 3, 64, 64)
+
+
+def test_settings_are_one_line(tmp_path, capfd):
+    assert (
+        str(Settings(True, "f16", "f16", 2, 2, 512, 512)) == "flash attention, f16 cache, 2 threads, 512 tokens at once"
+    )
+    assert (
+        str(Settings(False, "q8_0", "f16", 1, 4, 2048, 1024))
+        == "no flash attention, q8_0 key and f16 value cache, 1 thread (4 for prompts), 1,024 tokens at once"
+    )
+    path = str(make_model(tmp_path / "model.gguf"))
+    Llama(path, n_threads=1, verbose=True).close()
+    assert "clex_local: flash attention, f16 cache, 1 thread, 256 tokens at once\n" in capfd.readouterr().err
+    Llama(path, n_threads=1, verbose=False).close()
+    assert "clex_local" not in capfd.readouterr().err
 
 
 def run(code: str, **env: str) -> subprocess.CompletedProcess:
