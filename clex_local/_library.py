@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import os
 import sys
 from importlib.util import find_spec
@@ -12,7 +11,6 @@ from pathlib import Path
 from clex_local.errors import ClexError
 
 _VARIABLE = "LLAMA_CPP_LIB_PATH"
-_SPIN = "GOMP_SPINCOUNT"
 _NAMES = {"win32": "llama.dll", "darwin": "libllama.dylib"}
 
 
@@ -43,20 +41,5 @@ def use_library() -> None:
     if loaded is None:
         with contextlib.suppress(ClexError):
             os.environ.setdefault(_VARIABLE, str(library_path()))
-        _load_openmp()
     elif not hasattr(loaded._lib, "llama_clex_n_buckets"):
         raise ClexError("llama_cpp was imported before clex_local and has loaded another llama.cpp; swap the imports")
-
-
-def _load_openmp() -> None:
-    """Load GCC's OpenMP library with threads that soon sleep when there is no work, unless the user has chosen.
-
-    Its own choice, milliseconds of spinning, takes the cores from other processes between two tokens, and from our
-    own threads when others want them too. Within a graph ggml-clex-barrier.h decides.
-    """
-    if sys.platform != "linux" or {_SPIN, "OMP_WAIT_POLICY"} & os.environ.keys():
-        return
-    os.environ[_SPIN] = "10000"  # a tenth of a millisecond or two; the library reads it once, when it is loaded
-    with contextlib.suppress(OSError):
-        ctypes.CDLL("libgomp.so.1")
-    del os.environ[_SPIN]
