@@ -45,6 +45,7 @@ def main(threads: int | None) -> None:
         ["benchmarks.perplexity", plain, ntk, "--window", "16384", "--window", "24576"],
         ["benchmarks.table_switch", half, "--depth", "4096", "--depth", "8192"],
         ["benchmarks.stock", plain, "--tables", ntk],
+        ["benchmarks.attention", plain, "--rounds", "6", "--limit", "20"],
         ["benchmarks.quantization", plain],
     ):
         if threads:

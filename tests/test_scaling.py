@@ -403,7 +403,9 @@ def test_options_that_do_not_fit(tmp_path):
     assert code == 1
     assert "--rope-scaling: the key beta is unknown for 'yarn'" in line
     assert not Path(out).exists()
-    done = click.testing.CliRunner().invoke(cli.main, [str(source), out, "--method", "ntk", "--factors", "1,1.5,4", "--check", "none"])
+    done = click.testing.CliRunner().invoke(
+        cli.main, [str(source), out, "--method", "ntk", "--factors", "1,1.5,4", "--check", "none"]
+    )
     assert [line.split() for line in done.stdout.splitlines()[1:4]] == [
         ["1", "1", "64"],
         ["2", "1.5", "96"],
