@@ -39,6 +39,7 @@ _NUMBERS: dict[int, tuple[str, Any, type[np.generic]]] = {
     12: ("f64", ctypes.c_double, np.float64),
 }
 _STRING, _ARRAY = 8, 9
+_MAX_HEADER = 128 << 20  # bytes; the library reads 64 MiB of keys, the rest can only be alignment
 _TYPE_OF = {dtype: code for code, (_, _, dtype) in _NUMBERS.items()}
 _LogCallback = ctypes.CFUNCTYPE(None, ctypes.c_int, ctypes.c_char_p, ctypes.c_void_p)
 
@@ -271,6 +272,10 @@ class GGUFFile(_Header):
             first = next((line for line in "".join(log).splitlines() if line.strip()), "no reason given")
             reason = first.split(": ", 1)[-1].strip()
             raise GGUFError(f"{self.path}: damaged GGUF file ({escaped(reason)}); download or convert it again")
+        if self.data_offset > _MAX_HEADER:
+            offset = self.data_offset
+            self.close()
+            raise GGUFError(f"{self.path}: damaged GGUF file (its data begin at byte {offset}); convert it again")
         self.tensors = self._read_tensors()
         needed = self.data_offset + max((tensor.offset + tensor.size for tensor in self.tensors), default=0)
         if file_size < needed:
