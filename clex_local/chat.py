@@ -17,7 +17,7 @@ from clex_local.command import INTERRUPTED, SETTINGS, Command
 from clex_local.errors import ClexError
 from clex_local.gguf_file import GGUFFile
 from clex_local.memory import KV_TYPES, ModelShape, gib, kv_bytes, plan_context, trained_context
-from clex_local.tables import read_tables
+from clex_local.tables import named_tables
 from clex_local.terminal import Chat, Terminal, join, line_editor, plain_lines, printable, read_text
 
 if TYPE_CHECKING:
@@ -56,8 +56,8 @@ def open_model(
     Raises:
         ClexError: the file cannot be read or loaded, or does not cover ``ctx``, or memory does not hold it.
     """
-    tables = read_tables(path)
     with GGUFFile(path) as file:
+        tables = named_tables(file, path)
         shape = ModelShape.from_metadata(file)
         trained = trained_context(file)
     maximum = tables.max_context_length if tables else trained

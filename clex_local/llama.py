@@ -30,7 +30,7 @@ from clex_local.memory import (
     is_quantized,
     trained_context,
 )
-from clex_local.tables import ContextError, read_tables
+from clex_local.tables import ContextError, named_tables
 
 _ERROR_LEVEL = 4  # GGML_LOG_LEVEL_ERROR
 _TYPE_NAMES = {code: name for name, (code, _, _) in KV_TYPES.items()}
@@ -171,15 +171,16 @@ class Llama(llama_cpp.Llama):
             raise ValueError(f"policy must be 'by-length' or 'fixed', not {policy!r}")
         if not Path(model_path).is_file():
             raise ModelError(f"{model_path}: no such model file")
-        tables = read_tables(model_path)
-        if tables is not None and not clamp:
-            n_ctx = min(n_ctx, tables.max_context_length)
-        if flash_attn is None or (flash_attn and type_k is None and type_v is None):
-            maximum = tables.max_context_length if tables else 0
-            plan = _choose(model_path, n_ctx, maximum, flash_attn, type_k, type_v, kwargs)
-            flash_attn = plan.flash_attn
-            if type_k is None and type_v is None:
-                type_k = type_v = KV_TYPES[plan.kv_type][0]
+        with GGUFFile(model_path) as file:
+            tables = named_tables(file, model_path)
+            if tables is not None and not clamp:
+                n_ctx = min(n_ctx, tables.max_context_length)
+            if flash_attn is None or (flash_attn and type_k is None and type_v is None):
+                maximum = tables.max_context_length if tables else 0
+                plan = _choose(file, n_ctx, maximum, flash_attn, type_k, type_v, kwargs)
+                flash_attn = plan.flash_attn
+                if type_k is None and type_v is None:
+                    type_k = type_v = KV_TYPES[plan.kv_type][0]
         n_threads = n_threads or default_threads()
         with _native_errors(forward=kwargs.get("verbose", True)) as errors:
             try:
@@ -372,7 +373,7 @@ class _ClippedDraft(LlamaDraftModel):
 
 
 def _choose(
-    path: str,
+    file: GGUFFile,
     n_ctx: int,
     maximum: int,
     flash_attn: bool | None,
@@ -385,9 +386,8 @@ def _choose(
     ``maximum`` is what ``n_ctx`` 0 means, 0 for what the model was trained for. ``options`` are those of
     llama-cpp-python's ``Llama``.
     """
-    with GGUFFile(path) as file:
-        shape = ModelShape.from_metadata(file)
-        n_ctx = n_ctx or maximum or trained_context(file)
+    shape = ModelShape.from_metadata(file)
+    n_ctx = n_ctx or maximum or trained_context(file)
     # Types that are not among ours are quantized. Of two, the one that needs flash attention or more memory counts.
     given = [_TYPE_NAMES.get(code, "q4_0") for code in (type_k, type_v) if code is not None]
     kv_type = max(given, key=lambda name: (is_quantized(name), KV_TYPES[name][2]), default=None)
