@@ -12,8 +12,8 @@ from typing import Any
 from clex_convert.errors import ConvertError, one_line
 from clex_convert.gguf_parts import first_parts
 from clex_convert.lora import Adapter, Merge
+from clex_convert.model_files import read_config, read_headers, read_tensor
 from clex_convert.scaling import Scaling, kind_of, read_scaling
-from clex_convert.weight_files import read_headers, read_tensor
 from clex_convert.weights import OdeSettings, OdeWeights, find_names, settings_from
 from clex_local.tables import SUPPORTED_ARCHITECTURES, Tables
 
@@ -127,13 +127,7 @@ class Checkpoint:
             models = [model.name for model in first_parts(self.path)]
             hint = f"; convert {self.path / models[0]} in it" if len(models) == 1 else ""
             raise ConvertError(f"{self.path}: not a model folder, it has no config.json{hint}")
-        try:
-            config = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError, RecursionError) as error:
-            raise ConvertError(f"{path}: cannot be read ({one_line(error)})") from None
-        if not isinstance(config, dict):
-            raise ConvertError(f"{path}: must hold a JSON object")
-        return config
+        return read_config(path)
 
     def _replace_scaling(self, scaling: Mapping[str, Any]) -> None:
         said = self.config.pop("rope_parameters", None)

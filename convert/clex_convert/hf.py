@@ -25,7 +25,7 @@ from clex_convert.checkpoint import CLEX_LAYER, Checkpoint
 from clex_convert.contents import Contents
 from clex_convert.errors import ConvertError, extra_packages, one_line, writing
 from clex_convert.hub import named_card, offline
-from clex_convert.weight_files import read_tensor
+from clex_convert.model_files import read_tensor
 
 PRECISIONS = {"f32": "ALL_F32", "f16": "MOSTLY_F16", "bf16": "MOSTLY_BF16"}
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Mapping
@@ -11,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from clex_convert.errors import ConvertError, one_line
-from clex_convert.weight_files import read_headers, read_tensor
+from clex_convert.model_files import read_config, read_headers, read_tensor
 from clex_convert.weights import NAMES, OdeWeights, find_names
 
 if TYPE_CHECKING:
@@ -111,7 +110,7 @@ class Adapter:
         self._config_path = folder / "adapter_config.json"
         if not self._config_path.is_file():
             raise ConvertError(f"{folder}: not the folder of a LoRA adapter, it has no adapter_config.json")
-        self.config = self._json(self._config_path)
+        self.config = read_config(self._config_path)
         self._check_config()
         files = [folder / f"adapter_model.{suffix}" for suffix in ("safetensors", "bin")]
         file = next((path for path in files if path.is_file()), None)
@@ -119,15 +118,6 @@ class Adapter:
             raise ConvertError(f"{folder}: holds no weights, neither adapter_model.safetensors nor adapter_model.bin")
         self.file = file
         self.tensors = read_headers(file)
-
-    def _json(self, path: Path) -> dict[str, Any]:
-        try:
-            config = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError, RecursionError) as error:
-            raise ConvertError(f"{path}: cannot be read ({one_line(error)})") from None
-        if not isinstance(config, dict):
-            raise ConvertError(f"{path}: must hold a JSON object")
-        return config
 
     def _refuse(self, what: str) -> ConvertError:
         return ConvertError(
@@ -156,7 +146,7 @@ class Adapter:
     def rope_config(self) -> dict[str, Any]:
         """What the adapter says of the trained model's rotary embedding: its config's keys, or a config.json's."""
         beside = self.path / "config.json"
-        said = {**(self._json(beside) if beside.is_file() else {}), **self.config}
+        said = {**(read_config(beside) if beside.is_file() else {}), **self.config}
         return {key: said[key] for key in _ROPE_KEYS if said.get(key) is not None}
 
     @property

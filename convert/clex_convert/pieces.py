@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from clex_convert.weight_files import read_tensor
+from clex_convert.model_files import read_tensor
 
 _PIECE = 32 << 20  # bytes of a piece as float32
 

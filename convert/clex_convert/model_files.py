@@ -1,15 +1,31 @@
-"""Files of weights, safetensors or PyTorch's: what they hold, and one tensor of them at a time."""
+"""Files of models and adapters: configs, and weights in safetensors' or PyTorch's format, a tensor at a time."""
 
 from __future__ import annotations
 
+import json
 import zipfile
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from clex_convert.errors import ConvertError, extra_packages, one_line
 
 if TYPE_CHECKING:
     import torch
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """The object of a JSON file.
+
+    Raises:
+        ConvertError: the file cannot be read, or holds something else.
+    """
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise ConvertError(f"{path}: cannot be read ({one_line(error)})") from None
+    if not isinstance(config, dict):
+        raise ConvertError(f"{path}: must hold a JSON object")
+    return config
 
 
 def read_headers(path: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
