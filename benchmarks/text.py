@@ -1,46 +1,82 @@
-"""Fetches the text of the benchmarks: *Emma* by Jane Austen, out of a Debian package."""
+"""Fetches the texts of the benchmarks out of Debian packages: Jane Austen's novels, and essays."""
 
 from __future__ import annotations
 
+import gzip
 import struct
 import subprocess
 import tempfile
 import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import click
 
-PACKAGE = "r-cran-janeaustenr"
-DATA = "usr/lib/R/site-library/janeaustenr/data/Rdata.rdb"
+NOVELS_PACKAGE = "r-cran-janeaustenr"
+NOVELS = "usr/lib/R/site-library/janeaustenr/data/Rdata.rdb"
+ESSAYS_PACKAGE = "anarchism"
+ESSAYS = "usr/share/doc/anarchism/markdown"
 CACHE = Path(__file__).parent.parent / "build" / "text"
 
 _STRING_VECTOR, _STRING = 16, 9  # R's type codes, the low byte of an object's flags
 
 
 def emma() -> Path:
-    """Path of the novel as a text file, fetched once.
+    """Path of *Emma* as a text file, fetched once: 0.9 MB. No model is trained on it.
 
     Raises:
         click.ClickException: it is not there and cannot be fetched.
     """
-    path = CACHE / "emma.txt"
-    if not path.exists():
-        CACHE.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory() as folder:
-            try:
-                subprocess.run(
-                    ["apt-get", "-qq", "-o", "APT::Sandbox::User=root", "download", PACKAGE], cwd=folder, check=True
-                )
-                package = next(Path(folder).glob("*.deb"))
-                subprocess.run(["dpkg", "-x", package.name, "."], cwd=folder, check=True)
-            except (OSError, subprocess.CalledProcessError, StopIteration) as error:
-                raise click.ClickException(
-                    f"the Debian package {PACKAGE} cannot be fetched ({error}); pass a text of your own"
-                ) from error
-            novels = r_strings((Path(folder) / DATA).read_bytes())
-        lines = next(novel for novel in novels if novel[0] == "EMMA")
-        path.write_text("\n".join(lines) + "\n", encoding="utf-8")
-    return path
+    return _novels()[0]
+
+
+def training_texts() -> list[Path]:
+    """Paths of what small models are trained on: Austen's other novels (2.9 MB) and "An Anarchist FAQ" (11.7 MB).
+
+    Raises:
+        click.ClickException: they are not there and cannot be fetched.
+    """
+    essays = CACHE / "essays.txt"
+    if not essays.exists():
+        with _package(ESSAYS_PACKAGE) as root:
+            texts = [gzip.decompress(path.read_bytes()).decode() for path in sorted((root / ESSAYS).glob("*.gz"))]
+        essays.write_text("\n".join(texts), encoding="utf-8")
+    return [_novels()[1], essays]
+
+
+def _novels() -> tuple[Path, Path]:
+    """Paths of Emma and of the other five novels."""
+    paths = CACHE / "emma.txt", CACHE / "novels.txt"
+    if not all(path.exists() for path in paths):
+        with _package(NOVELS_PACKAGE) as root:
+            novels = r_strings((root / NOVELS).read_bytes())
+        for path, wanted in zip(paths, (True, False), strict=True):
+            texts = ["\n".join(lines) + "\n" for lines in novels if len(lines) > 1 and (lines[0] == "EMMA") is wanted]
+            path.write_text("".join(texts), encoding="utf-8")
+    return paths
+
+
+@contextmanager
+def _package(name: str) -> Iterator[Path]:
+    """A Debian package, unpacked into a temporary folder.
+
+    Raises:
+        click.ClickException: it cannot be fetched.
+    """
+    CACHE.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            subprocess.run(
+                ["apt-get", "-qq", "-o", "APT::Sandbox::User=root", "download", name], cwd=folder, check=True
+            )
+            package = next(Path(folder).glob("*.deb"))
+            subprocess.run(["dpkg", "-x", package.name, "."], cwd=folder, check=True)
+        except (OSError, subprocess.CalledProcessError, StopIteration) as error:
+            raise click.ClickException(
+                f"the Debian package {name} cannot be fetched ({error}); pass a text of your own"
+            ) from error
+        yield Path(folder)
 
 
 def r_strings(database: bytes) -> list[list[str]]:
@@ -73,8 +109,9 @@ def _r_string_vector(data: bytes) -> list[str]:
 
 @click.command()
 def main() -> None:
-    """Fetch the text and print where it is."""
-    click.echo(emma())
+    """Fetch the texts and print where they are."""
+    for path in (emma(), *training_texts()):
+        click.echo(path)
 
 
 if __name__ == "__main__":
