@@ -40,10 +40,11 @@ class CopyingServer(Server):
         self.fill(depth)
         return self.context.model.n_bytes + self.context.n_bytes
 
-    def likelihoods(self, count: int, prefilled: int, batch: int) -> npt.NDArray[np.float64]:
-        """Negative log-likelihoods of a text's first tokens but the first `prefilled`, which are one prompt."""
+    def likelihoods(self, count: int, prefilled: int, batch: int, window: int) -> npt.NDArray[np.float64]:
+        """Negative log-likelihoods of one window of a text but its first `prefilled` tokens, which are one prompt."""
         context = self.context
-        tokens = context.model.tokenize(emma().read_text(encoding="utf-8"))[:count]
+        text = emma().read_text(encoding="utf-8")[: 16 * count * (window + 1)]
+        tokens = context.model.tokenize(text)[window * count : (window + 1) * count]
         sizes = [min(context.n_batch, prefilled - i) for i in range(0, prefilled, context.n_batch)]
         sizes += [batch] * ((count - prefilled) // batch)
         self.cached = 0
@@ -116,14 +117,19 @@ def compare(
         click.echo(row([f"{method} {count:,} at {depth:,}", kv_type, *speeds, *ratios, share]))
 
 
-def compare_perplexities(sides: dict[tuple[str, str], Side], kv_types: list[str], tokens: int) -> None:
-    """Print those of a text's beginning: all in batches of 512, and the last quarter in small batches."""
+def compare_perplexities(sides: dict[tuple[str, str], Side], kv_types: list[str], tokens: int, windows: int) -> None:
+    """Print those of a text's first windows: all in batches of 512, and the last quarters in small batches."""
     click.echo(row(["cache", "batch", "stock", "ours", "difference"]))
     click.echo(row(["---", "---:", "---:", "---:", "---:"]))
     prefilled = tokens - tokens // 4
     for kv_type in kv_types:
         for first, batch in ((0, 512), (prefilled, 8), (prefilled, 1)):
-            stock, ours = (sides[kv_type, who].ask("likelihoods", tokens, first, batch) for who in ("on", "ours"))
+            stock, ours = (
+                np.concatenate(
+                    [sides[kv_type, who].ask("likelihoods", tokens, first, batch, window) for window in range(windows)]
+                )
+                for who in ("on", "ours")
+            )
             difference = ours - stock
             error = difference.std() / np.sqrt(difference.size)
             cells = [kv_type, f"{batch}", f"{np.exp(stock.mean()):.3f}", f"{np.exp(ours.mean()):.3f}"]
@@ -157,6 +163,9 @@ def compare_perplexities(sides: dict[tuple[str, str], Side], kv_types: list[str]
 @click.option(
     "--perplexity", type=click.IntRange(min=16), help="Compare perplexities on so many tokens of Emma instead."
 )
+@click.option(
+    "--windows", type=click.IntRange(min=1), default=1, show_default=True, help="Windows of --perplexity tokens each."
+)
 @click.option("--quick", is_flag=True, help="Two rounds at 64 and 1,024 tokens, of 128 tokens and 4.")
 @click.option("--threads", type=click.IntRange(min=1), help="[default: the physical cores]")
 @click.option("--cpu-time", is_flag=True, help="Count CPU time on one thread, which a busy machine disturbs less.")
@@ -171,6 +180,7 @@ def main(
     limit: float,
     kv_types: tuple[str, ...],
     perplexity: int | None,
+    windows: int,
     quick: bool,
     threads: int | None,
     cpu_time: bool,
@@ -199,7 +209,7 @@ def main(
         n_ctx = perplexity or max(depths) + max(prompt, tokens + 1)
         sides = start(path, n_ctx, types, stock, common)
         if perplexity:
-            compare_perplexities(sides, types, perplexity)
+            compare_perplexities(sides, types, perplexity, windows)
         else:
             columns = ["", "cache", "stock, off", "stock, on", "ours", "ours / better", "ours / on", "ours / ours f16"]
             click.echo(row([*columns, "share"]))
