@@ -1,0 +1,297 @@
+"""The tables and pictures of docs/evaluation.md, from the models that benchmarks/small_model.py trains.
+
+Each measurement is kept as a file in build/small-model/results, so that an interrupted run goes on where it was.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import click
+import numpy as np
+import numpy.typing as npt
+
+from benchmarks.perplexity import row
+from benchmarks.small_model import CONTEXT, FOLDER, MAX_FACTOR
+from benchmarks.text import emma
+
+DOCS = Path(__file__).parent.parent / "docs"
+DOCUMENT = DOCS / "evaluation.md"
+RESULTS, FILES = FOLDER / "results", FOLDER / "gguf"
+LENGTHS = tuple(CONTEXT * t for t in (1, 2, 4, 8, 16))
+TOKENS = 1 << 17  # bytes of Emma that every length scores
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A trained model, how it is converted, and how it is run."""
+
+    model: str  # a method of benchmarks/small_model.py
+    convert: Mapping[str, Any] = field(default_factory=dict)
+    outtype: str = "q8_0"
+    run: Mapping[str, Any] = field(default_factory=dict)
+    lengths: tuple[int, ...] = LENGTHS
+
+    def folder(self, seed: int) -> Path:
+        """The trained model."""
+        return FOLDER / f"{self.model}-{seed}"
+
+    def gguf(self, seed: int) -> Path:
+        """The file, whose name says what is in it."""
+        values = [f"{key}={len(value) if key == 'factors' else value}" for key, value in self.convert.items()]
+        name = "-".join([self.model, str(seed), self.outtype, *values])
+        return FILES / f"{re.sub(r'[^A-Za-z0-9=.-]', '_', name)}.gguf"
+
+    def result(self, seed: int) -> Path:
+        """Where its measurement is kept."""
+        values = [f"{key}={value}" for key, value in self.run.items()]
+        if self.lengths != LENGTHS:
+            values.append("-".join(map(str, self.lengths)))
+        return RESULTS / f"{self.gguf(seed).stem}--{'-'.join(values)}.json"
+
+
+def _closed(method: str, **more: Any) -> dict[str, Any]:
+    return {"method": method, "max_factor": MAX_FACTOR, **more}
+
+
+AS_IT_IS = {"method": "ntk", "max_factor": 1}  # one table, which is that of plain RoPE
+
+# The methods, by what the document calls them.
+METHODS = {
+    "plain RoPE": Variant("plain", AS_IT_IS),
+    "PI, not trained": Variant("plain", _closed("linear")),
+    "NTK, not trained": Variant("plain", _closed("ntk")),
+    "YaRN, not trained": Variant("plain", _closed("yarn")),
+    "PI, trained at 8x": Variant("pi"),
+    "YaRN, trained at 8x": Variant("yarn"),
+    "**CLEX**": Variant("clex"),
+    "CLEX, log scale": Variant("clex", {"log_scale": True}),
+    "NTK, trained like CLEX": Variant("ntk"),
+    "NTK, trained like CLEX, log scale": Variant("ntk", {"log_scale": True}),
+    "plain RoPE, trained with skips": Variant("skips", AS_IT_IS),
+    "CLEX, the authors' positions": Variant("clex-random"),
+}
+DRAWN = ("plain RoPE", "PI, trained at 8x", "NTK, not trained", "YaRN, not trained", "YaRN, trained at 8x", "**CLEX**")
+
+# Lengths that no grid but the finest fits.
+BETWEEN = tuple(CONTEXT * t // 4 for t in (5, 10, 14, 22, 36, 50))
+GRIDS = {
+    "1 bucket (t = 16)": Variant("clex", run={"policy": "fixed"}, lengths=BETWEEN),
+    "1, 2, 4, 8, 16": Variant("clex", {"factors": (1, 2, 4, 8, 16)}, lengths=BETWEEN),
+    "1, 2, 3, ... 16": Variant("clex", lengths=BETWEEN),
+    "1, 1.25, 1.5, ... 16": Variant("clex", {"factors": tuple(t / 4 for t in range(4, 65))}, lengths=BETWEEN),
+}
+POLICIES = {
+    "by length, one-shot": Variant("clex"),
+    "by length, growing": Variant("clex", run={"prefill": "growing"}),
+    "fixed (t = 16)": Variant("clex", run={"policy": "fixed"}),
+}
+TYPES = {
+    "F32, F32": Variant("clex", outtype="f32", run={"cache_type": "f32"}),
+    "F16, F16": Variant("clex", outtype="f16"),
+    "F16, q8_0": Variant("clex", outtype="f16", run={"cache_type": "q8_0"}),
+    "F16, q4_0": Variant("clex", outtype="f16", run={"cache_type": "q4_0"}),
+    "Q8_0, F16": Variant("clex"),
+    "Q4_K_M, F16": Variant("clex", outtype="q4_k_m"),
+}
+
+
+def make(variant: Variant, seed: int) -> None:
+    """Convert the trained model."""
+    from clex_convert import convert
+
+    convert(
+        variant.folder(seed), variant.gguf(seed),
+        outtype=variant.outtype, pre_tokenizer="gpt-2", check="none", **variant.convert,
+    )  # fmt: skip
+
+
+def measure(variant: Variant, seed: int) -> list[dict[str, Any]]:
+    """The rows that clex-eval gives for a variant, one for each length."""
+    from clex_eval.options import Length
+    from clex_eval.ppl import perplexity
+
+    result = variant.result(seed)
+    if not result.exists():
+        # By itself, each length scores as much of the text as its windows fill.
+        rows = [
+            found
+            for length in variant.lengths
+            for found in perplexity(
+                [variant.gguf(seed)], emma().read_text(encoding="utf-8"), lengths=[Length(tokens=length)],
+                tokens=TOKENS, original_context=CONTEXT, clamp=True, threads=1, **variant.run,
+            )
+        ]  # fmt: skip
+        keep(result, rows)
+    return json.loads(result.read_text(encoding="utf-8"))
+
+
+def keep(result: Path, rows: list[dict[str, Any]]) -> None:
+    """Write a measurement, all of it or nothing."""
+    partial = result.with_suffix(f".{os.getpid()}.tmp")
+    partial.write_text(json.dumps(rows), encoding="utf-8")
+    partial.rename(result)
+
+
+Losses = npt.NDArray[np.float64]
+
+
+def losses(variant: Variant, seeds: int) -> list[Losses]:
+    """For each length the mean negative log-likelihoods of the text's blocks: [seeds, blocks]."""
+    found = [measure(variant, seed) for seed in range(1, seeds + 1) if variant.folder(seed).exists()]
+    lengths = range(len(variant.lengths))
+    least = [min(len(rows[k]["block_nll"]) for rows in found) for k in lengths]
+    return [np.array([rows[k]["block_nll"][: least[k]] for rows in found]) for k in lengths]
+
+
+def perplexities(variant: Variant, seeds: int) -> list[str]:
+    """The perplexity for each length: over seeds, with half the range between the seeds."""
+    cells = []
+    for values in losses(variant, seeds):
+        each = np.exp(values.mean(axis=1))
+        spread = f" ± {(each.max() - each.min()) / 2:.2f}" if len(each) > 1 else ""
+        cells.append(f"{np.exp(values.mean()):.2f}{spread}")
+    return cells
+
+
+def difference(variant: Variant, other: Variant, seeds: int) -> list[str]:
+    """How much higher the perplexity is than another's, in percent: the mean over the seeds and its standard error.
+
+    The error is that over the text's blocks where there is one seed, or the larger of that and that over the seeds.
+    """
+    cells = []
+    for mine, theirs in zip(losses(variant, seeds), losses(other, seeds), strict=True):
+        count = min(mine.shape[1], theirs.shape[1])
+        change = mine[:, :count] - theirs[:, :count]
+        over_text = change.mean(axis=0)
+        errors = [over_text.std(ddof=1) / math.sqrt(count)]
+        if len(change) > 1:
+            errors.append(change.mean(axis=1).std(ddof=1) / math.sqrt(len(change)))
+        cells.append(f"{100 * math.expm1(change.mean()):+.2f} ± {100 * max(errors):.2f} %")
+    return cells
+
+
+def heading(first: str, lengths: Sequence[int]) -> list[str]:
+    """The first two lines of a table with a column for each length."""
+    names = [f"{n / CONTEXT:g}x ({n:,})" for n in lengths]
+    return [row([first, *names]), row(["---", *["---:"] * len(names)])]
+
+
+def table(first: str, variants: Mapping[str, Variant], cells: Callable[[Variant], Iterable[str]]) -> str:
+    """A Markdown table with a row for each variant that has been trained."""
+    kept = {name: variant for name, variant in variants.items() if variant.folder(1).exists()}
+    lengths = next(iter(kept.values())).lengths
+    return "\n".join([*heading(first, lengths), *(row([name, *cells(variant)]) for name, variant in kept.items())])
+
+
+def references() -> str:
+    """The same model in transformers and in the runtime, everything in float32: perplexities to five digits."""
+    from clex_eval.options import Length
+    from clex_eval.ppl import perplexity
+
+    cached = RESULTS / "reference.json"
+    runtime = Variant("clex", outtype="f32", run={"cache_type": "f32"})
+    if not cached.exists():
+        rows = list(
+            perplexity(
+                [runtime.folder(1), runtime.gguf(1)], emma().read_text(encoding="utf-8"), tokens=1 << 15,
+                lengths=[Length(tokens=n) for n in LENGTHS], cache_type="f32",
+            )
+        )  # fmt: skip
+        keep(cached, rows)
+    rows = json.loads(cached.read_text(encoding="utf-8"))
+    lines = heading("float32", LENGTHS)
+    for name, k in (("transformers", 0), ("runtime", 1)):
+        lines.append(row([name, *(f"{found['perplexity']:.5f}" for found in rows[k * 5 : k * 5 + 5])]))
+    return "\n".join(lines)
+
+
+def pictures(seeds: int) -> None:
+    """Perplexity by length, and the trained dynamics beside the closed forms."""
+    from clex_eval.report import plot_curves
+
+    curves = {name: METHODS[name] for name in DRAWN if METHODS[name].folder(1).exists()}
+    plot_curves(
+        DOCS / "evaluation.svg",
+        "Perplexity of Emma per byte, Q8_0, by context length",
+        LENGTHS,
+        {
+            name.strip("*"): [float(np.exp(values.mean())) for values in losses(variant, seeds)]
+            for name, variant in curves.items()
+        },
+        "context length (bytes)",
+        "perplexity",
+        marks={f"trained context, {CONTEXT}": CONTEXT},
+        log_y=True,
+    )
+    files = {f"clex-seed-{seed}": METHODS["**CLEX**"].gguf(seed) for seed in range(1, seeds + 1)}
+    files |= {"ntk": METHODS["NTK, not trained"].gguf(1), "yarn": METHODS["YaRN, not trained"].gguf(1)}
+    links = []
+    for name, path in files.items():
+        links.append(FILES / f"{name}.gguf")
+        links[-1].unlink(missing_ok=True)
+        links[-1].symlink_to(path)
+    subprocess.run(
+        [sys.executable, "-m", "clex_local.inspection", *map(str, links), "--plot", str(DOCS / "dynamics.svg")],
+        check=True, stdout=subprocess.DEVNULL,
+    )  # fmt: skip
+
+
+def write(sections: Mapping[str, str]) -> None:
+    """Put the tables in their places in the document."""
+    text = DOCUMENT.read_text(encoding="utf-8")
+    for name, content in sections.items():
+        pattern = re.compile(rf"(<!-- {name}: made by benchmarks/evaluation.py -->\n).*?(<!-- end -->)", re.DOTALL)
+        text, count = pattern.subn(lambda found, content=content: f"{found[1]}\n{content}\n\n{found[2]}", text)
+        if count != 1:
+            raise click.ClickException(f"{DOCUMENT.name}: no place for the table {name}")
+    DOCUMENT.write_text(text, encoding="utf-8")
+
+
+@click.command()
+@click.option(
+    "--seeds", type=click.IntRange(min=1), default=3, show_default=True, help="Trained models of each method."
+)
+@click.option("--jobs", type=click.IntRange(min=1), default=2, show_default=True, help="Measurements at a time.")
+def main(seeds: int, jobs: int) -> None:
+    """Measure what is not measured yet, and write docs/evaluation.md: half an hour on two cores."""
+    for folder in (RESULTS, FILES):
+        folder.mkdir(parents=True, exist_ok=True)
+    wanted = [
+        (variant, seed)
+        for seed in range(1, seeds + 1)
+        for variant in (*METHODS.values(), *GRIDS.values(), *POLICIES.values(), *TYPES.values())
+        if variant.folder(seed).exists()
+    ]
+    with ProcessPoolExecutor(jobs) as pool:
+        for work, name in ((make, Variant.gguf), (measure, Variant.result)):
+            missing = {path: pair for pair in wanted if not (path := name(*pair)).exists()}
+            for run in [pool.submit(work, *pair) for pair in missing.values()]:
+                run.result()
+    clex = METHODS["**CLEX**"]
+    controls = {name: METHODS[name] for name in METHODS if METHODS[name].model in ("ntk", "skips", "clex-random")}
+    write(
+        {
+            "methods": table("method", METHODS, lambda variant: perplexities(variant, seeds)),
+            "controls": table("against CLEX", controls, lambda variant: difference(variant, clex, seeds)),
+            "grids": table("buckets", GRIDS, lambda variant: perplexities(variant, seeds)),
+            "policies": table("policy, prefill", POLICIES, lambda variant: perplexities(variant, seeds)),
+            "types": table("weights, cache", TYPES, lambda variant: difference(variant, TYPES["F32, F32"], seeds)),
+            "reference": references(),
+        }
+    )
+    pictures(seeds)
+
+
+if __name__ == "__main__":
+    main()
