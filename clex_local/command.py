@@ -13,8 +13,8 @@ INTERRUPTED = 130  # what a shell reports for a command that Ctrl-C ended
 SETTINGS = {"help_option_names": ["-h", "--help"], "max_content_width": 100, "show_default": True}
 
 
-class Command(click.Command):
-    """A command whose every error is one line on stderr."""
+class OneLineErrors(click.Command):
+    """What makes every error of a command one line on stderr."""
 
     def main(self, *args: Any, **kwargs: Any) -> NoReturn:
         """Run and leave with an exit code: 1 for an error, 2 for wrong usage, 130 for Ctrl-C."""
@@ -33,3 +33,11 @@ class Command(click.Command):
         """Print an error as every command does; returns the exit code."""
         print(f"{self.name}: error: {message}", file=sys.stderr)
         return code
+
+
+class Command(OneLineErrors):
+    """A command whose every error is one line on stderr."""
+
+
+class Group(OneLineErrors, click.Group):
+    """Commands under one name, whose every error is one line on stderr."""

@@ -6,8 +6,8 @@ import math
 import os
 import secrets
 import warnings
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +16,8 @@ import numpy as np
 from clex_local.errors import ClexError, escaped
 
 if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
     from clex_local.inspection import Inspection
 
 FORMATS = (".png", ".svg")
@@ -42,9 +44,7 @@ def plot(found: Sequence[Inspection], output: str | os.PathLike[str]) -> None:
     Raises:
         ClexError: another ending, a model without tables, matplotlib is missing, or the file cannot be written.
     """
-    output = Path(output)
-    if output.suffix.lower() not in FORMATS:
-        raise ClexError(f"{output}: pictures are written as {' or '.join(FORMATS)}, by the name's ending")
+    output = checked_name(output)
     if not 0 < len(found) <= _MOST_MODELS:
         raise ClexError(f"{output}: a picture shows 1 to {_MOST_MODELS} models, not {len(found)}")
     for model in found:
@@ -52,6 +52,39 @@ def plot(found: Sequence[Inspection], output: str | os.PathLike[str]) -> None:
             raise ClexError(f"{model.path}: has no tables to draw; clex-convert adds some")
         if not 1 < model.tables.inv_freq.shape[1] <= _MOST_FREQUENCIES:
             raise ClexError(f"{model.path}: {model.tables.inv_freq.shape[1]} frequencies cannot be drawn")
+    rows, columns = math.ceil(len(found) / 3), min(len(found), 3)
+    size = (6.4, 5.0) if columns == 1 else (4.8 * columns, 5.8 * rows)
+    with new_figure(output, *size) as figure:
+        grid = list(figure.subplots(rows, columns, squeeze=False).flat)
+        for axes, model in zip(grid, found, strict=False):
+            _draw(axes, model, legend_columns=2 if columns == 1 else 1)
+        for axes in grid[len(found) :]:
+            axes.set_axis_off()
+        # One scale for all, so that models can be compared.
+        limits = [axes.get_ylim() for axes in grid[: len(found)]]
+        for axes in grid[: len(found)]:
+            _set_scale(axes, min(low for low, _ in limits), max(high for _, high in limits))
+
+
+def checked_name(output: str | os.PathLike[str]) -> Path:
+    """The path of a picture.
+
+    Raises:
+        ClexError: it ends with neither .png nor .svg.
+    """
+    output = Path(output)
+    if output.suffix.lower() not in FORMATS:
+        raise ClexError(f"{output}: pictures are written as {' or '.join(FORMATS)}, by the name's ending")
+    return output
+
+
+@contextmanager
+def new_figure(output: Path, width: float, height: float) -> Iterator[Figure]:
+    """An empty figure in our style to draw on, width and height in inches; written to the output afterwards.
+
+    Raises:
+        ClexError: matplotlib is missing, or the file cannot be written.
+    """
     try:
         import matplotlib
         from matplotlib.figure import Figure
@@ -62,18 +95,8 @@ def plot(found: Sequence[Inspection], output: str | os.PathLike[str]) -> None:
         warnings.simplefilter("ignore")  # a name with letters that the font lacks
         matplotlib.rcdefaults()
         matplotlib.rcParams.update(_STYLE)
-        rows, columns = math.ceil(len(found) / 3), min(len(found), 3)
-        size = (6.4, 5.0) if columns == 1 else (4.8 * columns, 5.8 * rows)
-        figure = Figure(figsize=size, layout="constrained")
-        grid = list(figure.subplots(rows, columns, squeeze=False).flat)
-        for axes, model in zip(grid, found, strict=False):
-            _draw(axes, model, legend_columns=2 if columns == 1 else 1)
-        for axes in grid[len(found) :]:
-            axes.set_axis_off()
-        # One scale for all, so that models can be compared.
-        limits = [axes.get_ylim() for axes in grid[: len(found)]]
-        for axes in grid[: len(found)]:
-            _set_scale(axes, min(low for low, _ in limits), max(high for _, high in limits))
+        figure = Figure(figsize=(width, height), layout="constrained")
+        yield figure
         _save(figure, output)
 
 

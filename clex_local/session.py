@@ -142,6 +142,29 @@ class Session:
         """Tokens of a text by itself."""
         return len(self._tokenize(text, special=False))
 
+    def piece(self, token: int) -> bytes:
+        """The bytes that a token stands for, none for a control token; a character may be spread over several."""
+        # Not Llama.detokenize: it loses tokens of more than 32 bytes, such as long runs of spaces.
+        size = 64
+        while True:
+            buffer = ctypes.create_string_buffer(size)
+            n = llama_cpp.llama_token_to_piece(self._vocab, token, buffer, size, 0, False)
+            if n >= 0:
+                return buffer.raw[:n]
+            size = -n
+
+    def prompt(self, message: str, answer: str = "") -> list[int]:
+        """Tokens of a conversation of one message, with its answer begun; nothing is computed or changed.
+
+        Raises:
+            ClexError: the template refuses the message, or the text is not Unicode.
+        """
+        start = [{"role": "system", "content": self.system}] if self.system is not None else []
+        text = self._render([*start, {"role": "user", "content": message}])
+        if not self.has_own_template:
+            return self._whole(text + answer)
+        return self._whole(text) + self._tokenize(answer, special=False)
+
     def send(self, text: str, max_tokens: int | None = None) -> Generator[str, None, None]:
         """Add a user message and return the answer as a stream of text; ``last`` tells afterwards how it went.
 
@@ -179,7 +202,7 @@ class Session:
                     answer.finish_reason = "stop"
                     break
                 generated.append(token)
-                piece = decoder.decode(self._piece(token))
+                piece = decoder.decode(self.piece(token))
                 if not decoder.getstate()[0]:
                     whole = len(generated)
                 answer.text += piece
@@ -244,11 +267,15 @@ class Session:
             # Only a control token is sure to be cut the same way with and without the text before it.
             if rest and llama_cpp.llama_vocab_is_control(self._vocab, rest[0]):
                 return text, self._tokens + rest
+        return text, self._whole(text)
+
+    def _whole(self, text: str) -> list[int]:
+        """Tokens of a conversation as the template writes it."""
         tokens = self._tokenize(text, special=True)
         # A template may write the token itself; a second one harms the answer.
         if self._bos is not None and tokens[:1] != [self._bos]:
             tokens.insert(0, self._bos)
-        return text, tokens
+        return tokens
 
     def _render(self, messages: list[dict[str, str]]) -> str:
         untyped: Any = messages
@@ -266,16 +293,6 @@ class Session:
 
     def _token_text(self, token: int) -> str:
         return self.llm._model.token_get_text(token) if token >= 0 else ""
-
-    def _piece(self, token: int) -> bytes:
-        # Not Llama.detokenize: it loses tokens of more than 32 bytes, such as long runs of spaces.
-        size = 64
-        while True:
-            buffer = ctypes.create_string_buffer(size)
-            n = llama_cpp.llama_token_to_piece(self._vocab, token, buffer, size, 0, False)
-            if n >= 0:
-                return buffer.raw[:n]
-            size = -n
 
 
 def own_template(llm: Llama) -> str | None:

@@ -130,7 +130,7 @@ def test_long_tokens_are_written_whole(session):
     longest = max(vocabulary, key=lambda token: len(session.llm._model.token_get_text(token)))
     text = session.llm._model.token_get_text(longest).replace("Ġ", " ").replace("Ċ", "\n")
     assert len(text) > 32
-    assert session._piece(longest).decode() == text
+    assert session.piece(longest).decode() == text
 
 
 def test_an_interrupted_answer_stays_and_the_next_turn_goes_on(session):

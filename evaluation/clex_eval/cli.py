@@ -1,0 +1,20 @@
+"""``clex-eval``: what long context is worth to a model."""
+
+from __future__ import annotations
+
+import click
+
+from clex_eval import ppl
+from clex_local.command import SETTINGS, Group
+
+
+@click.group("clex-eval", cls=Group, context_settings=SETTINGS)
+@click.version_option(package_name="clex-local")
+def main() -> None:
+    """Measure what long context is worth to models: GGUF files, or Hugging Face folders."""
+
+
+main.add_command(ppl.command)
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,424 @@
+"""``clex-eval ppl``: perplexity by context length.
+
+Every length scores the same tokens of a text. A window of n tokens predicts n of them: its first input is the model's
+BOS token or, of a model without one, the token before.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import click
+import numpy as np
+import numpy.typing as npt
+
+from clex_eval.models import Coverage, Model, Prefill, coverage, open_model
+from clex_eval.options import Length, lengths_option, model_options, names, output_options
+from clex_eval.report import Column, Report, Work, plot_curves, run, working
+from clex_local.errors import ClexError
+
+TOKENS = 32768  # scored unless told otherwise
+BLOCK = 512  # tokens of the text that count as one observation, at most
+
+FloatArray = npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Span:
+    """Which tokens of a text are scored, the same for every length.
+
+    Attributes:
+        start: the first of them; before it there is the context of a sliding window.
+        count: how many.
+    """
+
+    start: int
+    count: int
+
+
+def span_of(longest: int, available: int, tokens: int | None, stride: int | None) -> Span:
+    """The tokens to score of a text with `available` tokens to predict.
+
+    Args:
+        longest: the largest context length, in tokens.
+        available: tokens of the text that can be predicted.
+        tokens: how many to score, rounded up to whole windows of the largest length; None: 32,768 or what there is.
+        stride: tokens scored in each window; None: all of it.
+
+    Raises:
+        ClexError: the text is too short.
+    """
+    step = min(stride or longest, longest)
+    start = longest - step
+    wanted = -(-(tokens or TOKENS) // step) * step
+    if tokens is None:
+        wanted = min(wanted, (available - start) // step * step)
+    if wanted <= 0 or start + wanted > available:
+        needed = start + max(wanted, step)
+        raise ClexError(f"the text has {available:,} tokens to predict, {needed:,} are needed; take a longer text")
+    return Span(start, wanted)
+
+
+def window_likelihoods(
+    model: Model,
+    text: npt.NDArray[np.int32],
+    span: Span,
+    length: int,
+    *,
+    stride: int | None = None,
+    prefill: Prefill = "one-shot",
+    chunk: int | None = None,
+    work: Work | None = None,
+) -> FloatArray:
+    """Negative log-likelihoods of the tokens of a span, each window computed afresh: [windows, tokens scored in each].
+
+    Args:
+        model: computes them.
+        text: its tokens, without BOS.
+        span: which of them are scored; where windows do not divide it, its last tokens are not.
+        length: tokens of a window.
+        stride: how far apart windows are, and how many tokens at the end of each are scored; None: the length.
+        prefill: as ``Model.negative_log_likelihoods`` says.
+        chunk: the same.
+        work: is told of the tokens computed.
+    """
+    step = min(stride or length, length)
+    bos = np.array(model.bos, np.int32)
+    first = span.start + (0 if model.bos else 1)
+    found = np.empty((span.count // step, step))
+    for i in range(len(found)):
+        end = first + (i + 1) * step
+        begin = end - length
+        tokens = np.concatenate([bos, text[begin:end]]) if model.bos else text[begin - 1 : end]
+        found[i] = model.negative_log_likelihoods(
+            tokens, prefill=prefill, chunk=chunk, last=step, progress=work.advance if work else None
+        )
+    return found
+
+
+def mean_and_error(values: FloatArray, block: int) -> tuple[float, float | None]:
+    """The mean over consecutive tokens and its standard error, with blocks of the text as the observations.
+
+    Tokens near each other are about as hard, so they are no independent observations. Without two whole blocks there
+    is no error.
+    """
+    values = values.reshape(-1)
+    mean = float(values.mean())
+    whole = len(values) // block
+    if whole < 2:
+        return mean, None
+    blocks = values[: whole * block].reshape(whole, block).mean(axis=1)
+    return mean, float(blocks.std(ddof=1) / math.sqrt(whole))
+
+
+@dataclass(frozen=True, eq=False)
+class Scored:
+    """What one model gave for one length: negative log-likelihoods [windows, scored] of a span of a text."""
+
+    model: str
+    tokens: npt.NDArray[np.int32]
+    span: Span
+    length: int
+    values: FloatArray
+
+    def difference(self, other: Scored, last: int | None = None) -> tuple[FloatArray, FloatArray] | None:
+        """The values of both for the tokens both scored, or for the last of each window of this; None if there are
+        none.
+        """
+        if self.span != other.span or not np.array_equal(self.tokens, other.tokens):
+            return None
+        mine, theirs = self.values.reshape(-1), other.values.reshape(-1)
+        kept = np.arange(min(len(mine), len(theirs)))
+        if last is not None:
+            width = self.values.shape[1]
+            kept = kept[kept % width >= width - last]
+        return (mine[kept], theirs[kept]) if len(kept) else None
+
+
+def perplexity(
+    models: Sequence[Path],
+    text: str,
+    *,
+    lengths: Sequence[Length] | None = None,
+    tokens: int | None = None,
+    stride: int | None = None,
+    prefill: Prefill = "one-shot",
+    chunk: int | None = None,
+    original_context: int | None = None,
+    notes: list[str] | None = None,
+    **options: Any,
+) -> Iterator[dict[str, Any]]:
+    """Perplexity of a text by model and context length.
+
+    Args:
+        models: GGUF files and Hugging Face folders.
+        text: what is read; every length scores the same tokens of it.
+        lengths: context lengths; None: 1, 2, 4 and 8 times the original context, as far as the tables go.
+        tokens: how many tokens to score, in whole windows of the largest length; None: 32,768, or what the text has.
+        stride: tokens between sliding windows, of each of which only so many are scored; None: windows side by side.
+        prefill: ``one-shot`` or ``growing``, as ``Model.negative_log_likelihoods`` says.
+        chunk: tokens of a chunk of ``growing``; None: the original context.
+        original_context: L in place of what the models say.
+        notes: what a reader should know is added to them.
+        **options: those of ``open_model``.
+
+    Yields:
+        One row for each model and length; docs/evaluation.md lists the keys.
+
+    Raises:
+        ClexError: the text is too short, the tables do not cover a length, or a model cannot be run.
+    """
+    notes = notes if notes is not None else []
+    plans = [
+        (name, path, *_plan(path, lengths, original_context, options.get("clamp", False), notes))
+        for name, path in zip(names(models), models, strict=True)
+    ]
+    longest = max(wanted[-1] for *_, wanted in plans)  # one for all, so that all score the same tokens
+    first: dict[int, Scored] = {}
+    with working() as work:
+        for number, (name, path, covers, wanted) in enumerate(plans):
+            block = min(covers.original, BLOCK)
+            with open_model(path, context=max(wanted), **options) as model:
+                read = _tokens(model, text, 1 + 2 * longest + max(tokens or TOKENS, longest))
+                span = span_of(longest, len(read) - (not model.bos), tokens, stride)
+                work.expect(sum(span.count // min(stride or n, n) * n for n in wanted) * (len(plans) - number))
+                shortest = None
+                for length in wanted:
+                    work.name(f"{name}, {length:,} tokens")
+                    start = time.monotonic()
+                    values = window_likelihoods(
+                        model, read, span, length,
+                        stride=stride, prefill=prefill, chunk=chunk or covers.original, work=work,
+                    )  # fmt: skip
+                    seconds = time.monotonic() - start
+                    scored = Scored(name, read, span, length, values)
+                    shortest = shortest or scored
+                    row = {"model": name, "path": path, "original_context": covers.original, "length": length}
+                    row["scaling_factor"] = model.scaling_factor(length)
+                    row |= _row(scored, shortest, first.setdefault(length, scored), covers.original, block)
+                    yield row | {"seconds": round(seconds, 2)}
+
+
+def _plan(
+    path: Path, lengths: Sequence[Length] | None, original: int | None, clamp: bool, notes: list[str]
+) -> tuple[Coverage, list[int]]:
+    """The coverage of a model, and the context lengths to measure, ascending."""
+    covers = coverage(path)
+    covers = Coverage(original or covers.original, covers.maximum)
+    given = lengths is not None
+    wanted = sorted({n.of(covers.original) for n in lengths or default_lengths()})
+    if covers.maximum is None:
+        if wanted[-1] > covers.original:
+            notes.append(f"{path.name} has no tables: beyond {covers.original:,} tokens it is run as it is")
+    elif wanted[-1] > covers.maximum and not clamp:
+        if given or wanted[0] > covers.maximum:
+            raise ClexError(
+                f"{path}: its tables cover {covers.maximum:,} tokens, not {wanted[-1]:,}; "
+                "leave that length out, or go on with the last table by --clamp"
+            )
+        wanted = [n for n in wanted if n <= (covers.maximum or n)]
+        notes.append(f"{path.name}: its tables cover {covers.maximum:,} tokens, longer contexts are left out")
+    return covers, wanted
+
+
+def default_lengths() -> tuple[Length, ...]:
+    """1, 2, 4 and 8 times the original context."""
+    return tuple(Length(factor=t) for t in (1, 2, 4, 8))
+
+
+def _tokens(model: Model, text: str, most: int) -> npt.NDArray[np.int32]:
+    """The first tokens of a text, without reading much more of it than that takes."""
+    size = 6 * most
+    while True:
+        found = model.tokenize(text[:size])
+        # the last ones may be cut differently than in the whole text
+        if size >= len(text) or len(found) >= most + 64:
+            return np.array(found[:most], np.int32)
+        size *= 2
+
+
+def _row(scored: Scored, shortest: Scored, first: Scored, original: int, block: int) -> dict[str, Any]:
+    values = scored.values
+    row: dict[str, Any] = {"windows": len(values), "tokens": values.size}
+    row |= _statistics("", values, block)
+    last = min(original, scored.length)
+    if values.shape[1] == scored.length:
+        row["last_tokens"] = last
+        row |= _statistics("last_", values[:, scored.length - last :], block)
+        row |= _paired("last_change", scored.difference(shortest, last) if scored is not shortest else None, block)
+    row |= _paired("difference", scored.difference(first) if scored is not first else None, block)
+    row["block_tokens"] = block
+    whole = values.size // block * block
+    row["block_nll"] = np.round(values.reshape(-1)[:whole].reshape(-1, block).mean(axis=1), 6).tolist()
+    return row
+
+
+def _statistics(prefix: str, values: FloatArray, block: int) -> dict[str, float | None]:
+    mean, error = mean_and_error(values, block)
+    with np.errstate(over="ignore"):
+        found = float(np.exp(mean))
+    return {
+        f"{prefix}nll": mean,
+        f"{prefix}nll_error": error,
+        f"{prefix}perplexity": found,
+        f"{prefix}perplexity_error": None if error is None else found * error,
+    }
+
+
+def _paired(name: str, pair: tuple[FloatArray, FloatArray] | None, block: int) -> dict[str, float | None]:
+    mean, error = (None, None) if pair is None else mean_and_error(pair[0] - pair[1], block)
+    return {name: mean, f"{name}_error": error}
+
+
+def _number(value: float) -> str:
+    return f"{value:,.4f}" if value < 1000 else f"{value:,.0f}" if value < 1e7 else f"{value:.2e}"
+
+
+def _error(value: float) -> str:
+    return f"± {_number(value)}"
+
+
+def report_of(several: bool, sliding: bool, settings: dict[str, Any]) -> Report:
+    """An empty report with the columns of such a run."""
+    columns = [
+        Column("model", "model"),
+        Column("length", "context", lambda n: f"{n:,}"),
+        Column("scaling_factor", "t", lambda t: f"{t:g}"),
+        Column("windows", "windows", lambda n: f"{n:,}"),
+        Column("perplexity", "perplexity", _number),
+        Column("perplexity_error", "", _error),
+    ]
+    if not sliding:
+        columns += [
+            Column("last_tokens", "last tokens", lambda n: f"{n:,}"),
+            Column("last_perplexity", "perplexity", _number),
+            Column("last_perplexity_error", "", _error),
+            Column("last_change", "nats vs shortest", lambda x: f"{x:+.4f}"),
+            Column("last_change_error", "", _error),
+        ]
+    if several:
+        columns += [
+            Column("difference", "nats vs first model", lambda x: f"{x:+.4f}"),
+            Column("difference_error", "", _error),
+        ]
+    columns.append(Column("seconds", "s", lambda s: f"{s:.1f}"))
+    return Report("ppl", columns, settings=settings)
+
+
+def plot(report: Report, output: Path) -> None:
+    """Draw the perplexities of a report over the context length.
+
+    Raises:
+        ClexError: as ``plot_curves``.
+    """
+    rows = report.rows
+    lengths = sorted({row["length"] for row in rows})
+    series: dict[str, list[float | None]] = {}
+    errors: dict[str, list[float | None]] = {}
+    models = list(dict.fromkeys(row["model"] for row in rows))
+
+    def add(name: str, model: str, key: str) -> None:
+        by_length = {row["length"]: row for row in rows if row["model"] == model}
+        series[name] = [by_length[n].get(key) if n in by_length else None for n in lengths]
+        errors[name] = [by_length[n].get(f"{key}_error") if n in by_length else None for n in lengths]
+
+    for model in models:
+        add(model, model, "perplexity")
+    if len(models) == 1 and any(row.get("last_perplexity") for row in rows):
+        add("of the last tokens of each window", models[0], "last_perplexity")
+    values = [v for curve in series.values() for v in curve if v is not None and math.isfinite(v)]
+    originals = sorted({row["original_context"] for row in rows})
+    marks = {f"original context, {n:,} tokens": n for n in originals} if len(originals) == 1 else {}
+    way = f"sliding by {report.settings['stride']:,}" if report.settings["stride"] else report.settings["prefill"]
+    plot_curves(
+        output,
+        f"Perplexity by context length, {way}",
+        lengths,
+        series,
+        "context length (tokens)",
+        "perplexity",
+        errors=errors,
+        marks=marks,
+        log_y=bool(values) and max(values) > 4 * min(values),
+    )
+
+
+@click.command("ppl")
+@model_options
+@click.option(
+    "--text", metavar="FILE", required=True, type=click.Path(path_type=Path), help="Text to read; - is standard input."
+)
+@lengths_option()
+@click.option(
+    "--tokens",
+    metavar="N",
+    type=click.IntRange(min=1),
+    show_default=f"{TOKENS:,}, or what the text has",
+    help="Tokens to score, rounded up to whole windows of the largest length; every length scores the same ones.",
+)
+@click.option(
+    "--stride",
+    metavar="N",
+    type=click.IntRange(min=1),
+    show_default="windows side by side, all of each scored",
+    help="Slide the windows by N tokens and score only the last N of each.",
+)
+@click.option(
+    "--prefill",
+    type=click.Choice(["one-shot", "growing"]),
+    default="one-shot",
+    help="one-shot: one table for a whole window; growing: a window is fed in chunks, and the table grows with it.",
+)
+@click.option(
+    "--chunk",
+    metavar="N",
+    type=click.IntRange(min=1),
+    show_default="the original context",
+    help="Tokens of a chunk of --prefill growing.",
+)
+@click.option(
+    "--original-context",
+    metavar="N",
+    type=click.IntRange(min=1),
+    show_default="the model's",
+    help="Tokens that 1x stands for.",
+)
+@output_options
+def command(
+    models: tuple[Path, ...],
+    text: Path,
+    lengths: tuple[Length, ...] | None,
+    tokens: int | None,
+    stride: int | None,
+    prefill: Prefill,
+    chunk: int | None,
+    original_context: int | None,
+    picture: Path | None,
+    as_json: bool,
+    **options: Any,
+) -> None:
+    """Perplexity of a text by context length.
+
+    Every length scores the same tokens. Of windows side by side, the last tokens of each, as many as the original
+    context, show whether what is far away helps: they are compared with the same tokens in the shortest windows.
+    Errors are standard errors over blocks of the text.
+    """
+    from clex_local.plot import checked_name
+    from clex_local.terminal import read_text
+
+    if chunk and prefill != "growing":
+        raise click.UsageError("--chunk belongs to --prefill growing")
+    if picture:
+        checked_name(picture)
+    content = read_text(text)
+    given: dict[str, Any] = dict(
+        tokens=tokens, stride=stride, prefill=prefill, chunk=chunk, original_context=original_context, **options
+    )
+    report = report_of(len(models) > 1, stride is not None, {"text": str(text), **given})
+    rows = perplexity(models, content, lengths=lengths, notes=report.notes, **given)
+    run(report, rows, as_json=as_json, plot=(lambda: plot(report, picture)) if picture else None)
