@@ -32,7 +32,7 @@ from clex_local.memory import (
 )
 from clex_local.tables import ContextError, named_tables
 
-_ERROR_LEVEL = 4  # GGML_LOG_LEVEL_ERROR
+_WARN_LEVEL, _ERROR_LEVEL = 3, 4  # GGML_LOG_LEVEL_WARN, GGML_LOG_LEVEL_ERROR
 _TYPE_NAMES = {code: name for name, (code, _, _) in KV_TYPES.items()}
 _GENERATE = inspect.signature(llama_cpp.Llama.generate)
 
@@ -407,15 +407,18 @@ def _too_long(n_tokens: int, limit: int) -> ContextError:
 
 @contextmanager
 def _native_errors(*, forward: bool) -> Iterator[list[str]]:
-    """Collect the error lines that llama.cpp logs, which say why it refuses a model; print them too if `forward`."""
+    """Collect the error lines that llama.cpp logs, which say why it refuses a model.
+
+    They and warnings are printed too if `forward`; the bindings would print warnings in any case.
+    """
     lines: list[str] = []
 
     @llama_cpp.llama_log_callback
     def collect(level: int, text: bytes, user_data: Any) -> None:
         if level == _ERROR_LEVEL:
             lines.append(text.decode("utf-8", errors="replace").strip())
-            if not forward:
-                return
+        if not forward and level in (_WARN_LEVEL, _ERROR_LEVEL):
+            return
         llama_log_callback(level, text, user_data)
 
     llama_cpp.llama_log_set(collect, ctypes.c_void_p(0))

@@ -8,7 +8,7 @@ from clex_eval import ppl
 from clex_local.command import SETTINGS, Group
 
 
-@click.group("clex-eval", cls=Group, context_settings=SETTINGS)
+@click.group("clex-eval", cls=Group, no_args_is_help=False, context_settings=SETTINGS)
 @click.version_option(package_name="clex-local")
 def main() -> None:
     """Measure what long context is worth to models: GGUF files, or Hugging Face folders."""

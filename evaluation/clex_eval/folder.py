@@ -51,8 +51,10 @@ class FolderModel:
     def __init__(self, path: Path, covers: Coverage, context: int, *, clamp: bool, threads: int | None) -> None:
         with extra_packages():
             import torch
+            import transformers
             from transformers import AutoModelForCausalLM, AutoTokenizer
 
+        transformers.logging.set_verbosity_error()
         self.path, self.name = path, path.resolve().name
         self.original_context_length = covers.original
         self.context_length = held(covers, context, clamp)
@@ -64,9 +66,11 @@ class FolderModel:
             if self._largest is None:
                 model: Any = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, local_files_only=True)
             else:
-                from clex_train import load_model  # pyright: ignore[reportMissingImports]
+                from clex_train.model import load_model  # pyright: ignore[reportMissingImports]
 
                 model = load_model(path, dtype=torch.float32)
+        except ImportError as error:
+            raise ClexError(f"{path}: needs the Python package {error.name}: pip install 'clex-local[train]'") from None
         except ClexError:
             raise
         except Exception as error:  # transformers raises anything over a damaged folder

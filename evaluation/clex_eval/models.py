@@ -255,6 +255,9 @@ class GGUFModel:
         self.bos = (self._llm.token_bos(),) if wanted else ()
         self._vocab = vocab
         self._batch = llama_cpp.llama_batch_init(self._llm.n_batch, 0, 1)
+        for i in range(self._llm.n_batch):
+            self._batch.n_seq_id[i] = 1
+            self._batch.seq_id[i][0] = 0
 
     def __enter__(self) -> GGUFModel:
         return self
@@ -376,10 +379,7 @@ class GGUFModel:
 
         array(batch.token)[:] = tokens
         array(batch.pos)[:] = np.arange(position, position + count)
-        array(batch.n_seq_id)[:] = 1
         array(batch.logits)[:] = np.arange(position, position + count) >= first
-        for i in range(count):
-            batch.seq_id[i][0] = 0
         status = llama_cpp.llama_decode(self._llm.ctx, batch)
         if status:
             raise ClexError(f"{self.path}: llama.cpp failed to decode {count} tokens at {position} (status {status})")

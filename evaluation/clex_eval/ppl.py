@@ -41,7 +41,7 @@ class Span:
     count: int
 
 
-def span_of(longest: int, available: int, tokens: int | None, stride: int | None) -> Span:
+def span_of(longest: int, available: int, tokens: int | None, stride: int | None, source: str = "the text") -> Span:
     """The tokens to score of a text with `available` tokens to predict.
 
     Args:
@@ -49,6 +49,7 @@ def span_of(longest: int, available: int, tokens: int | None, stride: int | None
         available: tokens of the text that can be predicted.
         tokens: how many to score, rounded up to whole windows of the largest length; None: 32,768 or what there is.
         stride: tokens scored in each window; None: all of it.
+        source: what an error calls the text.
 
     Raises:
         ClexError: the text is too short.
@@ -60,7 +61,9 @@ def span_of(longest: int, available: int, tokens: int | None, stride: int | None
         wanted = min(wanted, (available - start) // step * step)
     if wanted <= 0 or start + wanted > available:
         needed = start + max(wanted, step)
-        raise ClexError(f"the text has {available:,} tokens to predict, {needed:,} are needed; take a longer text")
+        raise ClexError(
+            f"{source}: {available:,} tokens to predict, {needed:,} are needed; take a longer text, or fewer tokens"
+        )
     return Span(start, wanted)
 
 
@@ -150,6 +153,7 @@ def perplexity(
     prefill: Prefill = "one-shot",
     chunk: int | None = None,
     original_context: int | None = None,
+    source: str = "the text",
     notes: list[str] | None = None,
     **options: Any,
 ) -> Iterator[dict[str, Any]]:
@@ -164,6 +168,7 @@ def perplexity(
         prefill: ``one-shot`` or ``growing``, as ``Model.negative_log_likelihoods`` says.
         chunk: tokens of a chunk of ``growing``; None: the original context.
         original_context: L in place of what the models say.
+        source: what an error calls the text.
         notes: what a reader should know is added to them.
         **options: those of ``open_model``.
 
@@ -185,7 +190,7 @@ def perplexity(
             block = min(covers.original, BLOCK)
             with open_model(path, context=max(wanted), **options) as model:
                 read = _tokens(model, text, 1 + 2 * longest + max(tokens or TOKENS, longest))
-                span = span_of(longest, len(read) - (not model.bos), tokens, stride)
+                span = span_of(longest, len(read) - (not model.bos), tokens, stride, source)
                 work.expect(sum(span.count // min(stride or n, n) * n for n in wanted) * (len(plans) - number))
                 shortest = None
                 for length in wanted:
@@ -420,5 +425,5 @@ def command(
         tokens=tokens, stride=stride, prefill=prefill, chunk=chunk, original_context=original_context, **options
     )
     report = report_of(len(models) > 1, stride is not None, {"text": str(text), **given})
-    rows = perplexity(models, content, lengths=lengths, notes=report.notes, **given)
+    rows = perplexity(models, content, lengths=lengths, source=str(text), notes=report.notes, **given)
     run(report, rows, as_json=as_json, plot=(lambda: plot(report, picture)) if picture else None)
