@@ -62,7 +62,7 @@ def span_of(longest: int, available: int, tokens: int | None, stride: int | None
     if wanted <= 0 or start + wanted > available:
         needed = start + max(wanted, step)
         raise ClexError(
-            f"{source}: {available:,} tokens to predict, {needed:,} are needed; take a longer text, or fewer tokens"
+            f"{source}: has {available:,} tokens to predict, {needed:,} are needed; take a longer text, or fewer tokens"
         )
     return Span(start, wanted)
 
@@ -152,6 +152,7 @@ def perplexity(
     stride: int | None = None,
     prefill: Prefill = "one-shot",
     chunk: int | None = None,
+    by: int | None = None,
     original_context: int | None = None,
     source: str = "the text",
     notes: list[str] | None = None,
@@ -167,6 +168,7 @@ def perplexity(
         stride: tokens between sliding windows, of each of which only so many are scored; None: windows side by side.
         prefill: ``one-shot`` or ``growing``, as ``Model.negative_log_likelihoods`` says.
         chunk: tokens of a chunk of ``growing``; None: the original context.
+        by: give the perplexities of ranges of so many positions in the window too.
         original_context: L in place of what the models say.
         source: what an error calls the text.
         notes: what a reader should know is added to them.
@@ -206,6 +208,11 @@ def perplexity(
                     row = {"model": name, "path": path, "original_context": covers.original, "length": length}
                     row["scaling_factor"] = model.scaling_factor(length)
                     row |= _row(scored, shortest, first.setdefault(length, scored), covers.original, block)
+                    if by and values.shape[1] == length:
+                        row["positions"] = [
+                            {"first": a, "end": min(a + by, length)} | _statistics("", values[:, a : a + by], block)
+                            for a in range(0, length, by)
+                        ]
                     yield row | {"seconds": round(seconds, 2)}
 
 
@@ -315,6 +322,17 @@ def report_of(several: bool, sliding: bool, settings: dict[str, Any]) -> Report:
     return Report("ppl", columns, settings=settings)
 
 
+def with_position_columns(report: Report, rows: Iterator[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """The rows; the report gets a column for each range of positions in them."""
+    shown = 0
+    for row in rows:
+        for i, part in enumerate(row.get("positions", [])[shown:], shown):
+            write = lambda parts, i=i: _number(parts[i]["perplexity"]) if i < len(parts) else "-"  # noqa: E731
+            report.columns.append(Column("positions", f"from {part['first']:,}", write))
+            shown += 1
+        yield row
+
+
 def plot(report: Report, output: Path) -> None:
     """Draw the perplexities of a report over the context length.
 
@@ -387,6 +405,12 @@ def plot(report: Report, output: Path) -> None:
     help="Tokens of a chunk of --prefill growing.",
 )
 @click.option(
+    "--by",
+    metavar="N",
+    type=click.IntRange(min=1),
+    help="Show the perplexities of N positions in the window at a time too.",
+)
+@click.option(
     "--original-context",
     metavar="N",
     type=click.IntRange(min=1),
@@ -402,6 +426,7 @@ def command(
     stride: int | None,
     prefill: Prefill,
     chunk: int | None,
+    by: int | None,
     original_context: int | None,
     picture: Path | None,
     as_json: bool,
@@ -418,12 +443,19 @@ def command(
 
     if chunk and prefill != "growing":
         raise click.UsageError("--chunk belongs to --prefill growing")
+    if by and stride:
+        raise click.UsageError("--by is for windows that are scored whole, without --stride")
     if picture:
         checked_name(picture)
     content = read_text(text)
     given: dict[str, Any] = dict(
-        tokens=tokens, stride=stride, prefill=prefill, chunk=chunk, original_context=original_context, **options
+        tokens=tokens, stride=stride, prefill=prefill, chunk=chunk, by=by, original_context=original_context, **options
     )
     report = report_of(len(models) > 1, stride is not None, {"text": str(text), **given})
     rows = perplexity(models, content, lengths=lengths, source=str(text), notes=report.notes, **given)
-    run(report, rows, as_json=as_json, plot=(lambda: plot(report, picture)) if picture else None)
+    run(
+        report,
+        with_position_columns(report, rows),
+        as_json=as_json,
+        plot=(lambda: plot(report, picture)) if picture else None,
+    )

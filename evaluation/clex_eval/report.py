@@ -46,7 +46,7 @@ class Report:
     """
 
     title: str
-    columns: Sequence[Column]
+    columns: list[Column]
     rows: list[dict[str, Any]] = field(default_factory=list)
     settings: dict[str, Any] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
