@@ -108,9 +108,7 @@ def test_a_window_has_one_table_and_gives_the_likelihoods_of_the_authors_code(go
 @pytest.mark.parametrize("name", ["llama", "llama-log-scale"])
 def test_a_growing_window_gets_the_tables_of_its_chunks(golden_gguf, golden_npz, name):
     ids = golden_npz(name)["ids"].astype(np.int32)
-    llm = Llama(
-        str(golden_gguf(name)), n_ctx=256, type_k=F32, type_v=F32, logits_all=True, verbose=False, n_threads=1
-    )
+    llm = Llama(str(golden_gguf(name)), n_ctx=256, type_k=F32, type_v=F32, logits_all=True, verbose=False, n_threads=1)
     count = len(ids) - 1
     for a in range(0, count, 100):
         llm.eval(ids[a : min(a + 100, count)].tolist())

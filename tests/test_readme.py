@@ -8,12 +8,18 @@ from pathlib import Path
 import click
 import pytest
 from clex_convert.cli import main as clex_convert
+from clex_eval.ppl import command as clex_eval_ppl
 
 from clex_local.chat import main as clex_chat
 from clex_local.inspection import main as clex_inspect
 
 README = Path(__file__).parent.parent / "README.md"
-COMMANDS = {"clex-convert": clex_convert, "clex-chat": clex_chat, "clex-inspect": clex_inspect}
+COMMANDS = {
+    "clex-convert": clex_convert,
+    "clex-chat": clex_chat,
+    "clex-inspect": clex_inspect,
+    "clex-eval ppl": clex_eval_ppl,
+}
 
 
 def options_table(command: click.Command) -> str:

@@ -20,6 +20,7 @@ import numpy.typing as npt
 from clex_eval.models import Coverage, Model, Prefill, coverage, open_model
 from clex_eval.options import Length, lengths_option, model_options, names, output_options
 from clex_eval.report import Column, Report, Work, plot_curves, run, working
+from clex_local.command import SETTINGS
 from clex_local.errors import ClexError
 
 TOKENS = 32768  # scored unless told otherwise
@@ -371,7 +372,7 @@ def plot(report: Report, output: Path) -> None:
     )
 
 
-@click.command("ppl")
+@click.command("ppl", context_settings=SETTINGS)
 @model_options
 @click.option(
     "--text", metavar="FILE", required=True, type=click.Path(path_type=Path), help="Text to read; - is standard input."
