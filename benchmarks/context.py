@@ -5,7 +5,8 @@ from __future__ import annotations
 import ctypes
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from itertools import repeat
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -17,6 +18,7 @@ import llama_cpp
 import numpy as np
 import numpy.typing as npt
 import psutil
+from clex_eval.models import likelihoods
 from llama_cpp._logger import set_verbose
 
 PATCHED = hasattr(llama_cpp.llama_cpp._lib, "llama_clex_n_buckets")
@@ -149,6 +151,27 @@ class Context:
         """Logits of the last batch, [rows, n_vocab]: a view that the next decode overwrites."""
         pointer = llama_cpp.llama_get_logits(self.pointer)
         return np.ctypeslib.as_array(ctypes.cast(pointer, ctypes.POINTER(ctypes.c_float)), (rows, self.model.n_vocab))
+
+    def likelihoods(
+        self, tokens: npt.NDArray[np.int32], batches: Iterable[int] | None = None
+    ) -> npt.NDArray[np.float64]:
+        """Negative log-likelihoods of tokens[1:], each given all before it, of one prompt of all the tokens: [n - 1].
+
+        The prompt is computed in batches of the given sizes, or of the context's. The logits of one batch at a time
+        are kept, not those of the prompt (24,576 x 49,152 floats are 4.8 GB).
+        """
+        self.clear()
+        self.declare(len(tokens))
+        parts, start = [], 0
+        for size in batches or repeat(self.n_batch):
+            batch = tokens[start : start + size]
+            if not len(batch):
+                break
+            self.decode(batch, start, all_logits=True)
+            targets = tokens[start + 1 : start + 1 + len(batch)]
+            parts.append(likelihoods(self.logits(len(batch))[: len(targets)], targets))
+            start += size
+        return np.concatenate(parts)
 
     def truncate(self, n_tokens: int) -> None:
         """Forget the tokens from position n_tokens on, and what was declared."""

@@ -21,7 +21,7 @@ import click
 import numpy as np
 import numpy.typing as npt
 
-from benchmarks.perplexity import row
+from benchmarks.markdown import row
 from benchmarks.small_model import CONTEXT, FOLDER, MAX_FACTOR
 from benchmarks.text import emma
 

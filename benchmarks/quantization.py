@@ -15,7 +15,7 @@ from clex_convert import convert
 from clex_convert.imatrix import compute_imatrix
 
 from benchmarks.context import Context, Model
-from benchmarks.perplexity import row
+from benchmarks.markdown import row
 from benchmarks.text import emma
 
 DOCUMENT = Path(__file__).parent.parent / "docs" / "quantization.md"

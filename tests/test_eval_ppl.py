@@ -138,6 +138,9 @@ def test_fixed_policy_takes_the_last_table_for_every_length(golden_gguf, words):
     assert [row["scaling_factor"] for row in fixed] == [4, 4]
     assert fixed[1]["nll"] == pytest.approx(chosen[1]["nll"], abs=1e-6)
     assert abs(fixed[0]["nll"] - chosen[0]["nll"]) > 1e-3
+    options[-1] = "1x"  # whatever the size of the context
+    alone = found(*options, "--policy", "fixed")["rows"]
+    assert alone[0]["nll"] == pytest.approx(fixed[0]["nll"], abs=1e-6)
 
 
 def test_lengths_without_a_table(golden_gguf, folder, words):
@@ -150,6 +153,7 @@ def test_lengths_without_a_table(golden_gguf, folder, words):
     default = found(path, "--text", words, "--tokens", 256)
     assert [row["length"] for row in default["rows"]] == [64, 128, 256]
     assert "longer contexts are left out" in default["notes"][0]
+    assert len(found(path, path, "--text", words, "--tokens", 256)["notes"]) == 1
     plain = found(folder / "plain.gguf", "--text", words, "--tokens", 256, "--lengths", "1x,4x")
     assert [row["length"] for row in plain["rows"]] == [64, 256]
     assert "has no tables" in plain["notes"][0]

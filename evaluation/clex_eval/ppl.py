@@ -182,10 +182,12 @@ def perplexity(
         ClexError: the text is too short, the tables do not cover a length, or a model cannot be run.
     """
     notes = notes if notes is not None else []
-    plans = [
-        (name, path, *_plan(path, lengths, original_context, options.get("clamp", False), notes))
-        for name, path in zip(names(models), models, strict=True)
-    ]
+    plans = []
+    for name, path in zip(names(models), models, strict=True):
+        covers, wanted, note = _plan(path, lengths, original_context, options.get("clamp", False))
+        plans.append((name, path, covers, wanted))
+        if note and note not in notes:
+            notes.append(note)
     longest = max(wanted[-1] for *_, wanted in plans)  # one for all, so that all score the same tokens
     first: dict[int, Scored] = {}
     with working() as work:
@@ -218,25 +220,25 @@ def perplexity(
 
 
 def _plan(
-    path: Path, lengths: Sequence[Length] | None, original: int | None, clamp: bool, notes: list[str]
-) -> tuple[Coverage, list[int]]:
-    """The coverage of a model, and the context lengths to measure, ascending."""
+    path: Path, lengths: Sequence[Length] | None, original: int | None, clamp: bool
+) -> tuple[Coverage, list[int], str]:
+    """The coverage of a model, the context lengths to measure, ascending, and what to say about them."""
     covers = coverage(path)
     covers = Coverage(original or covers.original, covers.maximum)
-    given = lengths is not None
     wanted = sorted({n.of(covers.original) for n in lengths or default_lengths()})
+    note = ""
     if covers.maximum is None:
         if wanted[-1] > covers.original:
-            notes.append(f"{path.name} has no tables: beyond {covers.original:,} tokens it is run as it is")
+            note = f"{path.name} has no tables: beyond {covers.original:,} tokens it is run as it is"
     elif wanted[-1] > covers.maximum and not clamp:
-        if given or wanted[0] > covers.maximum:
+        if lengths or wanted[0] > covers.maximum:
             raise ClexError(
                 f"{path}: its tables cover {covers.maximum:,} tokens, not {wanted[-1]:,}; "
                 "leave that length out, or go on with the last table by --clamp"
             )
-        wanted = [n for n in wanted if n <= (covers.maximum or n)]
-        notes.append(f"{path.name}: its tables cover {covers.maximum:,} tokens, longer contexts are left out")
-    return covers, wanted
+        wanted = [n for n in wanted if n <= covers.maximum]
+        note = f"{path.name}: its tables cover {covers.maximum:,} tokens, longer contexts are left out"
+    return covers, wanted, note
 
 
 def default_lengths() -> tuple[Length, ...]:
@@ -308,15 +310,14 @@ def report_of(several: bool, sliding: bool, settings: dict[str, Any]) -> Report:
     ]
     if not sliding:
         columns += [
-            Column("last_tokens", "last tokens", lambda n: f"{n:,}"),
-            Column("last_perplexity", "perplexity", _number),
+            Column("last_perplexity", "of the last", _number),
             Column("last_perplexity_error", "", _error),
-            Column("last_change", "nats vs shortest", lambda x: f"{x:+.4f}"),
+            Column("last_change", "vs shortest", lambda x: f"{x:+.4f}"),
             Column("last_change_error", "", _error),
         ]
     if several:
         columns += [
-            Column("difference", "nats vs first model", lambda x: f"{x:+.4f}"),
+            Column("difference", "vs first model", lambda x: f"{x:+.4f}"),
             Column("difference_error", "", _error),
         ]
     columns.append(Column("seconds", "s", lambda s: f"{s:.1f}"))
@@ -437,7 +438,8 @@ def command(
 
     Every length scores the same tokens. Of windows side by side, the last tokens of each, as many as the original
     context, show whether what is far away helps: they are compared with the same tokens in the shortest windows.
-    Errors are standard errors over blocks of the text.
+    Comparisons are differences in nats per token, of the same tokens; errors are standard errors over blocks of the
+    text.
     """
     from clex_local.plot import checked_name
     from clex_local.terminal import read_text

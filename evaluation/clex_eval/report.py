@@ -61,8 +61,8 @@ class Report:
             values = [row.get(column.key) for column in self.columns]
             cells = ["-" if v is None else c.write(v) for c, v in zip(self.columns, values, strict=True)]
             table.add_row(*(Text(escaped(cell)) for cell in cells))
-        # A pipe takes lines of any length.
-        console = Console(highlight=False, width=None if sys.stdout.isatty() else 200)
+        # Lines of any length: a narrow terminal folds them, and no number is cut.
+        console = Console(highlight=False, width=10_000)
         with console.capture() as text:
             console.print(table)
             for note in self.notes:
