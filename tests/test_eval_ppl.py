@@ -237,11 +237,13 @@ def test_both_kinds_of_models_speak_alike(folder):
 
 def test_an_answer_does_not_depend_on_what_was_asked_before(golden_gguf):
     with open_model(golden_gguf("llama"), **EXACT) as model:
-        prompt = model.tokenize("the sun of the low " * 10, bos=True)[:120]
-        fresh = model.generate(prompt, 8)
-        model.generate(prompt[:70], 3)
+        prompt = model.tokenize("the sun of the low " * 20, bos=True)[:200]
+        fresh = model.generate(prompt, 20)
         model.negative_log_likelihoods(np.array(prompt[::-1], np.int32))
-        assert model.generate(prompt, 8) == fresh
+        assert model.generate(prompt, 20) == fresh
+        model.generate(prompt[::-1], 1)
+        model.generate(prompt[:50], 1)  # with the first table
+        assert model.generate(prompt, 20) == fresh
 
 
 def test_coverage(golden_gguf, folder):
