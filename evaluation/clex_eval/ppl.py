@@ -176,7 +176,7 @@ def perplexity(
         **options: those of ``open_model``.
 
     Yields:
-        One row for each model and length; docs/evaluation.md lists the keys.
+        One row for each model and length; docs/clex-eval.md lists the keys.
 
     Raises:
         ClexError: the text is too short, the tables do not cover a length, or a model cannot be run.
@@ -208,7 +208,7 @@ def perplexity(
                     seconds = time.monotonic() - start
                     scored = Scored(name, read, span, length, values)
                     shortest = shortest or scored
-                    row = {"model": name, "path": path, "original_context": covers.original, "length": length}
+                    row = {"model": name, "path": str(path), "original_context": covers.original, "length": length}
                     row["scaling_factor"] = model.scaling_factor(length)
                     row |= _row(scored, shortest, first.setdefault(length, scored), covers.original, block)
                     if by and values.shape[1] == length:
