@@ -336,5 +336,9 @@ def test_pictures_of_what_was_not_measured(tmp_path):
     text = picture.read_text(encoding="utf-8")
     assert text.count("<image") >= 2
     assert text.startswith("<?xml")
-    plot_curves(tmp_path / "c.png", "t", [1, 2], {"_a": [1.0, None], "b": [None, None]}, "x", "y", marks={"L": 1})
-    assert (tmp_path / "c.png").read_bytes().startswith(b"\x89PNG")
+    pictures = [tmp_path / f"{name}.png" for name in ("a", "_a", "c")]
+    for path in pictures:
+        plot_curves(path, "t", [1, 2], {path.stem: [1.0, None], "b": [None, None]}, "x", "y", marks={"L": 1})
+    same, named, other = (path.read_bytes() for path in pictures)
+    assert same.startswith(b"\x89PNG")
+    assert same == named != other  # a name that matplotlib would hide
