@@ -164,6 +164,7 @@ def test_every_length_and_model_scores_the_same_tokens(golden_gguf, folder, word
     report = found(*models, "--text", words, "--tokens", 500)
     assert [row["length"] for row in report["rows"]] == [64, 128, 256, *[64, 128, 256, 512] * 2]
     assert {row["tokens"] for row in report["rows"]} == {512}
+    assert report["settings"]["lengths"] == ["1x", "2x", "4x", "8x"]
     for row in report["rows"]:
         assert row["windows"] * row["length"] == 512
         assert np.mean(row["block_nll"]) == pytest.approx(row["nll"], abs=1e-5)

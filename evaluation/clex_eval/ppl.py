@@ -332,7 +332,8 @@ def command(
     given: dict[str, Any] = dict(
         tokens=tokens, stride=stride, prefill=prefill, chunk=chunk, by=by, original_context=original_context, **options
     )
-    report = report_of(len(models) > 1, stride is not None, {"text": str(text), **given})
+    settings = {"text": str(text), "lengths": [str(length) for length in lengths or default_lengths()]}
+    report = report_of(len(models) > 1, stride is not None, settings | given)
     rows = perplexity(models, content, lengths=lengths, source=str(text), notes=report.notes, **given)
     run(
         report,
