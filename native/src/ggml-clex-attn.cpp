@@ -1,5 +1,6 @@
 #include "ggml-clex-attn.h"
 #include "ggml-clex-prefill.h"
+#include "ggml-clex-threads.h"
 #include "ggml-clex-vec.h"
 
 #include "ggml-cpu-impl.h"
@@ -234,17 +235,17 @@ struct attention {
                              : powf(powf(2.0f, -max_bias/2.0f/n_log2), 2*(head - n_log2) + 1);
     }
 
-    // One thread's sums over its part of a stream: the weighted V of each query row, then the largest logits, then the
+    // The sums over a share of a stream: the weighted V of each query row, then the largest logits, then the
     // sums of the exponentials.
     size_t slot_size() const { return GGML_PAD((size_t) n_row*(dv + 2), 16); }
     // One thread's scratch, see worker.
     size_t scratch_size() const {
         return GGML_PAD((size_t) n_row*dk + BLOCK*(std::max(dk, dv) + n_mask_row + MAX_ROWS) + 2*(n_stream + 1) + n_mask_row, 16);
     }
-    // A thread's parts of streams follow each other, so that thread + stream numbers the slots.
-    size_t n_slots(int nth) const { return nth + n_stream - 1; }
-    size_t work_size(int nth) const {
-        return sizeof(float)*(n_slots(nth)*slot_size() + nth*scratch_size()) + CACHE_LINE_SIZE;
+    // A share's parts of streams follow each other, so that share + stream numbers the slots.
+    size_t n_slots(int n_shares) const { return n_shares + n_stream - 1; }
+    size_t work_size(int n_threads) const {
+        return sizeof(float)*(n_slots(n_threads)*slot_size() + n_threads*scratch_size()) + CACHE_LINE_SIZE;
     }
 };
 
@@ -253,6 +254,7 @@ struct worker {
     const attention & a;
     const int ith;
     const int nth;
+    const int n_shares;  // of the work: one for each planned thread, also where fewer compute
 
     float   * slots;
     float   * queries;   // [n_row][dk] of the stream, where vectors do not straddle cache lines
@@ -265,15 +267,17 @@ struct worker {
     int     block;       // positions from one block to the next
 
     // where we are
+    int     share;
     int     stream;
     int64_t begin;       // first position of the block
     int     head;        // KV head
     int     n_live;      // positions of the block that some query sees
     int     live[BLOCK]; // which, from `begin` on
 
-    worker(const attention & a, const ggml_compute_params * params) : a(a), ith(params->ith), nth(params->nth) {
+    worker(const attention & a, const ggml_compute_params * params) : a(a), ith(params->ith), nth(params->nth),
+            n_shares(ggml_clex_planned_threads(params->threadpool)) {
         slots   = (float *) GGML_PAD((uintptr_t) params->wdata, CACHE_LINE_SIZE);
-        queries = slots + a.n_slots(nth)*a.slot_size() + ith*a.scratch_size();
+        queries = slots + a.n_slots(n_shares)*a.slot_size() + ith*a.scratch_size();
         tile    = queries + (size_t) a.n_row*a.dk;
         bias    = tile + (size_t) BLOCK*std::max(a.dk, a.dv);
         scores  = bias + (size_t) BLOCK*a.n_mask_row;
@@ -291,7 +295,7 @@ struct worker {
                     starts[i + 1] += a.visible(i, j, size(j)) ? a.n_head_kv : 0;
                 }
             }
-            if (nth == 1 || block == BLOCK/4 || starts[a.n_stream] >= 4*nth) {
+            if (n_shares == 1 || block == BLOCK/4 || starts[a.n_stream] >= 4*n_shares) {
                 return;
             }
         }
@@ -299,26 +303,32 @@ struct worker {
 
     int size(int64_t first) const { return (int) std::min<int64_t>(block, a.n_kv - first); }
 
-    // The units [first, end) of a thread in a stream.
-    int64_t first_unit(int thread, int i) const { return std::max(starts[i],     starts[a.n_stream]*thread/nth); }
-    int64_t end_unit  (int thread, int i) const { return std::min(starts[i + 1], starts[a.n_stream]*(thread + 1)/nth); }
+    // The units [first, end) of a share in a stream.
+    int64_t first_unit(int of, int i) const { return std::max(starts[i],     starts[a.n_stream]*of/n_shares); }
+    int64_t end_unit  (int of, int i) const { return std::min(starts[i + 1], starts[a.n_stream]*(of + 1)/n_shares); }
 
-    float * weighted(int thread, int i, int row) const { return slots + (thread + i)*a.slot_size() + (size_t) row*a.dv; }
-    float & largest (int thread, int i, int row) const { return weighted(thread, i, a.n_row)[row]; }
-    float & sum     (int thread, int i, int row) const { return weighted(thread, i, a.n_row)[a.n_row + row]; }
+    float * weighted(int of, int i, int row) const { return slots + (of + i)*a.slot_size() + (size_t) row*a.dv; }
+    float & largest (int of, int i, int row) const { return weighted(of, i, a.n_row)[row]; }
+    float & sum     (int of, int i, int row) const { return weighted(of, i, a.n_row)[a.n_row + row]; }
 
     void run() {
+        for (share = n_shares*ith/nth; share < n_shares*(ith + 1)/nth; ++share) {
+            run_share();
+        }
+    }
+
+    void run_share() {
         for (stream = 0; stream < a.n_stream; ++stream) {
-            const int64_t first = first_unit(ith, stream);
-            const int64_t end   = end_unit(ith, stream);
+            const int64_t first = first_unit(share, stream);
+            const int64_t end   = end_unit(share, stream);
             if (first >= end) {
                 continue;
             }
             for (int row = 0; row < a.n_row; ++row) {
                 memcpy(queries + (size_t) row*a.dk, address(a.q, row % a.n_q, row / a.n_q), a.dk*sizeof(float));
-                std::fill_n(weighted(ith, stream, row), a.dv, 0.0f);
-                largest(ith, stream, row) = -INFINITY;
-                sum    (ith, stream, row) = 0.0f;
+                std::fill_n(weighted(share, stream, row), a.dv, 0.0f);
+                largest(share, stream, row) = -INFINITY;
+                sum    (share, stream, row) = 0.0f;
             }
             int64_t unit = starts[stream]; // of the block's first head
             for (begin = 0; unit < end; begin += block) {
@@ -401,7 +411,7 @@ struct worker {
         for (int i = 0; i < n; ++i) {
             q[i]   = queries + (size_t) rows[i]*a.dk;
             s[i]   = scores + i*BLOCK;
-            acc[i] = weighted(ith, stream, rows[i]);
+            acc[i] = weighted(share, stream, rows[i]);
         }
         const int n_dot  = GGML_PAD(n_live, 4);
         const int n_logit = GGML_PAD(n_live, VEC);
@@ -411,11 +421,11 @@ struct worker {
 
         for (int i = 0; i < n; ++i) {
             std::fill(s[i] + n_dot, s[i] + n_logit, 0.0f);
-            float & max     = largest(ith, stream, rows[i]);
+            float & max     = largest(share, stream, rows[i]);
             const float top = std::max(max, logits(s[i], rows[i], n_logit));
             decay[i] = max == top ? 1.0f : expf(max - top);
             max = top;
-            float & total = sum(ith, stream, rows[i]);
+            float & total = sum(share, stream, rows[i]);
             total = total*decay[i] + (float) ggml_vec_soft_max_f32(n_logit, s[i], s[i], top);
         }
 
@@ -480,7 +490,7 @@ struct worker {
         return direct ? own : f32;
     }
 
-    // Merge what the threads found out about every nth query row.
+    // Merge what the shares say of every nth query row.
     void reduce() const {
         for (int i = ith; i < a.n_stream*a.n_row; i += nth) {
             const int i3  = i / a.n_row;
@@ -491,7 +501,7 @@ struct worker {
             float   total = a.sinks ? 1.0f : 0.0f;
             std::fill_n(out, a.dv, 0.0f);
 
-            for (int t = 0; t < nth; ++t) {
+            for (int t = 0; t < n_shares; ++t) {
                 if (first_unit(t, i3) >= end_unit(t, i3) || sum(t, i3, row) == 0.0f) {
                     continue;
                 }
@@ -545,7 +555,7 @@ bool ggml_clex_attn(const ggml_compute_params * params, ggml_tensor * dst) {
         return ggml_clex_attn_prefill(params, dst);
     }
     const attention a(dst);
-    GGML_ASSERT(params->wsize >= a.work_size(params->nth));
+    GGML_ASSERT(params->wsize >= a.work_size(ggml_clex_planned_threads(params->threadpool)));
 
     worker w(a, params);
     w.count();

@@ -5,6 +5,7 @@
 // K then needs no transposition, and the softmax has a column in each lane of its vectors.
 
 #include "ggml-clex-prefill.h"
+#include "ggml-clex-threads.h"
 #include "ggml-clex-vec.h"
 
 #include "ggml-cpu-impl.h"
@@ -268,7 +269,7 @@ bool ggml_clex_attn_prefill(const ggml_compute_params * params, ggml_tensor * ds
     const row_to_float convert_k = row_converter(k->type);
     const row_to_float convert_v = row_converter(v->type);
 
-    const attn_plan plan(dst, params->nth);
+    const attn_plan plan(dst, ggml_clex_planned_threads(params->threadpool));
     const int64_t size_k = plan.size_k;
     const int64_t size_v = plan.size_v;
 
