@@ -41,10 +41,10 @@ def compute(planned, used, alone, **options):
         return np.stack([*out, context.logits(0), context.logits(1)])
 
 for options in ({}, dict(flash_attn=1, type_k=F16, type_v=F16), dict(flash_attn=1, type_k=Q8_0, type_v=Q8_0)):
-    for planned in (2, 3, 5):
+    for planned in (2, 3):
         expected = compute(planned, planned, 0, **options)
         assert np.isfinite(expected).all() and expected.any()
-        for used, alone in ((1, 0), (2, 0), (3, 0), (planned, 1), (planned, 20)):
+        for used, alone in ((1, 0), (2, 0), (planned, 20)):
             found = compute(planned, used, alone, **options)
             assert (found == expected).all(), (planned, used, alone, options, abs(found - expected).max())
 """
@@ -56,7 +56,7 @@ def test_results_do_not_depend_on_how_many_of_the_planned_threads_compute(golden
     from clex_convert import convert
 
     model = tmp_path / "model.gguf"
-    convert(golden_dir("llama"), model, outtype="q8_0", method="ntk", max_factor=32)
+    convert(golden_dir("llama"), model, outtype="f32", method="ntk", max_factor=32)
     command = [sys.executable, "-c", SCRIPT, str(model), str(CPU), str(Path(__file__).parent)]
     done = subprocess.run(command, env={**os.environ, **environment}, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
