@@ -1,4 +1,4 @@
-"""How many threads compute a graph on the CPU: the decision, on machines made up here, and that no result depends on it."""
+"""How many threads compute a graph on the CPU: decided on machines made up here; no result depends on it."""
 
 from __future__ import annotations
 
