@@ -13,7 +13,7 @@ from statistics import median, quantiles
 import click
 
 from benchmarks.context import default_threads
-from benchmarks.perplexity import row
+from benchmarks.markdown import row
 from benchmarks.stock import STOCK, Server, Side
 
 DEPTH = 64  # tokens cached before
