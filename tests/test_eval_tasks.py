@@ -1,0 +1,145 @@
+"""The generated tasks of clex-eval: prompts of the exact size, needles at their depth, scores, answers of a model."""
+
+from __future__ import annotations
+
+import random
+import re
+
+import pytest
+from clex_eval.haystack import FILLER, filler, hide, words
+from clex_eval.models import open_model
+from clex_eval.passkey import passkey
+from clex_eval.ruler import TASKS, niah_multikey, score
+
+from clex_local.errors import ClexError
+
+
+@pytest.fixture(scope="module")
+def model(smollm):
+    with open_model(smollm, context=1024, threads=1) as model:
+        yield model
+
+
+@pytest.fixture(scope="module")
+def tiny(golden_gguf):
+    """A model without a chat template, whose small vocabulary takes several tokens for a word."""
+    with open_model(golden_gguf("llama"), context=256, threads=1) as model:
+        yield model
+
+
+def text_of(model, question):
+    return model.detokenize(question.prompt)
+
+
+@pytest.mark.parametrize("length", [256, 700, 2048, 5001])
+@pytest.mark.parametrize("depth", [0, 33, 100])
+def test_passkey_prompts_fill_the_length_to_the_token(model, length, depth):
+    question = passkey(model, length, random.Random(length), depth)
+    assert len(question.prompt) + question.max_tokens == length
+
+
+@pytest.mark.parametrize("length", [800, 1111])
+def test_they_do_with_a_vocabulary_of_small_pieces(tiny, length):
+    for depth in (0, 50, 100):
+        question = passkey(tiny, length, random.Random(0), depth)
+        assert len(question.prompt) + question.max_tokens == length
+
+
+@pytest.mark.parametrize("depth", [0, 25, 50, 75, 100])
+def test_the_needle_is_at_its_depth(model, depth):
+    question = passkey(model, 3000, random.Random(1), depth)
+    (key,) = question.expected
+    text = text_of(model, question)
+    assert text.count(key) == 2
+    before, after = text[: text.index("The pass key is " + key)], text[text.rindex(key) :]
+    sentence = re.compile("|".join(re.escape(part + ".") for part in FILLER.strip(" .").split(". ")))
+    whole = len(sentence.findall(before)), len(sentence.findall(after))
+    assert whole[0] / sum(whole) * 100 == pytest.approx(depth, abs=1)
+
+
+def test_the_text_before_the_needle_is_the_same_at_every_depth(model):
+    # What lets a runtime keep it in its cache from one depth to the next.
+    shallow, deep = (passkey(model, 2000, random.Random(3), depth).prompt for depth in (50, 100))
+    same = next(place for place, (a, b) in enumerate(zip(shallow, deep, strict=True)) if a != b)
+    assert same > 900
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_ruler_tasks_depend_on_nothing_but_their_seed(model, task):
+    one, same, other = (TASKS[task](model, 2048, random.Random(seed)) for seed in ("a", "a", "b"))
+    assert one == same
+    assert one.prompt != other.prompt
+    assert one.expected != other.expected
+
+
+@pytest.mark.parametrize("length", [1500, 4096])
+@pytest.mark.parametrize("task", TASKS)
+def test_ruler_tasks_fill_their_length_and_hold_their_answers(model, task, length):
+    question = TASKS[task](model, length, random.Random(5))
+    total = len(question.prompt) + question.max_tokens
+    if task in ("common_words", "frequent_words"):  # made of whole words
+        assert length - 30 < total <= length
+    else:
+        assert total == length
+    text = text_of(model, question)
+    assert all(expected in text for expected in question.expected)
+    assert question.max_tokens >= len(model.tokenize(" " + " ".join(question.expected)))
+
+
+def test_variables_follow_from_the_number(model):
+    question = TASKS["variable_tracking"](model, 1000, random.Random(2))
+    text = text_of(model, question).rsplit("Follow the chain", 1)[1]
+    number = re.search(r"have the value (\d+)", text)[1]
+    values = dict(re.findall(r"VAR (\w+) = (?:VAR )?(\w+)\.", text))
+
+    def value(name):
+        return value(values[name]) if name in values else name
+
+    assert {name for name in values if value(name) == number} == set(question.expected)
+    assert len(question.expected) == 5
+
+
+@pytest.mark.parametrize(("task", "count"), [("common_words", 10), ("frequent_words", 3)])
+def test_the_expected_words_are_those_that_come_most_often(model, task, count):
+    question = TASKS[task](model, 3000, random.Random(2))
+    text = text_of(model, question).rsplit(" below", 1)[1].rsplit("Question", 1)[0]
+    text = text.split("\n", 1)[1]
+    found = re.findall(r"[a-z]{6}", text)
+    often = sorted(set(found), key=found.count, reverse=True)
+    assert set(often[:count]) == set(question.expected)
+    assert found.count(often[count - 1]) > found.count(often[count])
+
+
+def test_one_of_several_needles_is_asked_for(model):
+    question = niah_multikey(model, 1024, random.Random(9), 50)
+    text = text_of(model, question)
+    needles = dict(re.findall(r"The secret number of (\w+) is (\d+)\.", text))
+    assert len(needles) == 4
+    asked = re.search(r"What is the secret number of (\w+)", text)[1]
+    assert question.expected == (needles[asked],)
+
+
+def test_needles_go_between_sentences():
+    text = filler(len(FILLER) - 4)
+    assert text == "The river is wide. The hill is high. The road is long. We walk on. Then we turn ba"
+    hidden = hide(text, [(100, "Z."), (0, "A."), (49, "M."), (49, "N.")])
+    assert hidden == "A. The river is wide. The hill is high. M. N. The road is long. We walk on. Z. Then we turn ba"
+    assert hide("", [(50, "A.")]) == "A."
+
+
+def test_invented_words_are_no_parts_of_each_other():
+    found = words(random.Random(0), 3000)
+    assert len(set(found)) == 3000
+    assert {len(word) for word in found} == {6}
+
+
+def test_scores_are_the_share_of_the_expected_strings():
+    assert score("They are FKUYB, cnzrs.", ("FKUYB", "CNZRS", "DZJEP", "LPJPX")) == 0.5
+    assert score("", ("1",)) == 0
+    assert score("It is 8451554", ("8451554",)) == 1
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_a_length_without_room_for_the_task_is_refused(model, task):
+    with pytest.raises(ClexError, match="take .* tokens more than that|leaves no room"):
+        TASKS[task](model, 60, random.Random(0))
