@@ -1,6 +1,7 @@
 """LongBench (arXiv 2308.14508): its records read from disk, its truncation and its metrics.
 
-The prompts are our own, one for each kind of task; pass the benchmark's own for scores to compare with published ones.
+The prompts are our own, one for each kind of task, and Chinese texts are compared by characters, not by words: for
+scores to compare with published ones, give the benchmark's own prompts and take its English and code data sets.
 """
 
 from __future__ import annotations
@@ -9,13 +10,24 @@ import json
 import os
 import re
 import string
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
+from itertools import islice
+from pathlib import Path
+from statistics import fmean
 from typing import Any
 
-from clex_eval.models import Model
+import click
+
+from clex_eval import report
+from clex_eval.models import Model, open_model
+from clex_eval.options import model_options, names, output_options
+from clex_eval.report import Column, Report, working
+from clex_eval.tasks import in_groups
 from clex_local.errors import ClexError
+from clex_local.plot import checked_name
+from clex_local.terminal import read_text
 
 _ENDING = re.compile(r"_e$")  # of the names in LongBench-E
 PROMPTS = {
@@ -264,3 +276,183 @@ METRICS: dict[str, Callable[[str, str, Record], float]] = {
     "count": _count,
     "code_similarity": _code_similarity,
 }
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a model said to a record: ``tokens`` is what its prompt had in full, ``score`` is 0 to 1."""
+
+    model: str
+    record: Record
+    tokens: int
+    truncated: bool
+    text: str
+    score: float
+
+
+def ask(
+    models: Sequence[Path],
+    records: Sequence[Record],
+    *,
+    context: int = 0,
+    template: str | None = None,
+    **options: Any,
+) -> Iterator[Answer]:
+    """Puts records to models and gives the answers as they come."""
+    with working() as work:
+        work.expect(len(models) * len(records))
+        for path, name in zip(models, names(models), strict=True):
+            work.name(name)
+            with open_model(path, context=context, **options) as model:
+                for record in records:
+                    tokens, full = prompt_tokens(model, record, template)
+                    text = model.generate(tokens, record.kind.max_tokens)
+                    yield Answer(name, record, full, len(tokens) < full, text, score(record, text))
+                    work.advance()
+
+
+def longbench(
+    models: Sequence[Path],
+    files: Sequence[Path],
+    *,
+    context: int = 0,
+    metric: str | None = None,
+    template: str | None = None,
+    limit: int | None = None,
+    **options: Any,
+) -> Iterator[dict[str, Any]]:
+    """Puts the records of files to models: one row for each model and data set, when it is complete.
+
+    A row has the mean score, 0 to 1, how many prompts were truncated, and the answers.
+
+    Args:
+        models: GGUF files or Hugging Face folders.
+        files: in LongBench's format.
+        context: tokens that a prompt and its answer may have; 0 for all that a model covers.
+        metric: key of METRICS for data sets that are not LongBench's.
+        template: prompt in place of our own, with {context} and {input}.
+        limit: records of each data set, from its beginning.
+        options: keyword arguments of ``open_model``.
+
+    Raises:
+        ClexError: a file is not in this format, or a model cannot be run.
+    """
+    sets: dict[str, list[Record]] = {}
+    for file in files:
+        for record in read(file, metric):
+            sets.setdefault(record.dataset, []).append(record)
+    records = [record for found in sets.values() for record in islice(found, limit)]
+    if any(record.kind.metric != "code_similarity" for record in records):
+        _rouge("rouge1", characters=False, articles=True)  # a missing package is found out before hours of answers
+    if any(record.kind.metric == "code_similarity" for record in records):
+        _code_similarity("", "", records[0])
+    found = ask(models, records, context=context, template=template, **options)
+    for group in in_groups(found, lambda answer: (answer.model, answer.record.dataset)):
+        yield {
+            "model": group[0].model,
+            "dataset": group[0].record.dataset,
+            "metric": group[0].record.kind.metric,
+            "records": len(group),
+            "truncated": sum(answer.truncated for answer in group),
+            "score": fmean(answer.score for answer in group),
+            "answers": [
+                {
+                    "id": answer.record.id,
+                    "tokens": answer.tokens,
+                    "truncated": answer.truncated,
+                    "answer": answer.text,
+                    "score": answer.score,
+                }
+                for answer in group
+            ],
+        }
+
+
+def plot(rows: Iterable[dict[str, Any]], output: Path) -> None:
+    """Draws each model's mean score over prompts up to 1024, 2048, ... tokens into a PNG or SVG file.
+
+    Args:
+        rows: of ``longbench``.
+        output: a name that ends with .png or .svg; replaced if it exists.
+
+    Raises:
+        ClexError: the file cannot be written.
+    """
+    scores: dict[str, dict[int, list[float]]] = {}
+    for row in rows:
+        for answer in row["answers"]:
+            longest = max(1024, 1 << (answer["tokens"] - 1).bit_length())
+            scores.setdefault(row["model"], {}).setdefault(longest, []).append(100 * answer["score"])
+    lengths = sorted({length for curve in scores.values() for length in curve})
+    series = {name: [fmean(curve[x]) if x in curve else None for x in lengths] for name, curve in scores.items()}
+    report.plot_curves(output, "LongBench", lengths, series, "prompt, up to so many tokens", "score (%)")
+
+
+@click.command("longbench")
+@model_options
+@click.option(
+    "--ctx",
+    "context",
+    metavar="N",
+    type=click.IntRange(min=1),
+    show_default="all that the model covers",
+    help="Tokens that a prompt and its answer may have. A longer prompt loses its middle.",
+)
+@click.option(
+    "--metric",
+    type=click.Choice(list(METRICS)),
+    help="Metric of data sets that are not LongBench's; theirs are known.",
+)
+@click.option(
+    "--prompt",
+    metavar="FILE",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    show_default="one for each kind of task",
+    help="Prompt for all records: a text with {context} and {input}.",
+)
+@click.option("--limit", metavar="N", type=click.IntRange(min=1), help="Only the first N records of each data set.")
+@output_options
+def command(
+    models: tuple[Path, ...],
+    context: int | None,
+    metric: str | None,
+    prompt: Path | None,
+    limit: int | None,
+    picture: Path | None,
+    as_json: bool,
+    **options: Any,
+) -> None:
+    """Score models on files in LongBench's format, which are the arguments whose names end with .jsonl.
+
+    The metric is that of the data set which a record names. A prompt that does not fit in the context loses its
+    middle, as in LongBench; the table says how many did.
+    """
+    files = [path for path in models if path.suffix == ".jsonl"]
+    models = tuple(path for path in models if path.suffix != ".jsonl")
+    if not files or not models:
+        raise click.UsageError("give at least one model and one FILE.jsonl")
+    if picture:
+        checked_name(picture)
+    template = None if prompt is None else read_text(prompt)
+    if template is not None and "{context}" not in template:
+        raise ClexError(f"{prompt}: has no {{context}}")
+    columns = [
+        Column("model", "model"),
+        Column("dataset", "data set"),
+        Column("metric", "metric"),
+        Column("records", "records", "{:,}".format),
+        Column("truncated", "truncated", "{:,}".format),
+        Column("score", "score", lambda share: f"{100 * share:.1f}"),
+    ]
+    found = Report("longbench", columns)
+    given: dict[str, Any] = {"context": context or 0, "metric": metric, "limit": limit, **options}
+    found.settings = {"models": models, "files": files, "prompt": prompt, **given}
+    report.run(
+        found,
+        longbench(models, files, template=template, **given),
+        as_json=as_json,
+        plot=(lambda: plot(found.rows, picture)) if picture else None,
+    )
+
+
+command.params[0].metavar = "MODEL... FILE.jsonl..."

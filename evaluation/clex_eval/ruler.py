@@ -8,11 +8,21 @@ from __future__ import annotations
 
 import random
 import string
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from statistics import fmean
+from typing import Any
 
+import click
+
+from clex_eval import report
 from clex_eval.haystack import fill, hide, largest, words
 from clex_eval.models import Model
-from clex_eval.tasks import Question, Task, room
+from clex_eval.options import Length, lengths_option, model_options, output_options
+from clex_eval.report import Column, Report
+from clex_eval.tasks import Cell, Depths, Question, Task, answers, ask, in_groups, mean, percent, room, trials_options
 from clex_local.errors import ClexError
+from clex_local.plot import checked_name
 
 _NEEDLES = 4  # of niah_multikey; one of them is asked for
 _HOPS = 4  # of a chain of variables
@@ -156,3 +166,137 @@ def _numbered(listed: list[str]) -> str:
 TASKS: dict[str, Task] = {
     task.__name__: task for task in (niah_single, niah_multikey, variable_tracking, common_words, frequent_words)
 }
+HAVE_DEPTH = ("niah_single", "niah_multikey")
+
+
+def ruler(
+    models: Sequence[Path],
+    lengths: Sequence[Length],
+    tasks: Sequence[str] = tuple(TASKS),
+    depths: Sequence[float] | None = None,
+    *,
+    trials: int = 1,
+    seed: int = 0,
+    **options: Any,
+) -> Iterator[dict[str, Any]]:
+    """Gives models the tasks: one row for each model and task, when it is complete.
+
+    A row has the score at each length and over all of them, 0 to 1, and the answers.
+
+    Args:
+        models: GGUF files or Hugging Face folders.
+        lengths: tokens of a prompt with its answer.
+        tasks: names from TASKS.
+        depths: where the needles of niah_* are, 0 to 100, with a row for each. Default: anywhere.
+        trials: questions for each row and length.
+        seed: of the questions.
+        options: keyword arguments of ``open_model``.
+
+    Raises:
+        ClexError: a model cannot be run, or a task does not fit in a length.
+    """
+    cells = [
+        Cell(task, length, depth)
+        for task in tasks
+        for depth in (depths if depths and task in HAVE_DEPTH else (None,))
+        for length in lengths
+    ]
+    found = ask(models, cells, TASKS, score, trials=trials, seed=seed, **options)
+    for group in in_groups(found, lambda result: (result.model, result.cell.task, result.cell.depth)):
+        scores = {str(length): mean(result for result in group if result.cell.length == length) for length in lengths}
+        yield {
+            "model": group[0].model,
+            "task": group[0].cell.task,
+            "depth": group[0].cell.depth,
+            **scores,
+            "all": mean(group),
+            "answers": answers(group),
+        }
+
+
+def plot(rows: Sequence[dict[str, Any]], output: Path) -> None:
+    """Draws the scores of each model in each task over the length, the mean of all depths, into a PNG or SVG file.
+
+    Args:
+        rows: of ``ruler``.
+        output: a name that ends with .png or .svg; replaced if it exists.
+
+    Raises:
+        ClexError: the file cannot be written.
+    """
+    scores: dict[str, dict[int, list[float]]] = {}
+    for row in rows:
+        curve = scores.setdefault(f"{row['model']}: {row['task']}", {})
+        for answer in row["answers"]:
+            curve.setdefault(answer["tokens"], []).append(100 * answer["score"])
+    lengths = sorted({length for curve in scores.values() for length in curve})
+    series = {name: [fmean(curve[x]) if x in curve else None for x in lengths] for name, curve in scores.items()}
+    report.plot_curves(output, "RULER", lengths, series, "context length (tokens)", "score (%)")
+
+
+class _Tasks(click.ParamType):
+    name = "tasks"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[str, ...]:
+        found = value if isinstance(value, tuple) else tuple(dict.fromkeys(value.split(",")))
+        for task in found:
+            if task not in TASKS:
+                self.fail(f"{task!r} is none of {', '.join(TASKS)}")
+        return found
+
+
+@click.command("ruler")
+@model_options
+@click.option(
+    "--tasks",
+    metavar="TASK,...",
+    type=_Tasks(),
+    default=tuple(TASKS),
+    show_default="all",
+    help=f"Tasks: {', '.join(TASKS)}.",
+)
+@lengths_option("1x,2x")
+@click.option(
+    "--depths",
+    metavar="D,D,...",
+    type=Depths(),
+    show_default="anywhere",
+    help="Where the needles of niah_* are, in percent; a row for each.",
+)
+@trials_options
+@output_options
+def command(
+    models: tuple[Path, ...],
+    tasks: tuple[str, ...],
+    lengths: tuple[Length, ...],
+    depths: tuple[float, ...] | None,
+    trials: int,
+    seed: int,
+    picture: Path | None,
+    as_json: bool,
+    **options: Any,
+) -> None:
+    """Give models the generated tasks of RULER that need no data set, at each length: the share of each answer found.
+
+    niah_*: the number of a word in repeated noise, alone or among others; variable_tracking: the variables that get a
+    number through a chain of assignments; common_words: the ten words that come most often in a list; frequent_words:
+    the three most frequent of coded words.
+    """
+    if picture:
+        checked_name(picture)
+    columns = [
+        Column("model", "model"),
+        Column("task", "task"),
+        *([Column("depth", "depth", "{:g} %".format)] if depths else []),
+        *(Column(str(length), f"{length}", percent) for length in lengths),
+        Column("all", "all", percent),
+    ]
+    found = Report("ruler", columns)
+    found.settings = {"lengths": [str(length) for length in lengths], "tasks": tasks, "depths": depths}
+    found.settings |= {"trials": trials, "seed": seed, **options, "models": models}
+    report.run(
+        found,
+        ruler(models, lengths, tasks, depths, trials=trials, seed=seed, **options),
+        as_json=as_json,
+        plot=(lambda: plot(found.rows, picture)) if picture else None,
+    )

@@ -1,15 +1,23 @@
-"""Questions that fill a context, and how models answer them."""
+"""Questions that fill a context, put to models."""
 
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from statistics import fmean
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
-from clex_eval.models import Model
+import click
+
+from clex_eval.models import Coverage, Model, coverage, open_model
+from clex_eval.options import Length, names
+from clex_eval.report import working
 from clex_local.errors import ClexError
+
+
+T = TypeVar("T")
 
 
 class Question(NamedTuple):
@@ -21,20 +29,26 @@ class Question(NamedTuple):
 
 
 # Makes a question of so many tokens, prompt and answer, with its needle at a depth of 0 to 100 if it has one.
-Task = Callable[[Model, int, random.Random, float | None], Question]
+Task = Callable[[Model, int, random.Random, "float | None"], Question]
+
+
+@dataclass(frozen=True)
+class Cell:
+    """What a score is for: a task, a context length, and a depth of 0 to 100 (None: random, or it has none)."""
+
+    task: str
+    length: Length
+    depth: float | None = None
 
 
 @dataclass(frozen=True)
 class Result:
-    """The answer to one question.
-
-    ``depth`` is None where it was drawn at random or means nothing; ``score`` is 0 to 1.
-    """
+    """The answer to one question: ``tokens`` is the length of the prompt and the answer, ``score`` is 0 to 1."""
 
     model: str
-    task: str
-    length: int
-    depth: float | None
+    cell: Cell
+    tokens: int
+    factor: float | None
     trial: int
     expected: tuple[str, ...]
     answer: str
@@ -47,38 +61,143 @@ def room(model: Model, expected: Iterable[str], least: int) -> int:
 
 
 def ask(
-    model: Model,
-    name: str,
-    task: Task,
-    length: int,
-    *,
+    models: Sequence[Path],
+    cells: Sequence[Cell],
+    tasks: Mapping[str, Task],
     score: Callable[[str, tuple[str, ...]], float],
-    depths: Sequence[float | None] = (None,),
+    *,
     trials: int = 1,
     seed: int = 0,
     stop: Sequence[str] = (),
+    **options: Any,
 ) -> Iterator[Result]:
-    """Asks a model the questions of a task at one length, and gives each answer as it comes.
+    """Asks each model the questions of each cell, and gives the answers as they come.
 
-    A question depends on nothing but the arguments. The deepest needles come first: their prompts begin as the others
-    do, which a model that keeps its cache need not compute again.
+    A question depends on its cell, the seed, the number of the trial, and the model's tokens and chat template.
+
+    Args:
+        models: GGUF files or Hugging Face folders.
+        cells: in the order in which they are asked; a model that keeps its cache need not compute again what a prompt
+            begins with as the one before.
+        tasks: those of the cells, by their names.
+        score: of an answer, by the strings that it should have.
+        trials: questions for each cell.
+        seed: of the random choices.
+        stop: strings that end an answer.
+        options: keyword arguments of ``open_model``.
 
     Raises:
-        ClexError: the task does not fit in the length.
+        ClexError: a model does not cover a length, a task does not fit in it, or a model cannot be run.
     """
-    for depth in sorted(depths, key=lambda depth: -(depth or 0)):
-        for trial in range(trials):
-            rng = random.Random(f"{name} {length} {depth} {seed} {trial}")
-            try:
-                question = task(model, length, rng, depth)
-            except ClexError as error:
-                raise ClexError(f"{name} in {length:,} tokens of {model.name}: {error}") from None
-            answer = model.generate(question.prompt, question.max_tokens, stop)
-            points = score(answer, question.expected)
-            yield Result(model.name, name, length, depth, trial, question.expected, answer, points)
+    lengths = [cell.length for cell in cells]
+    covers = [_covering(path, lengths, bool(options.get("clamp"))) for path in models]
+    with working() as work:
+        work.expect(len(models) * len(cells) * trials)
+        for path, name, covered in zip(models, names(models), covers, strict=True):
+            work.name(name)
+            with open_model(path, context=max(length.of(covered.original) for length in lengths), **options) as model:
+                for cell in cells:
+                    size = cell.length.of(covered.original)
+                    for trial in range(trials):
+                        rng = random.Random(f"{cell.task} {size} {cell.depth} {seed} {trial}")
+                        try:
+                            question = tasks[cell.task](model, size, rng, cell.depth)
+                        except ClexError as error:
+                            raise ClexError(f"{path}: {cell.task} in {size:,} tokens: {error}") from None
+                        answer = model.generate(question.prompt, question.max_tokens, stop)
+                        yield Result(
+                            name,
+                            cell,
+                            size,
+                            model.scaling_factor(size),
+                            trial,
+                            question.expected,
+                            answer,
+                            score(answer, question.expected),
+                        )
+                        work.advance()
+
+
+def _covering(path: Path, lengths: Iterable[Length], clamp: bool) -> Coverage:
+    covers = coverage(path)
+    longest = max(length.of(covers.original) for length in lengths)
+    if covers.maximum is not None and longest > covers.maximum and not clamp:
+        raise ClexError(
+            f"{path}: its tables cover {covers.maximum:,} tokens, not the {longest:,} asked for; --clamp goes on with "
+            "the last one"
+        )
+    return covers
+
+
+def in_groups(results: Iterable[T], key: Callable[[T], Any]) -> Iterator[list[T]]:
+    """Groups of successive results of one key; after an error or Ctrl-C what there is of the group, then that error."""
+    group: list[T] = []
+    try:
+        for result in results:
+            if group and key(result) != key(group[0]):
+                yield group
+                group = []
+            group.append(result)
+    except (KeyboardInterrupt, ClexError):
+        if group:
+            yield group
+        raise
+    if group:
+        yield group
 
 
 def mean(results: Iterable[Result]) -> float | None:
-    """Mean score, None without any results."""
+    """Mean score; None without any result."""
     scores = [result.score for result in results]
     return fmean(scores) if scores else None
+
+
+def percent(share: float) -> str:
+    """How a table shows a score."""
+    return f"{100 * share:.0f}"
+
+
+def answers(results: Iterable[Result]) -> list[dict[str, Any]]:
+    """What the JSON says of each answer."""
+    return [
+        {
+            "tokens": result.tokens,
+            "depth": result.cell.depth,
+            "trial": result.trial,
+            "expected": result.expected,
+            "answer": result.answer,
+            "score": result.score,
+        }
+        for result in results
+    ]
+
+
+class Depths(click.ParamType):
+    """Comma-separated depths from 0 to 100."""
+
+    name = "depths"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[float, ...]:
+        """The depths of a text, ascending."""
+        if isinstance(value, tuple):
+            return value
+        try:
+            found = sorted({float(part) for part in value.split(",")})
+        except ValueError:
+            found = []
+        if not found or not all(0 <= depth <= 100 for depth in found):
+            self.fail(f"{value!r}: depths are percents from 0 (the beginning) to 100, such as 0,50,100")
+        return tuple(found)
+
+
+def trials_options(command: Any) -> Any:
+    """``--trials`` and ``--seed``."""
+    seed = click.option("--seed", metavar="N", type=int, default=0, help="Seed of the random choices.")
+    trials = click.option(
+        "--trials",
+        metavar="N",
+        type=click.IntRange(min=1),
+        default=1,
+        help="Questions for each cell of the table. Reading the prompts takes nearly all the time.",
+    )
+    return trials(seed(command))
