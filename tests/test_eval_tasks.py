@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import json
 import random
 import re
+import subprocess
+import sys
 
 import pytest
 from clex_eval.haystack import FILLER, filler, hide, words
 from clex_eval.models import open_model
-from clex_eval.passkey import passkey
-from clex_eval.ruler import TASKS, niah_multikey, score
+from clex_eval.options import Length
+from clex_eval.passkey import passkey as passkey_rows
+from clex_eval.passkey import question as passkey
+from clex_eval.passkey import score as passkey_score
+from clex_eval.ruler import TASKS, niah_multikey, ruler, score
 
 from clex_local.errors import ClexError
 
@@ -141,5 +147,104 @@ def test_scores_are_the_share_of_the_expected_strings():
 
 @pytest.mark.parametrize("task", TASKS)
 def test_a_length_without_room_for_the_task_is_refused(model, task):
-    with pytest.raises(ClexError, match="take .* tokens more than that|leaves no room"):
+    with pytest.raises(ClexError, match=r"take .* tokens more than that|leaves no room"):
         TASKS[task](model, 60, random.Random(0))
+
+
+def clex_eval(*arguments):
+    """Runs a command; its exit code, standard output and standard error."""
+    done = subprocess.run(
+        [sys.executable, "-m", "clex_eval.cli", *map(str, arguments)], capture_output=True, text=True, timeout=120
+    )
+    return done.returncode, done.stdout, done.stderr
+
+
+def one_line(code, output, error):
+    assert code in (1, 2)
+    assert not output
+    assert error.startswith("clex-eval: error: ")
+    assert error.count("\n") == 1
+    return error
+
+
+def test_a_model_finds_the_pass_key(smollm):
+    rows = list(passkey_rows([smollm], [Length(512), Length(200)], (50.0, 100.0), trials=2, threads=1))
+    assert [(row["length"], row["50"], row["100"], row["all"]) for row in rows] == [(512, 1, 1, 1), (200, 1, 1, 1)]
+    answers = rows[0]["answers"]
+    assert [(answer["depth"], answer["trial"]) for answer in answers] == [(100, 0), (100, 1), (50, 0), (50, 1)]
+    assert len({answer["expected"] for answer in answers}) == 4
+    assert all(answer["expected"][0] in answer["answer"] for answer in answers)
+
+
+def test_a_pass_key_is_right_to_the_digit():
+    assert passkey_score(" 12345.", ("12345",)) == 1
+    assert passkey_score(" 123456.", ("12345",)) == 0
+    assert passkey_score(" 54321, not 12345", ("12345",)) == 0
+    assert passkey_score(" hidden", ("12345",)) == 0
+
+
+def test_models_are_compared_in_one_table(smollm, tmp_path):
+    other = tmp_path / "other.gguf"
+    other.symlink_to(smollm)
+    picture = tmp_path / "cells.png"
+    code, output, error = clex_eval(
+        "passkey", smollm, other, "--lengths", "128,140", "--depths", "50", "--threads", "1", "--plot", picture
+    )
+    assert code == 0, error
+    assert not error
+    lines = [line.split() for line in output.splitlines()]
+    assert lines[0] == ["model", "tokens", "t", "50", "%", "all"]
+    assert [line[:3] for line in lines[1:]] == [
+        [name, length, "-"] for name in (smollm.stem, "other") for length in ("128", "140")
+    ]
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_ruler_as_json(smollm):
+    code, output, error = clex_eval(
+        "ruler", smollm, "--tasks", "niah_single,niah_multikey", "--lengths", "256", "--threads", "1", "--json"
+    )
+    assert code == 0, error
+    found = json.loads(output)
+    assert found["settings"]["tasks"] == ["niah_single", "niah_multikey"]
+    assert [(row["task"], row["256"], row["all"]) for row in found["rows"]] == [
+        ("niah_single", 1, 1),
+        ("niah_multikey", 1, 1),
+    ]
+
+
+def test_ruler_has_a_row_for_each_depth(smollm):
+    rows = list(ruler([smollm], [Length(256)], ["niah_single"], [0.0, 100.0], threads=1))
+    assert [(row["depth"], row["256"]) for row in rows] == [(0, 1), (100, 1)]
+
+
+def test_what_was_finished_is_shown_before_an_error(smollm):
+    code, output, error = clex_eval(
+        "ruler", smollm, "--tasks", "niah_single,common_words", "--lengths", "256", "--threads", "1"
+    )
+    assert code == 1
+    assert "niah_single" in output
+    assert "not finished" in output
+    assert "common_words in 256 tokens" in error
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["passkey", "MODEL", "--lengths", "40"], "passkey in 40 tokens"),
+        (["passkey", "MODEL", "--depths", "0,101"], "'0,101'"),
+        (["passkey", "MODEL", "--depths", "nan"], "'nan'"),
+        (["passkey", "missing.gguf"], "missing.gguf"),
+        (["passkey", "MODEL", "--plot", "picture.gif"], "picture.gif"),
+        (["ruler", "MODEL", "--tasks", "niah"], "'niah' is none of"),
+    ],
+)
+def test_bad_input_is_told_in_one_line(smollm, arguments, message):
+    done = clex_eval(*[smollm if argument == "MODEL" else argument for argument in arguments])
+    assert message in one_line(*done)
+
+
+def test_tables_that_end_before_a_length_are_refused(golden_gguf):
+    assert "its tables cover 256 tokens, not 300" in one_line(
+        *clex_eval("passkey", golden_gguf("llama"), "--lengths", "300")
+    )

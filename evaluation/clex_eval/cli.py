@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import click
 
-from clex_eval import ppl
+from clex_eval import longbench, passkey, ppl, ruler
 from clex_local.command import SETTINGS, Group
 
 
@@ -14,7 +14,8 @@ def main() -> None:
     """Measure what long context is worth to models: GGUF files, or Hugging Face folders."""
 
 
-main.add_command(ppl.command)
+for module in (ppl, passkey, ruler, longbench):
+    main.add_command(module.command)
 
 if __name__ == "__main__":
     main()

@@ -73,7 +73,7 @@ def passkey(
         depths: where in the text the key is, 0 to 100.
         trials: keys for each length and depth.
         seed: of the keys.
-        options: keyword arguments of ``open_model``.
+        options: ``notes`` of ``ask``, and keyword arguments of ``open_model``.
 
     Raises:
         ClexError: a model cannot be run, or not at such a length.
@@ -158,7 +158,7 @@ def command(
     found.settings |= {**options, "models": models}
     report.run(
         found,
-        passkey(models, lengths, depths, trials=trials, seed=seed, **options),
+        passkey(models, lengths, depths, trials=trials, seed=seed, notes=found.notes, **options),
         as_json=as_json,
         plot=(lambda: plot(found.rows, depths, picture)) if picture else None,
     )

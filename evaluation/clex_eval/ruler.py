@@ -190,7 +190,7 @@ def ruler(
         depths: where the needles of niah_* are, 0 to 100, with a row for each. Default: anywhere.
         trials: questions for each row and length.
         seed: of the questions.
-        options: keyword arguments of ``open_model``.
+        options: ``notes`` of ``ask``, and keyword arguments of ``open_model``.
 
     Raises:
         ClexError: a model cannot be run, or a task does not fit in a length.
@@ -296,7 +296,7 @@ def command(
     found.settings |= {"trials": trials, "seed": seed, **options, "models": models}
     report.run(
         found,
-        ruler(models, lengths, tasks, depths, trials=trials, seed=seed, **options),
+        ruler(models, lengths, tasks, depths, trials=trials, seed=seed, notes=found.notes, **options),
         as_json=as_json,
         plot=(lambda: plot(found.rows, picture)) if picture else None,
     )

@@ -16,7 +16,6 @@ from clex_eval.options import Length, names
 from clex_eval.report import working
 from clex_local.errors import ClexError
 
-
 T = TypeVar("T")
 
 
@@ -69,6 +68,7 @@ def ask(
     trials: int = 1,
     seed: int = 0,
     stop: Sequence[str] = (),
+    notes: list[str] | None = None,
     **options: Any,
 ) -> Iterator[Result]:
     """Asks each model the questions of each cell, and gives the answers as they come.
@@ -84,13 +84,15 @@ def ask(
         trials: questions for each cell.
         seed: of the random choices.
         stop: strings that end an answer.
+        notes: what a reader should know is added to them.
         options: keyword arguments of ``open_model``.
 
     Raises:
         ClexError: a model does not cover a length, a task does not fit in it, or a model cannot be run.
     """
     lengths = [cell.length for cell in cells]
-    covers = [_covering(path, lengths, bool(options.get("clamp"))) for path in models]
+    notes = notes if notes is not None else []
+    covers = [_covering(path, lengths, options.get("clamp", False), notes) for path in models]
     with working() as work:
         work.expect(len(models) * len(cells) * trials)
         for path, name, covered in zip(models, names(models), covers, strict=True):
@@ -118,13 +120,16 @@ def ask(
                         work.advance()
 
 
-def _covering(path: Path, lengths: Iterable[Length], clamp: bool) -> Coverage:
+def _covering(path: Path, lengths: Iterable[Length], clamp: bool, notes: list[str]) -> Coverage:
     covers = coverage(path)
     longest = max(length.of(covers.original) for length in lengths)
-    if covers.maximum is not None and longest > covers.maximum and not clamp:
+    if covers.maximum is None:
+        if longest > covers.original:
+            notes.append(f"{path.name} has no tables: beyond {covers.original:,} tokens it is run as it is")
+    elif longest > covers.maximum and not clamp:
         raise ClexError(
-            f"{path}: its tables cover {covers.maximum:,} tokens, not the {longest:,} asked for; --clamp goes on with "
-            "the last one"
+            f"{path}: its tables cover {covers.maximum:,} tokens, not {longest:,}; leave that length out, or go on "
+            "with the last table by --clamp"
         )
     return covers
 
