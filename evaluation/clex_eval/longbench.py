@@ -195,14 +195,14 @@ def prompt_tokens(model: Model, record: Record, template: str | None = None) -> 
     if full <= room:
         return tokens, full
     inner = model.tokenize(text)
-    keep = min(len(inner), room)
-    while len(tokens) > room:
-        keep -= max(len(tokens) - room, 1) if len(tokens) < full else full - len(inner)
-        if keep < 2:
-            raise ClexError(f"a context of {model.context_length:,} tokens has no room for a prompt and its answer")
+    keep = room - (full - len(inner))
+    while keep >= 2:
         halves = inner[: keep // 2], inner[len(inner) - keep // 2 :]
         tokens = ask("".join(model.detokenize(half).strip("\N{REPLACEMENT CHARACTER}") for half in halves))
-    return tokens, full
+        if len(tokens) <= room:
+            return tokens, full
+        keep -= len(tokens) - room
+    raise ClexError(f"a context of {model.context_length:,} tokens has no room for a prompt and its answer")
 
 
 def score(record: Record, answer: str) -> float:
