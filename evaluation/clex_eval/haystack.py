@@ -56,8 +56,8 @@ def largest(count: Callable[[int], int], target: int) -> int:
 def fill(prompt: Callable[[str], list[int]], target: int) -> list[int]:
     """The prompt around a filler that gives it exactly target tokens.
 
-    The filler is cut between words, or inside one where only that gives the number. Should a vocabulary have no such
-    text at all, the prompt is the longest below.
+    The filler is cut between words, or inside one where only that gives the number, and may end with a full stop.
+    Should a vocabulary have no such text at all, the prompt is the longest below.
 
     Args:
         prompt: makes the tokens of a whole prompt from its filler.
@@ -68,9 +68,9 @@ def fill(prompt: Callable[[str], list[int]], target: int) -> list[int]:
     """
     best = largest(lambda characters: len(prompt(filler(characters))), target)
     near = range(max(0, best - _REACH), best + _REACH)
-    texts = {filler(characters): None for characters in sorted(near, key=lambda place: abs(place - best))}
-    whole_words = [text for text in texts if not text or FILLER[len(text) % len(FILLER)] == " "]
-    for text in [*whole_words, *texts]:
+    cuts = list(dict.fromkeys(filler(size) for size in sorted(near, key=lambda size: abs(size - best))))
+    between_words = [text for text in cuts if FILLER[len(text) % len(FILLER)] == " "]
+    for text in (text + end for texts in (between_words, cuts) for end in ("", ".") for text in texts):
         if len(tokens := prompt(text)) == target:
             return tokens
     return prompt(filler(best))
