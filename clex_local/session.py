@@ -162,7 +162,7 @@ class Session:
         start = [{"role": "system", "content": self.system}] if self.system is not None else []
         text = self._render([*start, {"role": "user", "content": message}])
         if not self.has_own_template:
-            return self._whole(text + answer)
+            return self._whole(f"{text}\n{answer}" if answer else text)
         return self._whole(text) + self._tokenize(answer, special=False)
 
     def send(self, text: str, max_tokens: int | None = None) -> Generator[str, None, None]:

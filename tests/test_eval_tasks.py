@@ -49,6 +49,7 @@ def test_they_do_with_a_vocabulary_of_small_pieces(tiny, length):
     for depth in (0, 50, 100):
         question = passkey(tiny, length, random.Random(0), depth)
         assert len(question.prompt) + question.max_tokens == length
+    assert text_of(tiny, question).endswith("What is the pass key?\nThe pass key is")
 
 
 @pytest.mark.parametrize("depth", [0, 25, 50, 75, 100])

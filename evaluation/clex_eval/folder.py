@@ -101,7 +101,7 @@ class FolderModel:
     def chat(self, message: str, answer: str = "") -> list[int]:
         """As ``Model`` says."""
         if not self._tokenizer.chat_template:
-            return self.tokenize(message + answer, bos=True)
+            return self.tokenize(f"{message}\n{answer}" if answer else message, bos=True)
         messages = [{"role": "user", "content": message}]
         try:
             start = self._tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)

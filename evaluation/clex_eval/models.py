@@ -63,7 +63,7 @@ class Model(Protocol):
     def chat(self, message: str, answer: str = "") -> list[int]:
         """Tokens of one user message by the model's chat template, with the answer begun.
 
-        Without a template: message and answer as one plain text.
+        Without a template: message and answer as one plain text, in a line each.
         """
         ...
 
