@@ -10,7 +10,8 @@ from clex_local.errors import ClexError
 
 # Short sentences of common words, which nearly every vocabulary has as one token each.
 FILLER = "The river is wide. The hill is high. The road is long. We walk on. Then we turn back. "
-_REACH = 48  # characters around a cut where another one may give the exact number of tokens
+_REACH = 32  # characters around a cut where another one may give the exact number of tokens
+_ENDS = ("", ".", "!", " !", "...", " ...")  # of the text, for vocabularies in which no cut does
 _CONSONANTS, _VOWELS = "bdfgklmnprstvz", "aeiou"
 
 
@@ -56,7 +57,7 @@ def largest(count: Callable[[int], int], target: int) -> int:
 def fill(prompt: Callable[[str], list[int]], target: int) -> list[int]:
     """The prompt around a filler that gives it exactly target tokens.
 
-    The filler is cut between words, or inside one where only that gives the number, and may end with a full stop.
+    The filler is cut between words, or inside one where only that gives the number, and may end with marks.
     Should a vocabulary have no such text at all, the prompt is the longest below.
 
     Args:
@@ -70,7 +71,7 @@ def fill(prompt: Callable[[str], list[int]], target: int) -> list[int]:
     near = range(max(0, best - _REACH), best + _REACH)
     cuts = list(dict.fromkeys(filler(size) for size in sorted(near, key=lambda size: abs(size - best))))
     between_words = [text for text in cuts if FILLER[len(text) % len(FILLER)] == " "]
-    for text in (text + end for texts in (between_words, cuts) for end in ("", ".") for text in texts):
+    for text in (text + end for texts in (between_words, cuts) for end in _ENDS for text in texts):
         if len(tokens := prompt(text)) == target:
             return tokens
     return prompt(filler(best))
