@@ -8,7 +8,10 @@ from pathlib import Path
 import click
 import pytest
 from clex_convert.cli import main as clex_convert
+from clex_eval.longbench import command as clex_eval_longbench
+from clex_eval.passkey import command as clex_eval_passkey
 from clex_eval.ppl import command as clex_eval_ppl
+from clex_eval.ruler import command as clex_eval_ruler
 
 from clex_local.chat import main as clex_chat
 from clex_local.inspection import main as clex_inspect
@@ -19,15 +22,24 @@ COMMANDS = {
     "clex-chat": clex_chat,
     "clex-inspect": clex_inspect,
     "clex-eval ppl": clex_eval_ppl,
+    "clex-eval passkey": clex_eval_passkey,
+    "clex-eval ruler": clex_eval_ruler,
+    "clex-eval longbench": clex_eval_longbench,
 }
+LIKE = dict.fromkeys((clex_eval_passkey, clex_eval_ruler, clex_eval_longbench), clex_eval_ppl)
+
+
+def records(command: click.Command) -> list[tuple[str, str] | None]:
+    context = click.Context(command, **command.context_settings)
+    return [option.get_help_record(context) for option in command.params if isinstance(option, click.Option)]
 
 
 def options_table(command: click.Command) -> str:
-    context = click.Context(command, **command.context_settings)
+    """The options of a command; of one that is like another those that the other does not have."""
     rows = ["| option | meaning |", "| --- | --- |"]
-    for parameter in command.params:
-        record = parameter.get_help_record(context) if isinstance(parameter, click.Option) else None
-        if record:
+    known = records(LIKE[command]) if command in LIKE else []
+    for record in records(command):
+        if record and record not in known:
             names, meaning = (" ".join(part.split()).replace("|", "\\|") for part in record)
             # Ranges such as "x>=1" are for the terminal, where a wrong value has just been refused.
             meaning = re.sub(r"(; | \[)[-\d<=]*x[<>][^\]]*\]", lambda m: "]" if m[1] == "; " else "", meaning)

@@ -25,6 +25,7 @@ from clex_eval.models import Model, open_model
 from clex_eval.options import model_options, names, output_options
 from clex_eval.report import Column, Report, working
 from clex_eval.tasks import in_groups
+from clex_local.command import SETTINGS
 from clex_local.errors import ClexError
 from clex_local.plot import checked_name
 from clex_local.terminal import read_text
@@ -388,7 +389,7 @@ def plot(rows: Iterable[dict[str, Any]], output: Path) -> None:
     report.plot_curves(output, "LongBench", lengths, series, "prompt, up to so many tokens", "score (%)")
 
 
-@click.command("longbench")
+@click.command("longbench", context_settings=SETTINGS)
 @model_options
 @click.option(
     "--ctx",

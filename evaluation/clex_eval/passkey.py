@@ -16,6 +16,7 @@ from clex_eval.models import Model
 from clex_eval.options import Length, lengths_option, model_options, output_options
 from clex_eval.report import Column, Report
 from clex_eval.tasks import Cell, Depths, Question, Result, answers, ask, in_groups, mean, percent, room, trials_options
+from clex_local.command import SETTINGS
 from clex_local.plot import checked_name
 
 DEPTHS = (0.0, 25.0, 50.0, 75.0, 100.0)
@@ -117,7 +118,7 @@ def plot(rows: Sequence[dict[str, Any]], depths: Sequence[float], output: Path) 
     report.plot_heat_map(output, titles, lengths, depths, values)
 
 
-@click.command("passkey")
+@click.command("passkey", context_settings=SETTINGS)
 @model_options
 @lengths_option("1x,2x")
 @click.option(

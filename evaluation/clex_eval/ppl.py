@@ -62,7 +62,7 @@ def perplexity(
     notes = notes if notes is not None else []
     plans = []
     for name, path in zip(names(models), models, strict=True):
-        covers, wanted, note = _plan(path, lengths, original_context, options.get("clamp", False))
+        covers, wanted, note = plan(path, lengths, original_context, options.get("clamp", False))
         plans.append((name, path, covers, wanted))
         if note and note not in notes:
             notes.append(note)
@@ -97,7 +97,7 @@ def perplexity(
                     yield row | {"seconds": round(seconds, 2)}
 
 
-def _plan(
+def plan(
     path: Path, lengths: Sequence[Length] | None, original: int | None, clamp: bool
 ) -> tuple[Coverage, list[int], str]:
     """The coverage of a model, the context lengths to measure, ascending, and what to say about them."""

@@ -21,6 +21,7 @@ from clex_eval.models import Model
 from clex_eval.options import Length, lengths_option, model_options, output_options
 from clex_eval.report import Column, Report
 from clex_eval.tasks import Cell, Depths, Question, Task, answers, ask, in_groups, mean, percent, room, trials_options
+from clex_local.command import SETTINGS
 from clex_local.errors import ClexError
 from clex_local.plot import checked_name
 
@@ -245,7 +246,7 @@ class _Tasks(click.ParamType):
         return found
 
 
-@click.command("ruler")
+@click.command("ruler", context_settings=SETTINGS)
 @model_options
 @click.option(
     "--tasks",

@@ -11,8 +11,9 @@ from typing import Any, NamedTuple, TypeVar
 
 import click
 
-from clex_eval.models import Coverage, Model, coverage, open_model
+from clex_eval.models import Model, open_model
 from clex_eval.options import Length, names
+from clex_eval.ppl import plan
 from clex_eval.report import working
 from clex_local.errors import ClexError
 
@@ -91,15 +92,16 @@ def ask(
         ClexError: a model does not cover a length, a task does not fit in it, or a model cannot be run.
     """
     lengths = [cell.length for cell in cells]
-    notes = notes if notes is not None else []
-    covers = [_covering(path, lengths, options.get("clamp", False), notes) for path in models]
+    plans = [plan(path, lengths, None, options.get("clamp", False)) for path in models]
+    if notes is not None:
+        notes += dict.fromkeys(note for _, _, note in plans if note)
     with working() as work:
         work.expect(len(models) * len(cells) * trials)
-        for path, name, covered in zip(models, names(models), covers, strict=True):
+        for path, name, (covers, sizes, _) in zip(models, names(models), plans, strict=True):
             work.name(name)
-            with open_model(path, context=max(length.of(covered.original) for length in lengths), **options) as model:
+            with open_model(path, context=max(sizes), **options) as model:
                 for cell in cells:
-                    size = cell.length.of(covered.original)
+                    size = cell.length.of(covers.original)
                     for trial in range(trials):
                         rng = random.Random(f"{cell.task} {size} {cell.depth} {seed} {trial}")
                         try:
@@ -118,20 +120,6 @@ def ask(
                             score(answer, question.expected),
                         )
                         work.advance()
-
-
-def _covering(path: Path, lengths: Iterable[Length], clamp: bool, notes: list[str]) -> Coverage:
-    covers = coverage(path)
-    longest = max(length.of(covers.original) for length in lengths)
-    if covers.maximum is None:
-        if longest > covers.original:
-            notes.append(f"{path.name} has no tables: beyond {covers.original:,} tokens it is run as it is")
-    elif longest > covers.maximum and not clamp:
-        raise ClexError(
-            f"{path}: its tables cover {covers.maximum:,} tokens, not {longest:,}; leave that length out, or go on "
-            "with the last table by --clamp"
-        )
-    return covers
 
 
 def in_groups(results: Iterable[T], key: Callable[[T], Any]) -> Iterator[list[T]]:
