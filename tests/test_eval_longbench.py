@@ -130,9 +130,9 @@ def test_text_in_braces_is_not_filled_in(model, jsonl):
 
 
 def test_records_are_answered_and_scored(smollm, jsonl):
-    mayor = record(context=CITY[1200:2200])
+    mayor = record(context=CITY[1300:1700])
     file = jsonl(mayor, {**mayor, "_id": "0002"}, record(context=CITY * 2, dataset="hotpotqa"))
-    rows = list(longbench([smollm], [file], context=512, limit=1, threads=1))
+    rows = list(longbench([smollm], [file], context=256, limit=1, threads=1))
     assert [(row["dataset"], row["metric"], row["records"], row["truncated"]) for row in rows] == [
         ("multifieldqa_en", "qa_f1", 1, 0),
         ("hotpotqa", "qa_f1", 1, 1),

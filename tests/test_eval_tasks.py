@@ -16,6 +16,7 @@ from clex_eval.passkey import passkey as passkey_rows
 from clex_eval.passkey import question as passkey
 from clex_eval.passkey import score as passkey_score
 from clex_eval.ruler import TASKS, niah_multikey, ruler, score
+from clex_eval.tasks import in_groups
 
 from clex_local.errors import ClexError
 
@@ -170,12 +171,17 @@ def one_line(code, output, error):
 
 
 def test_a_model_finds_the_pass_key(smollm):
-    rows = list(passkey_rows([smollm], [Length(512), Length(200)], (50.0, 100.0), trials=2, threads=1))
-    assert [(row["length"], row["50"], row["100"], row["all"]) for row in rows] == [(512, 1, 1, 1), (200, 1, 1, 1)]
+    (row,) = passkey_rows([smollm], [Length(512)], (50.0,), threads=1)
+    assert (row["length"], row["50"], row["all"]) == (512, 1, 1)
+    assert row["answers"][0]["expected"][0] in row["answers"][0]["answer"]
+
+
+def test_the_deepest_needles_are_asked_for_first_each_with_its_own_key(smollm):
+    rows = list(passkey_rows([smollm], [Length(128), Length(140)], (0.0, 100.0), trials=2, threads=1))
+    assert [(row["length"], row["0"], row["100"]) for row in rows] == [(128, 1, 1), (140, 1, 1)]
     answers = rows[0]["answers"]
-    assert [(answer["depth"], answer["trial"]) for answer in answers] == [(100, 0), (100, 1), (50, 0), (50, 1)]
+    assert [(answer["depth"], answer["trial"]) for answer in answers] == [(100, 0), (100, 1), (0, 0), (0, 1)]
     assert len({answer["expected"] for answer in answers}) == 4
-    assert all(answer["expected"][0] in answer["answer"] for answer in answers)
 
 
 def test_a_pass_key_is_right_to_the_digit():
@@ -204,30 +210,41 @@ def test_models_are_compared_in_one_table(smollm, tmp_path):
 
 def test_ruler_as_json(smollm):
     code, output, error = clex_eval(
-        "ruler", smollm, "--tasks", "niah_single,niah_multikey", "--lengths", "256", "--threads", "1", "--json"
+        "ruler", smollm, "--tasks", "niah_single,niah_multikey", "--lengths", "200", "--threads", "1", "--json"
     )
     assert code == 0, error
     found = json.loads(output)
     assert found["settings"]["tasks"] == ["niah_single", "niah_multikey"]
-    assert [(row["task"], row["256"], row["all"]) for row in found["rows"]] == [
+    assert [(row["task"], row["200"], row["all"]) for row in found["rows"]] == [
         ("niah_single", 1, 1),
         ("niah_multikey", 1, 1),
     ]
 
 
 def test_ruler_has_a_row_for_each_depth(smollm):
-    rows = list(ruler([smollm], [Length(256)], ["niah_single"], [0.0, 100.0], threads=1))
-    assert [(row["depth"], row["256"]) for row in rows] == [(0, 1), (100, 1)]
+    rows = list(ruler([smollm], [Length(128)], ["niah_single"], [0.0, 100.0], threads=1))
+    assert [(row["depth"], row["128"]) for row in rows] == [(0, 1), (100, 1)]
+
+
+def test_an_unfinished_group_comes_before_the_interrupt():
+    def interrupted():
+        yield from ("a1", "a2", "b1")
+        raise KeyboardInterrupt
+
+    groups = in_groups(interrupted(), lambda text: text[0])
+    assert [next(groups), next(groups)] == [["a1", "a2"], ["b1"]]
+    with pytest.raises(KeyboardInterrupt):
+        next(groups)
 
 
 def test_what_was_finished_is_shown_before_an_error(smollm):
     code, output, error = clex_eval(
-        "ruler", smollm, "--tasks", "niah_single,common_words", "--lengths", "256", "--threads", "1"
+        "ruler", smollm, "--tasks", "niah_single,common_words", "--lengths", "128", "--threads", "1"
     )
     assert code == 1
     assert "niah_single" in output
     assert "not finished" in output
-    assert "common_words in 256 tokens" in error
+    assert "common_words in 128 tokens" in error
 
 
 @pytest.mark.parametrize(

@@ -80,7 +80,7 @@ def passkey(
         ClexError: a model cannot be run, or not at such a length.
     """
     # The deepest first: the others' prompts begin as that one does, and what a model has cached of it is kept.
-    cells = [Cell("passkey", length, depth) for length in lengths for depth in sorted(depths, reverse=True)]
+    cells = [Cell("passkey", length, float(depth)) for length in lengths for depth in sorted(depths, reverse=True)]
     found = ask(models, cells, {"passkey": question}, score, trials=trials, seed=seed, stop=("\n",), **options)
     for group in in_groups(found, lambda result: (result.model, result.cell.length)):
         yield _row(group, depths)

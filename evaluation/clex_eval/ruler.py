@@ -197,7 +197,7 @@ def ruler(
         ClexError: a model cannot be run, or a task does not fit in a length.
     """
     cells = [
-        Cell(task, length, depth)
+        Cell(task, length, None if depth is None else float(depth))
         for task in tasks
         for depth in (depths if depths and task in HAVE_DEPTH else (None,))
         for length in lengths
