@@ -8,8 +8,10 @@ import sys
 from dataclasses import replace
 
 import pytest
-from clex_eval.longbench import DATA_SETS, longbench, prompt_tokens, read, score
+from clex_eval.longbench import longbench, prompt_tokens
+from clex_eval.metrics import score
 from clex_eval.models import open_model
+from clex_eval.records import DATA_SETS, read
 
 from clex_local.errors import ClexError
 
