@@ -126,6 +126,7 @@ def test_one_of_several_needles_is_asked_for(model):
     assert len(needles) == 4
     asked = re.search(r"What is the secret number of (\w+)", text)[1]
     assert question.expected == (needles[asked],)
+    assert text.index(needles[asked]) / len(text) == pytest.approx(0.5, abs=0.1)
 
 
 def test_needles_go_between_sentences():
