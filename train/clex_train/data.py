@@ -1,0 +1,147 @@
+"""Text as sequences of one length: read, tokenized and packed through the library ``datasets``."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset, Features, IterableDataset, Value, load_dataset, load_from_disk
+from datasets import Sequence as ListOf
+from transformers import PreTrainedTokenizerBase
+
+from clex_convert.errors import one_line
+from clex_train.errors import TrainError
+
+COLUMN = "text"
+# Characters that are tokenized at once: a file need not fit into memory.
+_PIECE = 1 << 20
+# Sequences that a streamed dataset is shuffled among.
+_SHUFFLE_BUFFER = 1000
+
+
+def load_sequences(
+    text: Sequence[Path],
+    dataset: str | None,
+    tokenizer: PreTrainedTokenizerBase,
+    length: int,
+    *,
+    streaming: bool = False,
+    seed: int = 0,
+) -> Dataset | IterableDataset:
+    """Sequences of `length` tokens with nothing between them but the end-of-text token after each document.
+
+    Args:
+        text: UTF-8 text files, a document each.
+        dataset: a folder that ``save_to_disk`` wrote, or what ``load_dataset`` takes; documents are in its column
+            ``text``.
+        tokenizer: of the model; its EOS token ends a document, if it has one.
+        length: n.
+        streaming: tokenize while training, instead of once before it into the cache of ``datasets``.
+        seed: of the order in which a stream is shuffled; the trainer shuffles what is not streamed.
+
+    Returns:
+        Rows with one column, ``input_ids``, int32 [n]. What is left over at the end is dropped.
+
+    Raises:
+        TrainError: a file is missing or not UTF-8, the dataset cannot be read, or there is less than one sequence.
+    """
+    # Size and time are here so that the cache does not serve a file that has changed since.
+    files = [(str(path.resolve()), *_stamp(path)) for path in text]
+    source = _documents(dataset, streaming) if dataset is not None else None
+    arguments: dict[str, Any] = {"files": files, "dataset": source, "tokenizer": tokenizer, "length": length}
+    features = Features({"input_ids": ListOf(Value("int32"), length=length)})
+    if streaming:
+        stream = IterableDataset.from_generator(_packed, features=features, gen_kwargs=arguments)
+        if next(iter(stream), None) is None:
+            raise _too_short(length)
+        return stream.shuffle(seed=seed, buffer_size=_SHUFFLE_BUFFER)
+    try:
+        rows = Dataset.from_generator(_packed, features=features, gen_kwargs=arguments)
+    except TrainError:
+        raise
+    except Exception as error:
+        # datasets wraps what a generator raises
+        cause: BaseException | None = error
+        while cause is not None and not isinstance(cause, TrainError):
+            cause = cause.__cause__ or cause.__context__
+        if cause is None:
+            raise TrainError(f"the text could not be prepared ({one_line(error)})") from None
+        raise TrainError(str(cause)) from None
+    assert isinstance(rows, Dataset)
+    if len(rows) == 0:
+        raise _too_short(length)
+    return rows
+
+
+def collate(rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+    """A batch: input_ids, which are the labels as well, int64 [B, n]."""
+    ids = torch.stack([torch.as_tensor(row["input_ids"]) for row in rows]).long()
+    return {"input_ids": ids, "labels": ids}
+
+
+def _too_short(length: int) -> TrainError:
+    return TrainError(f"the text is shorter than one sequence of {length} tokens; give more text or a smaller --length")
+
+
+def _stamp(path: Path) -> tuple[int, int]:
+    if not path.is_file():
+        raise TrainError(f"{path}: no such file")
+    status = path.stat()
+    return status.st_size, status.st_mtime_ns
+
+
+def _documents(name: str, streaming: bool) -> Dataset | IterableDataset:
+    try:
+        if Path(name).is_dir() and any((Path(name) / file).exists() for file in ("state.json", "dataset_dict.json")):
+            found = load_from_disk(name)
+            if isinstance(found, dict):
+                found = found["train"]
+            if streaming:
+                found = found.to_iterable_dataset()
+        else:
+            found = load_dataset(name, split="train", streaming=streaming)
+    except Exception as error:  # of every format it reads, and of the network
+        raise TrainError(f"{name}: the dataset could not be loaded ({one_line(error)})") from None
+    if found.column_names is not None and COLUMN not in found.column_names:
+        raise TrainError(f"{name}: the dataset has no column {COLUMN!r}, only {', '.join(found.column_names)}")
+    return found  # pyright: ignore[reportReturnType]
+
+
+def _packed(
+    files: list[tuple[str, int, int]],
+    dataset: Iterable[dict[str, Any]] | None,
+    tokenizer: PreTrainedTokenizerBase,
+    length: int,
+) -> Iterator[dict[str, list[int]]]:
+    waiting: list[int] = []
+    for piece, ends in _pieces(files, dataset):
+        waiting += tokenizer(piece, add_special_tokens=False, verbose=False)["input_ids"]
+        if ends and tokenizer.eos_token_id is not None:
+            waiting.append(tokenizer.eos_token_id)
+        whole = len(waiting) // length * length
+        for start in range(0, whole, length):
+            yield {"input_ids": waiting[start : start + length]}
+        del waiting[:whole]
+
+
+def _pieces(files: list[tuple[str, int, int]], dataset: Iterable[dict[str, Any]] | None) -> Iterator[tuple[str, bool]]:
+    """Text, and whether its document ends with it."""
+    for path, *_ in files:
+        try:
+            with io.open(path, encoding="utf-8", newline="") as file:
+                # cut between lines, where tokens rarely cross
+                piece = file.read(_PIECE) + file.readline(_PIECE)
+                while piece:
+                    following = file.read(_PIECE) + file.readline(_PIECE)
+                    yield piece, not following
+                    piece = following
+        except (OSError, UnicodeDecodeError) as error:
+            reason = "is not UTF-8 text" if isinstance(error, UnicodeDecodeError) else "could not be read"
+            raise TrainError(f"{path}: {reason} ({one_line(error, 120)})") from None
+    for row in dataset or ():
+        if not isinstance(row[COLUMN], str):
+            raise TrainError(f"the dataset's column {COLUMN!r} holds {type(row[COLUMN]).__name__}, not text")
+        yield row[COLUMN], True
