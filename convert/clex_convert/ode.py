@@ -54,6 +54,35 @@ class ClexLayer(torch.nn.Module):
         return self.activation((x + torch.log(ntk)) @ self.ode_up_proj) @ self.ode_down_proj + drift
 
 
+def plain_frequencies(layer: ClexLayer, base: float) -> torch.Tensor:
+    """f(1) = base^(-2i/d), float32 [d/2]."""
+    return 1 / base ** (layer.get_buffer("even") / layer.dim)
+
+
+def whole_states(layer: ClexLayer, base: float, last: int, time_dt: float) -> torch.Tensor:
+    """x(t) at t = 1, 2, ... last, which can be differentiated by the weights.
+
+    Args:
+        layer: the dynamics.
+        base: the model's rope_theta; x(1) is log of base^(-2i/d).
+        last: the largest t.
+        time_dt: step in units of t.
+
+    Returns:
+        [last, d/2] in the type of the layer's weights.
+    """
+    start = torch.log(plain_frequencies(layer, base))
+    if last == 1:
+        return start[None]
+    return _solve(layer, start, torch.arange(1, last + 1, dtype=start.dtype, device=start.device), time_dt)
+
+
+def _solve(layer: ClexLayer, x: torch.Tensor, times: torch.Tensor, time_dt: float) -> torch.Tensor:
+    solution = odeint(layer, x, times, method="rk4", options={"step_size": time_dt})
+    assert isinstance(solution, torch.Tensor)  # a tensor in, a tensor out
+    return solution
+
+
 def integrate(
     layer: ClexLayer, base: float, factors: npt.NDArray[np.float64], time_dt: float
 ) -> npt.NDArray[np.float32]:
@@ -72,24 +101,16 @@ def integrate(
         float32 [n, d/2]; may hold values that are not finite when the dynamics diverge.
     """
 
-    def solve(x: torch.Tensor, times: torch.Tensor) -> torch.Tensor:
-        solution = odeint(layer, x, times, method="rk4", options={"step_size": time_dt})
-        assert isinstance(solution, torch.Tensor)  # a tensor in, a tensor out
-        return solution
-
     with torch.no_grad():
-        start = 1 / base ** (layer.get_buffer("even") / layer.dim)
-        whole = torch.arange(1, int(factors[-1]) + 1, dtype=torch.float32)
-        states = torch.log(start)[None]
-        if len(whole) > 1:
-            states = solve(states[0], whole)
+        start = plain_frequencies(layer, base)
+        states = whole_states(layer, base, int(factors[-1]), time_dt)
         rows, t, x = [], torch.tensor(1.0), states[0]
         for factor in torch.tensor(factors, dtype=torch.float32):
             below = factor.floor()
             if below > t or factor == below:
                 t, x = below, states[int(below) - 1]
             if factor > t:
-                t, x = factor, solve(x, torch.stack((t, factor)))[1]
+                t, x = factor, _solve(layer, x, torch.stack((t, factor)), time_dt)[1]
             rows.append(x)
         frequencies = torch.exp(torch.stack(rows))
         frequencies[0] = start  # f(1) itself, without the rounding of exp(log(f))

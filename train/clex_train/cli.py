@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 from pathlib import Path
@@ -13,6 +14,10 @@ from clex_local.errors import ClexError
 from clex_train.positions import POSITIONS
 
 
+def _rope_scaling(context, option, text):
+    return None if text is None else json.loads(text)
+
+
 @click.command("clex-train", context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
 @click.argument("model", type=click.Path(path_type=Path))
 @click.argument("output", metavar="OUT", type=click.Path(path_type=Path))
@@ -21,6 +26,12 @@ from clex_train.positions import POSITIONS
 @click.option("--streaming", is_flag=True)
 @click.option("--length", type=click.IntRange(min=2), required=True, metavar="N")
 @click.option("--original-context", type=click.IntRange(min=1), metavar="N")
+@click.option("--param-factor", type=click.IntRange(min=1), default=1)
+@click.option("--act", type=click.Choice(["tanh", "silu"]), default="tanh")
+@click.option("--time-dt", type=float, default=0.01)
+@click.option("--log-scale", is_flag=True)
+@click.option("--rope-scaling", callback=_rope_scaling, metavar="JSON")
+@click.option("--ode-learning-rate", type=float)
 @click.option("--no-clex", is_flag=True)
 @click.option("--from-scratch", is_flag=True)
 @click.option("--positions", type=click.Choice(POSITIONS), default="random")

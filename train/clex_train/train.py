@@ -13,11 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
-from torch.utils.data import Dataset
 from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
     AutoTokenizer,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -34,7 +32,9 @@ from transformers.trainer_utils import get_last_checkpoint
 from clex_convert.errors import one_line, writing
 from clex_train.data import collate, load_sequences
 from clex_train.errors import TrainError
-from clex_train.positions import draw_positions
+from clex_train.layer import ClexSettings
+from clex_train.model import add_clex, clex_layer, load_model
+from clex_train.positions import draw_positions, factor_for
 
 
 @dataclass(frozen=True)
@@ -63,14 +63,18 @@ class Feeding:
     max_factor: int
     factors_per_batch: int
     seed: int
+    clex: bool
 
-    def draw(self, rows: int, length: int, *key: int) -> tuple[torch.Tensor, list[int]]:
-        """Positions float32 [rows, length] and the rows' scaling factors; the same for the same `key`."""
-        # hash() of integers alone does not change between processes
-        generator = torch.Generator().manual_seed(hash((self.seed, *key)) & (2**63 - 1))
-        draws = torch.randint(1, self.max_factor + 1, (min(self.factors_per_batch, rows),), generator=generator)
-        factors = [int(draws[row % len(draws)]) for row in range(rows)]
-        drawn = [draw_positions(self.positions, length, self.original, t, generator) for t in factors]
+    def draw(self, rows: int, length: int, *key: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Positions float32 [rows, length] and scaling factors int64 [rows]; the same for the same `key`."""
+        seed = np.random.SeedSequence((self.seed, *key)).generate_state(1, np.uint64)
+        generator = torch.Generator().manual_seed(int(seed[0]))
+        if self.positions == "none":
+            factors = torch.tensor([factor_for(length, self.original, self.max_factor)])
+        else:
+            factors = torch.randint(1, self.max_factor + 1, (self.factors_per_batch,), generator=generator)
+        factors = factors.repeat(-(-rows // len(factors)))[:rows]
+        drawn = [draw_positions(self.positions, length, self.original, int(t), generator) for t in factors]
         return torch.stack(drawn), factors
 
 
@@ -83,13 +87,19 @@ def train(
     streaming: bool = False,
     length: int,
     original_context: int | None = None,
-    no_clex: bool = False,
-    from_scratch: bool = False,
-    positions: str = "random",
     max_factor: int = 16,
+    param_factor: int = 1,
+    act: str = "tanh",
+    time_dt: float = 0.01,
+    log_scale: bool = False,
+    positions: str = "random",
     factors_per_batch: int = 1,
+    no_clex: bool = False,
+    rope_scaling: Mapping[str, Any] | None = None,
+    from_scratch: bool = False,
     attention: str = "sdpa",
     learning_rate: float = 2e-5,
+    ode_learning_rate: float | None = None,
     schedule: str = "cosine",
     warmup_ratio: float = 0.03,
     weight_decay: float = 0.0,
@@ -118,10 +128,21 @@ def train(
         raise TrainError(f"{checkpoints}: holds no checkpoint to resume from")
     set_seed(seed)
     tokenizer = _load_tokenizer(model)
-    network = _load_model(model, from_scratch=from_scratch, attention=attention)
-    original = original_context or network.config.max_position_embeddings
+    scaling = None if rope_scaling is None else dict(rope_scaling)
+    network = load_model(model, attention=attention, rope_scaling=scaling, from_scratch=from_scratch)
+    layer = clex_layer(network)
+    if no_clex and layer is not None:
+        raise TrainError(f"{model}: has a CLEX layer, which --no-clex cannot take away")
+    if layer is None and not no_clex:
+        settings = ClexSettings(max_factor, param_factor, act, time_dt, log_scale)
+        layer = add_clex(network, settings, original_context)
+    if layer is not None:
+        original, max_factor = layer.context, layer.settings.max_factor
+        layer.requires_grad_(ode_learning_rate != 0)
+    else:
+        original = original_context or network.config.max_position_embeddings
     rows = load_sequences(text, dataset, tokenizer, length, streaming=streaming, seed=seed)
-    settings: dict[str, Any] = {
+    values: dict[str, Any] = {
         "output_dir": str(checkpoints),
         "learning_rate": learning_rate,
         "lr_scheduler_type": schedule,
@@ -147,14 +168,15 @@ def train(
         "dataloader_pin_memory": torch.cuda.is_available(),
     }
     try:
-        arguments = TrainingArguments(**{**settings, **(trainer_args or {})})
+        arguments = TrainingArguments(**{**values, **(trainer_args or {})})
     except (TypeError, ValueError) as error:
         raise TrainError(f"transformers refuses the training arguments ({one_line(error)})") from None
-    feeding = Feeding(positions, original, max_factor, factors_per_batch, seed)
+    feeding = Feeding(positions, original, max_factor, factors_per_batch, seed, layer is not None)
     trainer = _Trainer(
         network,
         arguments,
         feeding=feeding,
+        ode_learning_rate=ode_learning_rate,
         data_collator=collate,
         train_dataset=rows,
         processing_class=tokenizer,
@@ -176,21 +198,41 @@ def train(
 class _Trainer(Trainer):
     """Draws the positions of each batch, by the number of its step, and stops at a loss that is not finite."""
 
-    def __init__(self, model: PreTrainedModel, arguments: TrainingArguments, *, feeding: Feeding, **rest: Any) -> None:
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        arguments: TrainingArguments,
+        *,
+        feeding: Feeding,
+        ode_learning_rate: float | None,
+        **rest: Any,
+    ) -> None:
         super().__init__(model, arguments, **rest)
-        self.feeding = feeding
+        self.feeding, self.ode_learning_rate = feeding, ode_learning_rate
         self.stopped = False
         self._step, self._part = -1, 0
+
+    def create_optimizer(self) -> torch.optim.Optimizer:
+        optimizer = super().create_optimizer()
+        layer = clex_layer(self.model)
+        ode = [] if layer is None else [weight for weight in layer.parameters() if weight.requires_grad]
+        if ode:
+            own = {id(weight) for weight in ode}
+            for group in optimizer.param_groups:
+                group["params"] = [weight for weight in group["params"] if id(weight) not in own]
+            rate = self.args.learning_rate if self.ode_learning_rate is None else self.ode_learning_rate
+            optimizer.add_param_group({"params": ode, "lr": rate, "weight_decay": 0.0})
+        return optimizer
 
     def training_step(self, model: torch.nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Any:
         self._part = self._part + 1 if self._step == self.state.global_step else 0
         self._step = self.state.global_step
-        if self.feeding.positions != "none":
-            key = self._step, self._part, self.args.process_index
-            drawn, _ = self.feeding.draw(*inputs["input_ids"].shape, *key)
-            # transformers takes gaps between positions for the borders of packed documents, unless there is a mask
-            inputs |= {"position_ids": drawn, "attention_mask": torch.ones_like(inputs["input_ids"])}
-        inputs["use_cache"] = False
+        ids, key = inputs["input_ids"], (self._step, self._part, self.args.process_index)
+        positions, factors = self.feeding.draw(*ids.shape, *key)
+        # transformers takes gaps between positions for the borders of packed documents, unless there is a mask
+        inputs |= {"position_ids": positions, "attention_mask": torch.ones_like(ids), "use_cache": False}
+        if self.feeding.clex:
+            inputs["clex_factors"] = factors
         loss = super().training_step(model, inputs, num_items_in_batch)
         if not math.isfinite(loss):
             raise TrainError(
@@ -263,17 +305,6 @@ def _load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
         return AutoTokenizer.from_pretrained(folder)
     except Exception as error:  # of the tokenizers' own packages
         raise TrainError(f"{folder}: holds no tokenizer that transformers can load ({one_line(error)})") from None
-
-
-def _load_model(folder: Path, *, from_scratch: bool, attention: str) -> PreTrainedModel:
-    try:
-        if from_scratch:
-            return AutoModelForCausalLM.from_config(
-                AutoConfig.from_pretrained(folder), attn_implementation=attention, dtype=torch.float32
-            )
-        return AutoModelForCausalLM.from_pretrained(folder, attn_implementation=attention, dtype=torch.float32)
-    except Exception as error:  # of every format it reads
-        raise TrainError(f"{folder}: transformers cannot load the model ({one_line(error)})") from None
 
 
 def _save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, output: Path) -> None:

@@ -1,0 +1,100 @@
+"""The CLEX layer of a model in training: its tables of inverse frequencies, differentiable by the ODE's weights."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from clex_convert.ode import ClexLayer as Dynamics
+from clex_convert.ode import plain_frequencies, whole_states
+
+from clex_train.errors import TrainError
+
+
+@dataclass(frozen=True)
+class ClexSettings:
+    """What a config says of a CLEX layer, in the paper's words.
+
+    Attributes:
+        max_factor: largest scaling factor t.
+        param_factor: p; the ODE's hidden size is p times the rotary dimension.
+        act: ``tanh`` or ``silu``.
+        time_dt: step of the integration in units of t.
+        log_scale: whether queries are multiplied by log(n) / log(L), n the tokens of the pass.
+    """
+
+    max_factor: int = 16
+    param_factor: int = 1
+    act: str = "tanh"
+    time_dt: float = 0.01
+    log_scale: bool = False
+
+    @property
+    def rope_scaling(self) -> dict[str, Any]:
+        """The entry of config.json, as the authors' code writes it."""
+        values = {key: value for key, value in vars(self).items() if key != "log_scale"}
+        return {"type": "clex", **values, "factor": 1}
+
+
+class ClexLayer(torch.nn.Module):
+    """Inverse frequencies f(t) of a model; its weights stay in float32 whatever becomes of the model's."""
+
+    def __init__(self, dim: int, base: float, context: int, settings: ClexSettings) -> None:
+        """An untrained layer, which gives the NTK-aware frequencies at a stretch of 2t - 1.
+
+        Args:
+            dim: rotary dimension d of a head.
+            base: the model's rope_theta.
+            context: L, the original context length in tokens.
+            settings: of the ODE.
+        """
+        super().__init__()
+        self.base, self.context, self.settings = base, context, settings
+        up = torch.empty(dim // 2, settings.param_factor * dim)
+        torch.nn.init.kaiming_uniform_(up)
+        self.proj_func = Dynamics(up, torch.zeros(up.shape[1], up.shape[0]), settings.act)
+        self._cached: tuple[Any, torch.Tensor] | None = None
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> ClexLayer:
+        def kept(tensor: torch.Tensor) -> torch.Tensor:
+            result = fn(tensor)
+            halved = result.dtype in (torch.float16, torch.bfloat16)
+            return tensor.to(device=result.device) if halved and result.dtype != tensor.dtype else result
+
+        return super()._apply(kept, recurse)
+
+    def frequencies(self, factors: Sequence[int]) -> torch.Tensor:
+        """Inverse frequencies in rad/position for each of the scaling factors t.
+
+        While gradients are recorded they are computed anew, up to the largest t that is asked for; otherwise once for
+        all t up to max_factor, as the authors' inference does it.
+
+        Returns:
+            [len(factors), d/2] in the type of the weights.
+
+        Raises:
+            TrainError: the dynamics diverge.
+        """
+        weights = self.proj_func.ode_up_proj, self.proj_func.ode_down_proj
+        if torch.is_grad_enabled() and any(weight.requires_grad for weight in weights):
+            return self._table(max(factors))[[t - 1 for t in factors]]
+        key = [(weight.data_ptr(), weight._version, weight.dtype) for weight in weights]
+        if self._cached is None or self._cached[0] != key:
+            with torch.no_grad():
+                self._cached = key, self._table(self.settings.max_factor)
+        return self._cached[1][[t - 1 for t in factors]]
+
+    def _table(self, last: int) -> torch.Tensor:
+        # autocast would round the weights
+        with torch.autocast(self.proj_func.ode_up_proj.device.type, enabled=False):
+            states = whole_states(self.proj_func, self.base, last, self.settings.time_dt)
+            finite = torch.isfinite(states).all(dim=-1)
+            if not bool(finite.all()):
+                raise TrainError(
+                    f"the CLEX layer's dynamics diverge: the frequencies at t = {int(finite.int().argmin()) + 1} are "
+                    "not finite; a smaller --ode-learning-rate or --time-dt may help"
+                )
+            # f(1) itself, without the rounding of exp(log(f)); nothing is learned there
+            return torch.cat((plain_frequencies(self.proj_func, self.base)[None], torch.exp(states[1:])))
