@@ -76,9 +76,15 @@ def load_sequences(
     return rows
 
 
-def collate(rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
-    """A batch: input_ids, which are the labels as well, int64 [B, n]."""
+def collate(rows: list[dict[str, Any]], vocabulary: int) -> dict[str, torch.Tensor]:
+    """A batch: input_ids, which are the labels as well, int64 [B, n].
+
+    Raises:
+        TrainError: the tokenizer has tokens that a model with a smaller vocabulary lacks.
+    """
     ids = torch.stack([torch.as_tensor(row["input_ids"]) for row in rows]).long()
+    if int(ids.max()) >= vocabulary:
+        raise TrainError(f"the tokenizer makes token {int(ids.max())}, the model has a vocabulary of {vocabulary} only")
     return {"input_ids": ids, "labels": ids}
 
 

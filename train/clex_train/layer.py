@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from clex_convert.ode import ClexLayer as Dynamics
 from clex_convert.ode import plain_frequencies, whole_states
+from transformers import PretrainedConfig
 
 from clex_train.errors import TrainError
 
@@ -31,11 +32,11 @@ class ClexSettings:
     time_dt: float = 0.01
     log_scale: bool = False
 
-    @property
-    def rope_scaling(self) -> dict[str, Any]:
-        """The entry of config.json, as the authors' code writes it."""
+    def put_into(self, config: PretrainedConfig) -> None:
+        """Writes the entries of config.json that the authors' code reads."""
         values = {key: value for key, value in vars(self).items() if key != "log_scale"}
-        return {"type": "clex", **values, "factor": 1}
+        config.rope_scaling = {"type": "clex", **values, "factor": 1}
+        config.log_scale = self.log_scale
 
 
 class ClexLayer(torch.nn.Module):

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,9 +23,9 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from clex_train.errors import TrainError
 from clex_train.layer import ClexLayer, ClexSettings
+from clex_train.names import ATTENTIONS
 from clex_train.positions import factor_for
 
-ATTENTIONS = ("sdpa", "eager")
 ARCHITECTURES = (
     *("LlamaForCausalLM", "MistralForCausalLM", "MixtralForCausalLM", "GPTNeoXForCausalLM", "PhiForCausalLM"),
     *("Qwen2ForCausalLM", "Qwen3ForCausalLM"),
@@ -76,8 +77,7 @@ def add_clex(model: PreTrainedModel, settings: ClexSettings, original_context: i
     decoder.rotary_emb = _NoRotation(layer.proj_func.dim)
     decoder.register_forward_pre_hook(_Passes(layer), with_kwargs=True)
     config.max_position_embeddings = context
-    config.rope_scaling = settings.rope_scaling
-    config.log_scale = settings.log_scale
+    settings.put_into(config)
     config._attn_implementation = f"clex_{config._attn_implementation.removeprefix('clex_')}"
     if config._attn_implementation not in ALL_ATTENTION_FUNCTIONS:
         raise TrainError(f"attention must be one of {', '.join(ATTENTIONS)}")
@@ -95,7 +95,7 @@ def load_model(
     *,
     dtype: torch.dtype = torch.float32,
     attention: str = "sdpa",
-    rope_scaling: dict[str, Any] | None = None,
+    rope_scaling: Mapping[str, Any] | None = None,
     from_scratch: bool = False,
 ) -> PreTrainedModel:
     """A model folder as a model of transformers, with its CLEX layer if it has one.

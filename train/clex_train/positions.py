@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import torch
 
-POSITIONS = ("random", "uniform", "none", "chunked")
+from clex_train.names import POSITIONS
+
 _CHUNKS = 4
 
 

@@ -1,40 +1,32 @@
-"""Training on transformers' Trainer: what is trained, how a step is fed, and what is left on the disk."""
+"""A training from a model folder to a model folder, or to a LoRA adapter."""
 
 from __future__ import annotations
 
-import contextlib
-import math
-import os
+import json
 import shutil
-import signal
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
+import peft
 import torch
-from transformers import (
-    AutoTokenizer,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-    Trainer,
-    TrainerCallback,
-    TrainerControl,
-    TrainerState,
-    TrainingArguments,
-    set_seed,
-)
-from transformers.trainer_callback import PrinterCallback
-from transformers.trainer_utils import get_last_checkpoint
+from clex_convert.errors import ConvertError, one_line
+from clex_convert.model_files import read_config
+from safetensors.torch import load_file, save_file
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments, set_seed
 
-from clex_convert.errors import one_line, writing
 from clex_train.data import collate, load_sequences
 from clex_train.errors import TrainError
-from clex_train.layer import ClexSettings
+from clex_train.layer import ClexLayer, ClexSettings
 from clex_train.model import add_clex, clex_layer, load_model
-from clex_train.positions import draw_positions, factor_for
+from clex_train.trainer import ClexTrainer, Feeding, writing_folder
+
+_ARGUMENTS = "arguments.json"
+# What a resumed training may say differently.
+_FREE = ("report", "resume", "save_steps", "log_steps")
 
 
 @dataclass(frozen=True)
@@ -44,38 +36,16 @@ class TrainResult:
     Attributes:
         path: the saved folder.
         steps: optimizer steps, those before a resumption included.
-        loss: mean over the steps since the last report but one.
+        loss: mean over the steps of the last report, or over all of them where there was none.
         seconds: it took, without those before a resumption.
+        notes: what to know about it.
     """
 
     path: Path
     steps: int
     loss: float
     seconds: float
-
-
-@dataclass(frozen=True)
-class Feeding:
-    """How the positions of a batch are drawn; see draw_positions."""
-
-    positions: str
-    original: int
-    max_factor: int
-    factors_per_batch: int
-    seed: int
-    clex: bool
-
-    def draw(self, rows: int, length: int, *key: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Positions float32 [rows, length] and scaling factors int64 [rows]; the same for the same `key`."""
-        seed = np.random.SeedSequence((self.seed, *key)).generate_state(1, np.uint64)
-        generator = torch.Generator().manual_seed(int(seed[0]))
-        if self.positions == "none":
-            factors = torch.tensor([factor_for(length, self.original, self.max_factor)])
-        else:
-            factors = torch.randint(1, self.max_factor + 1, (self.factors_per_batch,), generator=generator)
-        factors = factors.repeat(-(-rows // len(factors)))[:rows]
-        drawn = [draw_positions(self.positions, length, self.original, int(t), generator) for t in factors]
-        return torch.stack(drawn), factors
+    notes: tuple[str, ...] = ()
 
 
 def train(
@@ -85,19 +55,18 @@ def train(
     text: Sequence[Path] = (),
     dataset: str | None = None,
     streaming: bool = False,
-    length: int,
+    length: int | None = None,
     original_context: int | None = None,
-    max_factor: int = 16,
-    param_factor: int = 1,
-    act: str = "tanh",
-    time_dt: float = 0.01,
-    log_scale: bool = False,
+    max_factor: int | None = None,
+    param_factor: int | None = None,
+    act: str | None = None,
+    time_dt: float | None = None,
+    log_scale: bool | None = None,
     positions: str = "random",
     factors_per_batch: int = 1,
     no_clex: bool = False,
     rope_scaling: Mapping[str, Any] | None = None,
     from_scratch: bool = False,
-    attention: str = "sdpa",
     learning_rate: float = 2e-5,
     ode_learning_rate: float | None = None,
     schedule: str = "cosine",
@@ -109,210 +78,291 @@ def train(
     epochs: float = 1.0,
     seed: int = 0,
     bf16: bool | None = None,
+    attention: str = "sdpa",
     gradient_checkpointing: bool = False,
+    lora_rank: int | None = None,
+    lora_alpha: float | None = None,
+    lora_target: Sequence[str] = (),
+    merge: bool = False,
     save_steps: int | None = None,
     resume: bool = False,
     log_steps: int = 10,
-    trainer_args: Mapping[str, Any] | None = None,
+    trainer_args: Path | None = None,
     report: Callable[[str], None] = lambda line: None,
 ) -> TrainResult:
-    """Trains a causal language model and saves it as a plain Hugging Face folder."""
+    """Trains a causal language model with a CLEX layer on short sequences spread over the positions of long ones.
+
+    Source of the procedure: CLEX (arXiv 2310.16450) and the authors' code. Checkpoints go to a folder beside the
+    output, ``OUT.checkpoints``, which is removed when the output is complete.
+
+    Args:
+        model: folder with config.json, weights and tokenizer.
+        output: folder that is made: a plain Hugging Face model, or with `lora_rank` an adapter in peft's format.
+        text: UTF-8 files, a document each.
+        dataset: what load_sequences takes.
+        streaming: tokenize while training; needs `max_steps`.
+        length: n, tokens of a training sequence; L by default.
+        original_context: L, tokens of the original context; the config's max_position_embeddings by default.
+        max_factor: largest scaling factor t; 16 by default.
+        param_factor: p, the ODE's hidden size is p times the rotary dimension; 1 by default.
+        act: ``tanh`` (the default) or ``silu``.
+        time_dt: step of the integration in units of t; 0.01 by default.
+        log_scale: multiply queries by log(n) / log(L); off by default.
+        positions: see draw_positions.
+        factors_per_batch: how many draws of t share a batch.
+        no_clex: train the model as it is; its positions are drawn all the same.
+        rope_scaling: RoPE scaling of transformers in place of the config's own, for `no_clex`.
+        from_scratch: random weights in place of the model's.
+        learning_rate: peak, of AdamW.
+        ode_learning_rate: of the CLEX layer; that of the model by default; 0 keeps it as it is.
+        schedule: transformers' name of the learning rate's course.
+        warmup_ratio: part of the steps in which the learning rate rises.
+        weight_decay: of the model's matrices; the CLEX layer has none.
+        batch_size: sequences per device and pass.
+        gradient_accumulation: passes per step.
+        max_steps: optimizer steps; otherwise `epochs` decide.
+        epochs: how often the text is read.
+        seed: of everything random.
+        bf16: autocast to bfloat16, where the CLEX layer stays in float32; by default with a GPU that has it.
+        attention: transformers' name of the attention to compute, ``sdpa`` or ``eager``.
+        gradient_checkpointing: compute activations again instead of keeping them.
+        lora_rank: train an adapter of this rank beside the CLEX layer, instead of all weights.
+        lora_alpha: of the adapter; twice its rank by default.
+        lora_target: modules that get an adapter; all linear layers but the output by default.
+        merge: save the model with the adapter merged into it instead of the adapter.
+        save_steps: steps between checkpoints; none by default.
+        resume: continue from the last checkpoint, with the same arguments.
+        log_steps: steps between reports.
+        trainer_args: JSON file of further TrainingArguments, such as fsdp and deepspeed.
+        report: gets lines of progress.
+
+    Raises:
+        TrainError: input that cannot be used, or a training that failed.
+        ConvertError: files that cannot be read or written.
+        KeyboardInterrupt: Ctrl-C, after a checkpoint was saved.
+    """
+    given = {name: value for name, value in locals().items() if name not in _FREE}
     started = time.monotonic()
-    checkpoints = output.parent / f"{output.name}.checkpoints"
-    if os.path.lexists(output):
-        raise TrainError(f"{output}: already exists; choose another name")
-    last = get_last_checkpoint(str(checkpoints)) if checkpoints.is_dir() else None
-    if last is not None and not resume:
-        raise TrainError(f"{checkpoints}: holds an unfinished training; pass --resume to continue it, or remove it")
-    if resume and last is None:
-        raise TrainError(f"{checkpoints}: holds no checkpoint to resume from")
+    checkpoints = _Checkpoints(output, json.loads(json.dumps(given, default=str)))
+    last = checkpoints.find(resume)
+    if not text and dataset is None:
+        raise TrainError("there is nothing to train on; give --text or --dataset")
+    if streaming and max_steps is None:
+        raise TrainError("a stream has no known end; give --max-steps")
+    if lora_rank is None and (merge or lora_alpha or lora_target):
+        raise TrainError("--lora-alpha, --lora-target and --merge need --lora-rank")
+    if no_clex and ode_learning_rate is not None:
+        raise TrainError("--ode-learning-rate is of a CLEX layer, which --no-clex leaves out")
+    if rope_scaling is not None and not no_clex:
+        raise TrainError("--rope-scaling is for training without a CLEX layer; pass --no-clex")
+    bf16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported() if bf16 is None else bf16
+    arguments = _arguments(
+        trainer_args,
+        output_dir=str(checkpoints.folder),
+        learning_rate=learning_rate,
+        lr_scheduler_type=schedule,
+        warmup_ratio=warmup_ratio,
+        weight_decay=weight_decay,
+        per_device_train_batch_size=batch_size,
+        gradient_accumulation_steps=gradient_accumulation,
+        max_steps=-1 if max_steps is None else max_steps,
+        num_train_epochs=epochs,
+        seed=seed,
+        bf16=bf16,
+        use_cpu=not torch.cuda.is_available(),
+        gradient_checkpointing=gradient_checkpointing,
+        # the other kind does not record what a layer takes as keyword arguments
+        gradient_checkpointing_kwargs={"use_reentrant": False},
+        save_strategy="no" if save_steps is None else "steps",
+        save_steps=save_steps or 500,
+        save_total_limit=2,
+        logging_steps=log_steps,
+        logging_nan_inf_filter=False,
+        report_to="none",
+        disable_tqdm=True,
+        remove_unused_columns=False,
+        dataloader_pin_memory=torch.cuda.is_available(),
+        # every process draws positions of its own, and the layer is no part of what DDP looks for
+        ddp_find_unused_parameters=False,
+    )
     set_seed(seed)
     tokenizer = _load_tokenizer(model)
-    scaling = None if rope_scaling is None else dict(rope_scaling)
-    network = load_model(model, attention=attention, rope_scaling=scaling, from_scratch=from_scratch)
-    layer = clex_layer(network)
-    if no_clex and layer is not None:
-        raise TrainError(f"{model}: has a CLEX layer, which --no-clex cannot take away")
-    if layer is None and not no_clex:
-        settings = ClexSettings(max_factor, param_factor, act, time_dt, log_scale)
-        layer = add_clex(network, settings, original_context)
+    network = load_model(
+        model,
+        dtype=torch.bfloat16 if bf16 and lora_rank is not None and not merge else torch.float32,
+        attention=attention,
+        rope_scaling=rope_scaling,
+        from_scratch=from_scratch,
+    )
+    asked = {"max_factor": max_factor, "param_factor": param_factor, "act": act, "time_dt": time_dt}
+    asked = {key: value for key, value in {**asked, "log_scale": log_scale}.items() if value is not None}
+    layer = _prepare_layer(network, asked, original_context, no_clex)
     if layer is not None:
-        original, max_factor = layer.context, layer.settings.max_factor
+        original, largest = layer.context, layer.settings.max_factor
         layer.requires_grad_(ode_learning_rate != 0)
     else:
-        original = original_context or network.config.max_position_embeddings
-    rows = load_sequences(text, dataset, tokenizer, length, streaming=streaming, seed=seed)
-    values: dict[str, Any] = {
-        "output_dir": str(checkpoints),
-        "learning_rate": learning_rate,
-        "lr_scheduler_type": schedule,
-        "warmup_ratio": warmup_ratio,
-        "weight_decay": weight_decay,
-        "per_device_train_batch_size": batch_size,
-        "gradient_accumulation_steps": gradient_accumulation,
-        "max_steps": -1 if max_steps is None else max_steps,
-        "num_train_epochs": epochs,
-        "seed": seed,
-        "bf16": torch.cuda.is_available() if bf16 is None else bf16,
-        "use_cpu": not torch.cuda.is_available(),
-        "gradient_checkpointing": gradient_checkpointing,
-        "gradient_checkpointing_kwargs": {"use_reentrant": False},
-        "save_strategy": "no" if save_steps is None else "steps",
-        "save_steps": save_steps or 500,
-        "save_total_limit": 2,
-        "logging_steps": log_steps,
-        "logging_nan_inf_filter": False,
-        "report_to": "none",
-        "disable_tqdm": True,
-        "remove_unused_columns": False,
-        "dataloader_pin_memory": torch.cuda.is_available(),
-    }
-    try:
-        arguments = TrainingArguments(**{**values, **(trainer_args or {})})
-    except (TypeError, ValueError) as error:
-        raise TrainError(f"transformers refuses the training arguments ({one_line(error)})") from None
-    feeding = Feeding(positions, original, max_factor, factors_per_batch, seed, layer is not None)
-    trainer = _Trainer(
-        network,
+        original, largest = original_context or network.config.max_position_embeddings, max_factor or 16
+    n = length or original
+    vocabulary = network.get_input_embeddings().num_embeddings
+    trained: PreTrainedModel | peft.PeftModel = network
+    if lora_rank is not None:
+        trained = _with_adapter(network, layer, lora_rank, lora_alpha or 2 * lora_rank, lora_target)
+    trainer = ClexTrainer(
+        trained,
         arguments,
-        feeding=feeding,
+        feeding=Feeding(positions, original, largest, factors_per_batch, seed),
         ode_learning_rate=ode_learning_rate,
-        data_collator=collate,
-        train_dataset=rows,
+        report=report,
+        data_collator=partial(collate, vocabulary=vocabulary),
+        train_dataset=load_sequences(text, dataset, tokenizer, n, streaming=streaming, seed=seed),
         processing_class=tokenizer,
-        callbacks=[_Report(report)],
     )
-    trainer.remove_callback(PrinterCallback)
-    with _stopping(trainer), writing(checkpoints):
-        trainer.train(resume_from_checkpoint=last)
-    if trainer.stopped:
-        raise KeyboardInterrupt
-    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-    if trainer.is_world_process_zero():
-        _save(network, tokenizer, output)
-        shutil.rmtree(checkpoints, ignore_errors=True)
-    steps = trainer.state.global_step
-    return TrainResult(output, steps, losses[-1] if losses else math.nan, time.monotonic() - started)
-
-
-class _Trainer(Trainer):
-    """Draws the positions of each batch, by the number of its step, and stops at a loss that is not finite."""
-
-    def __init__(
-        self,
-        model: PreTrainedModel,
-        arguments: TrainingArguments,
-        *,
-        feeding: Feeding,
-        ode_learning_rate: float | None,
-        **rest: Any,
-    ) -> None:
-        super().__init__(model, arguments, **rest)
-        self.feeding, self.ode_learning_rate = feeding, ode_learning_rate
-        self.stopped = False
-        self._step, self._part = -1, 0
-
-    def create_optimizer(self) -> torch.optim.Optimizer:
-        optimizer = super().create_optimizer()
-        layer = clex_layer(self.model)
-        ode = [] if layer is None else [weight for weight in layer.parameters() if weight.requires_grad]
-        if ode:
-            own = {id(weight) for weight in ode}
-            for group in optimizer.param_groups:
-                group["params"] = [weight for weight in group["params"] if id(weight) not in own]
-            rate = self.args.learning_rate if self.ode_learning_rate is None else self.ode_learning_rate
-            optimizer.add_param_group({"params": ode, "lr": rate, "weight_decay": 0.0})
-        return optimizer
-
-    def training_step(self, model: torch.nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Any:
-        self._part = self._part + 1 if self._step == self.state.global_step else 0
-        self._step = self.state.global_step
-        ids, key = inputs["input_ids"], (self._step, self._part, self.args.process_index)
-        positions, factors = self.feeding.draw(*ids.shape, *key)
-        # transformers takes gaps between positions for the borders of packed documents, unless there is a mask
-        inputs |= {"position_ids": positions, "attention_mask": torch.ones_like(ids), "use_cache": False}
-        if self.feeding.clex:
-            inputs["clex_factors"] = factors
-        loss = super().training_step(model, inputs, num_items_in_batch)
-        if not math.isfinite(loss):
-            raise TrainError(
-                f"the loss is {float(loss)} at step {self._step + 1}; a smaller --learning-rate, more warm-up or "
-                "float32 (--no-bf16) may help"
-            )
-        return loss
-
-
-class _Report(TrainerCallback):
-    """One line for every few steps."""
-
-    def __init__(self, report: Callable[[str], None]) -> None:
-        self.report = report
-        self.since, self.step = time.monotonic(), 0
-
-    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        self.since, self.step = time.monotonic(), state.global_step
-
-    def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, Any] | None = None,
-        **_: Any,
-    ) -> None:
-        if not logs or "loss" not in logs or not state.is_world_process_zero:
-            return
-        now = time.monotonic()
-        seconds = (now - self.since) / max(1, state.global_step - self.step)
-        self.since, self.step = now, state.global_step
-        self.report(
-            f"step {state.global_step}/{state.max_steps}: loss {logs['loss']:.4f}, "
-            f"learning rate {logs['learning_rate']:.3g}, {seconds:.3g} s/step"
-        )
-
-
-class _Stop(TrainerCallback):
-    def __init__(self) -> None:
-        self.asked = False
-
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        if self.asked:
-            control.should_training_stop = control.should_save = True
-
-
-@contextlib.contextmanager
-def _stopping(trainer: _Trainer) -> Iterator[None]:
-    """Ctrl-C and requests to end the process let the step end, and save a checkpoint; a second one ends at once."""
-    stop = _Stop()
-    trainer.add_callback(stop)
-    signals = (signal.SIGINT, signal.SIGTERM)
-
-    def ask(number: int, frame: Any) -> None:
-        stop.asked = trainer.stopped = True
-        for one in signals:
-            signal.signal(one, signal.default_int_handler)
-
-    before = [signal.signal(one, ask) for one in signals]
+    first = trainer.is_world_process_zero()
+    if first:
+        checkpoints.begin()
     try:
-        yield
+        with trainer.stop.listening():
+            done = trainer.train(resume_from_checkpoint=None if last is None else str(last))
+        if trainer.stop.saved:
+            raise KeyboardInterrupt(f"saved a checkpoint at step {done.global_step}; --resume continues from there")
+        state = trainer.accelerator.get_state_dict(trainer.model_wrapped)
+        if first:
+            if merge:
+                trained, state = trained.merge_and_unload(), None  # pyright: ignore
+            _save(trained, layer, tokenizer, output, state)
     finally:
-        for one, handler in zip(signals, before, strict=True):
-            signal.signal(one, handler)
+        if first:
+            checkpoints.end(complete=output.is_dir())
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    loss = losses[-1] if losses else done.training_loss
+    return TrainResult(output, done.global_step, loss, time.monotonic() - started)
+
+
+class _Checkpoints:
+    """The folder of checkpoints beside an output, with the arguments that they belong to."""
+
+    def __init__(self, output: Path, arguments: dict[str, Any]) -> None:
+        self.output, self.arguments = output, arguments
+        self.folder = output.parent / f"{output.name}.checkpoints"
+
+    def find(self, resume: bool) -> Path | None:
+        """The last complete checkpoint, where one is wanted."""
+        if self.output.exists() or self.output.is_symlink():
+            raise TrainError(f"{self.output}: already exists; choose another name or remove it")
+        if not self.output.parent.is_dir():
+            raise TrainError(f"{self.output}: the folder {self.output.parent} does not exist; create it first")
+        # The trainer writes its state last.
+        found = [path.parent for path in self.folder.glob("checkpoint-*/trainer_state.json")]
+        last = max(found, key=lambda path: int(path.name.partition("-")[2]), default=None)
+        if last is not None and not resume:
+            raise TrainError(
+                f"{self.folder}: holds an unfinished training; pass --resume to continue it, or remove it"
+            )
+        if not resume:
+            return None
+        if last is None:
+            raise TrainError(f"{self.folder}: holds no checkpoint to continue from")
+        said = read_config(self.folder / _ARGUMENTS)
+        for name, value in self.arguments.items():
+            if said.get(name) != value:
+                raise TrainError(
+                    f"{self.folder}: the training was begun with {name} = {said.get(name)}, not {value}; "
+                    "continue it with the same arguments"
+                )
+        return last
+
+    def begin(self) -> None:
+        with writing_folder(self.folder):
+            self.folder.mkdir(exist_ok=True)
+            (self.folder / _ARGUMENTS).write_text(json.dumps(self.arguments, indent=1), encoding="utf-8")
+
+    def end(self, *, complete: bool) -> None:
+        """Removes the folder, unless there is a checkpoint in it that is still of use."""
+        if complete or not any(self.folder.glob("checkpoint-*")):
+            shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def _arguments(path: Path | None, **values: Any) -> TrainingArguments:
+    more = {} if path is None else read_config(path)
+    try:
+        return TrainingArguments(**{**values, **more})
+    except (TypeError, ValueError, ImportError) as error:
+        where = "" if path is None else f"{path}: "
+        raise TrainError(f"{where}transformers refuses the training arguments ({one_line(error)})") from None
 
 
 def _load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    if not (folder / "config.json").is_file():
+        raise TrainError(f"{folder}: not a model folder, it has no config.json")
     try:
         return AutoTokenizer.from_pretrained(folder)
     except Exception as error:  # of the tokenizers' own packages
         raise TrainError(f"{folder}: holds no tokenizer that transformers can load ({one_line(error)})") from None
 
 
-def _save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, output: Path) -> None:
-    temporary = output.parent / f".{output.name}.{os.getpid()}.tmp"
+def _prepare_layer(
+    model: PreTrainedModel, asked: dict[str, Any], original_context: int | None, no_clex: bool
+) -> ClexLayer | None:
+    """The layer that is trained, new or the model's own with the settings that were asked for."""
+    layer = clex_layer(model)
+    if no_clex:
+        if layer is not None:
+            raise TrainError("the model has a CLEX layer; --no-clex is for models without")
+        return None
+    if layer is None:
+        return add_clex(model, ClexSettings(**asked), original_context)
+    for key in ("param_factor", "act"):
+        if asked.get(key) not in (None, getattr(layer.settings, key)):
+            raise TrainError(f"the model's CLEX layer has {key} = {getattr(layer.settings, key)}, which is not to change")
+    if original_context not in (None, layer.context):
+        raise TrainError(f"the model's CLEX layer is for an original context of {layer.context} tokens")
+    layer.settings = replace(layer.settings, **asked)
+    layer.settings.put_into(model.config)
+    return layer
+
+
+def _with_adapter(
+    model: PreTrainedModel, layer: ClexLayer | None, rank: int, alpha: float, target: Sequence[str]
+) -> peft.PeftModel:
+    trainable = layer is not None and layer.proj_func.ode_up_proj.requires_grad
+    config = peft.LoraConfig(
+        r=rank, lora_alpha=alpha, target_modules=list(target) or "all-linear", task_type="CAUSAL_LM"  # pyright: ignore
+    )
     try:
-        with writing(output):
-            model.save_pretrained(temporary)
+        adapted = peft.get_peft_model(model, config)
+    except ValueError as error:
+        raise TrainError(f"peft cannot add the adapter ({one_line(error)})") from None
+    if layer is not None:
+        layer.requires_grad_(trainable)  # peft froze it
+    assert isinstance(adapted, peft.PeftModel)
+    return adapted
+
+
+def _save(
+    model: PreTrainedModel | peft.PeftModel,
+    layer: ClexLayer | None,
+    tokenizer: PreTrainedTokenizerBase,
+    output: Path,
+    state: dict[str, torch.Tensor] | None,
+) -> None:
+    temporary = output.parent / f".{output.name}.tmp"
+    shutil.rmtree(temporary, ignore_errors=True)  # of a training that was killed
+    try:
+        with writing_folder(output):
+            model.save_pretrained(temporary, state_dict=state)
             tokenizer.save_pretrained(temporary)
+            if isinstance(model, peft.PeftModel):
+                model.base_model.model.config.save_pretrained(temporary)  # pyright: ignore
+                if layer is not None:
+                    prefix = f"base_model.model.{model.base_model.model.base_model_prefix}.clex_layer."  # pyright: ignore
+                    _add_layer(temporary / "adapter_model.safetensors", layer, prefix)
             temporary.rename(output)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _add_layer(path: Path, layer: ClexLayer, prefix: str) -> None:
+    tensors = load_file(path)
+    for name, tensor in layer.state_dict().items():
+        tensors[prefix + name] = tensor.cpu().contiguous()
+    save_file(tensors, path, metadata={"format": "pt"})

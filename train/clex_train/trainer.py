@@ -1,0 +1,230 @@
+"""transformers' Trainer for sequences with drawn positions, and a layer with a learning rate of its own."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import shutil
+import signal
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from transformers import (
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
+from transformers.trainer_callback import PrinterCallback
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from clex_convert.errors import disk_full, writing
+from clex_train.errors import TrainError
+from clex_train.layer import ClexLayer
+from clex_train.model import clex_layer
+from clex_train.positions import draw_positions, factor_for
+
+# Beside the adapter of a LoRA training, whose checkpoints hold nothing else of the model.
+_ODE_FILE = "clex_layer.safetensors"
+
+
+@dataclass(frozen=True)
+class Feeding:
+    """How the positions of a batch are drawn; see draw_positions.
+
+    Attributes:
+        positions: their kind.
+        original: L in tokens.
+        max_factor: largest scaling factor t.
+        factors_per_batch: how many different draws of t share a batch.
+        seed: of all draws.
+    """
+
+    positions: str
+    original: int
+    max_factor: int
+    factors_per_batch: int
+    seed: int
+
+    def draw(self, rows: int, length: int, *key: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Positions float32 [rows, length] and scaling factors int64 [rows]; the same for the same `key`."""
+        seed = np.random.SeedSequence((self.seed, *key)).generate_state(1, np.uint64)
+        generator = torch.Generator().manual_seed(int(seed[0]))
+        if self.positions == "none":
+            factors = torch.tensor([factor_for(length, self.original, self.max_factor)])
+        else:
+            factors = torch.randint(1, self.max_factor + 1, (self.factors_per_batch,), generator=generator)
+        factors = factors.repeat(-(-rows // len(factors)))[:rows]
+        drawn = [draw_positions(self.positions, length, self.original, int(t), generator) for t in factors]
+        return torch.stack(drawn), factors
+
+
+class ClexTrainer(Trainer):
+    """Draws the positions of each batch by the number of its step, so that a resumed training draws the same."""
+
+    def __init__(
+        self,
+        *args: Any,
+        feeding: Feeding,
+        ode_learning_rate: float | None,
+        report: Callable[[str], None],
+        **kwargs: Any,
+    ) -> None:
+        """Takes what Trainer takes, and:
+
+        Args:
+            feeding: of positions.
+            ode_learning_rate: of the CLEX layer; None for the model's.
+            report: gets a line every few steps.
+        """
+        super().__init__(*args, **kwargs)
+        self.remove_callback(PrinterCallback)
+        self.add_callback(_Report(report))
+        self.stop = _Stop(self)
+        self.add_callback(self.stop)
+        self.feeding, self.ode_learning_rate = feeding, ode_learning_rate
+        self._step, self._part = -1, 0
+
+    @property
+    def _layer(self) -> ClexLayer | None:
+        return None if self.model is None else clex_layer(self.model)
+
+    def create_optimizer(self) -> torch.optim.Optimizer:
+        """As Trainer does it, with the CLEX layer in a group of its own, without weight decay."""
+        optimizer, layer = super().create_optimizer(), self._layer
+        ode = [] if layer is None else [weight for weight in layer.parameters() if weight.requires_grad]
+        if ode:
+            own = {id(weight) for weight in ode}
+            for group in optimizer.param_groups:
+                group["params"] = [weight for weight in group["params"] if id(weight) not in own]
+            rate = self.args.learning_rate if self.ode_learning_rate is None else self.ode_learning_rate
+            optimizer.add_param_group({"params": ode, "lr": rate, "weight_decay": 0.0})
+        return optimizer
+
+    def training_step(
+        self, model: torch.nn.Module, inputs: dict[str, Any], num_items_in_batch: torch.Tensor | int | None = None
+    ) -> torch.Tensor:
+        """Adds positions and scaling factors to a batch.
+
+        Raises:
+            TrainError: the loss is not finite.
+        """
+        self._part = self._part + 1 if self._step == self.state.global_step else 0
+        self._step = self.state.global_step
+        ids, key = inputs["input_ids"], (self._step, self._part, self.args.process_index)
+        positions, factors = self.feeding.draw(*ids.shape, *key)
+        # transformers takes gaps between positions for the borders of packed documents, unless there is a mask
+        inputs |= {"position_ids": positions, "attention_mask": torch.ones_like(ids), "use_cache": False}
+        if self._layer is not None:
+            inputs["clex_factors"] = factors
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        if not math.isfinite(loss):
+            raise TrainError(
+                f"the loss is {float(loss)} at step {self._step + 1}; a smaller learning rate, more warm-up or float32 "
+                "(--no-bf16) may help"
+            )
+        return loss
+
+    # checkpoints
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        folder = Path(self.args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        try:
+            with writing_folder(folder):
+                super()._save_checkpoint(model, trial)
+        except BaseException:
+            shutil.rmtree(folder, ignore_errors=True)
+            raise
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        super()._save(output_dir, state_dict=state_dict)
+        if self._layer is not None and hasattr(self.model, "peft_config"):
+            folder = Path(output_dir or str(self.args.output_dir))
+            save_file({name: tensor.contiguous() for name, tensor in self._layer.state_dict().items()}, folder / _ODE_FILE)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        path = Path(resume_from_checkpoint) / _ODE_FILE
+        if self._layer is not None and path.is_file():
+            self._layer.load_state_dict(load_file(path))
+
+
+@contextlib.contextmanager
+def writing_folder(folder: Path) -> Iterator[None]:
+    """Words the refusal of the system, or of the library that writes there, to write in a folder."""
+    try:
+        with writing(folder):
+            yield
+    except (SafetensorError, RuntimeError) as error:
+        # They tell of a full disk in words alone; torch's do not even say that.
+        if any(word in str(error) for word in ("os error 27", "os error 28", "unexpected pos", "PytorchStreamWriter")):
+            raise disk_full(folder) from None
+        raise
+
+
+class _Report(TrainerCallback):
+    """One line for every few steps."""
+
+    def __init__(self, report: Callable[[str], None]) -> None:
+        self.report = report
+        self.since, self.step = time.monotonic(), 0
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        self.since, self.step = time.monotonic(), state.global_step
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **_: Any,
+    ) -> None:
+        if not logs or "loss" not in logs or not state.is_world_process_zero:
+            return
+        now = time.monotonic()
+        seconds = (now - self.since) / max(1, state.global_step - self.step)
+        self.since, self.step = now, state.global_step
+        self.report(
+            f"step {state.global_step}/{state.max_steps}: loss {logs['loss']:.4f}, "
+            f"learning rate {logs['learning_rate']:.3g}, {seconds:.3g} s/step"
+        )
+
+
+class _Stop(TrainerCallback):
+    """Ctrl-C and requests to end the process let the step end, and save a checkpoint; a second one ends at once."""
+
+    def __init__(self, trainer: Trainer) -> None:
+        self.trainer, self.asked, self.saved = trainer, False, False
+
+    @contextlib.contextmanager
+    def listening(self) -> Iterator[None]:
+        numbers = (signal.SIGINT, signal.SIGTERM)
+
+        def ask(number: int, frame: FrameType | None) -> None:
+            self.asked = True
+            for one in numbers:
+                signal.signal(one, signal.default_int_handler)
+
+        before = [signal.signal(one, ask) for one in numbers]
+        try:
+            yield
+        finally:
+            for one, handler in zip(numbers, before, strict=True):
+                signal.signal(one, handler)
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        if args.world_size > 1:  # all or none, lest some wait for the others
+            asked = torch.tensor(float(self.asked), device=args.device)
+            self.asked = bool(self.trainer.accelerator.reduce(asked, "sum") > 0)  # pyright: ignore
+        if self.asked and state.global_step < state.max_steps:
+            self.saved = control.should_training_stop = control.should_save = True
