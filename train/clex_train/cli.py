@@ -94,7 +94,9 @@ def _rope_scaling(context: click.Context, option: click.Parameter, text: str | N
     help="With --no-clex: RoPE scaling of transformers in place of the config's own.",
 )
 @click.option("--from-scratch", is_flag=True, help="Begin with random weights; MODEL needs a config and a tokenizer.")
-@click.option("--learning-rate", type=_FROM_0, default=2e-5, show_default=True, metavar="LR", help="Its peak, of AdamW.")
+@click.option(
+    "--learning-rate", type=_FROM_0, default=2e-5, show_default=True, metavar="LR", help="Its peak, of AdamW."
+)
 @click.option(
     "--ode-learning-rate",
     type=_FROM_0,

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from clex_convert.errors import one_line
 from datasets import Dataset, Features, IterableDataset, Value, load_dataset, load_from_disk
 from datasets import Sequence as ListOf
 from transformers import PreTrainedTokenizerBase
 
-from clex_convert.errors import one_line
 from clex_train.errors import TrainError
 
 COLUMN = "text"
@@ -137,7 +136,7 @@ def _pieces(files: list[tuple[str, int, int]], dataset: Iterable[dict[str, Any]]
     """Text, and whether its document ends with it."""
     for path, *_ in files:
         try:
-            with io.open(path, encoding="utf-8", newline="") as file:
+            with open(path, encoding="utf-8", newline="") as file:
                 # cut between lines, where tokens rarely cross
                 piece = file.read(_PIECE) + file.readline(_PIECE)
                 while piece:

@@ -80,7 +80,8 @@ class ClexLayer(torch.nn.Module):
         """
         weights = self.proj_func.ode_up_proj, self.proj_func.ode_down_proj
         if torch.is_grad_enabled() and any(weight.requires_grad for weight in weights):
-            return self._table(max(factors))[[t - 1 for t in factors]]
+            # Row 1 does not depend on the weights, but they need a gradient in every process at every step.
+            return self._table(max(2, *factors))[[t - 1 for t in factors]]
         key = [(weight.data_ptr(), weight._version, weight.dtype) for weight in weights]
         if self._cached is None or self._cached[0] != key:
             with torch.no_grad():

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from clex_convert.checkpoint import Checkpoint
 from clex_convert.errors import one_line
+from clex_convert.ode import plain_frequencies
 from clex_convert.weights import DEFAULT_ACTIVATION, DEFAULT_TIME_DT
 from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
@@ -28,7 +29,7 @@ from clex_train.positions import factor_for
 
 ARCHITECTURES = (
     *("LlamaForCausalLM", "MistralForCausalLM", "MixtralForCausalLM", "GPTNeoXForCausalLM", "PhiForCausalLM"),
-    *("Qwen2ForCausalLM", "Qwen3ForCausalLM"),
+    *("Phi3ForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM", "Qwen3MoeForCausalLM", "Olmo2ForCausalLM"),
 )
 
 
@@ -73,6 +74,8 @@ def add_clex(model: PreTrainedModel, settings: ClexSettings, original_context: i
     frequencies = decoder.rotary_emb.inv_freq
     context = original_context or config.max_position_embeddings
     layer = ClexLayer(2 * frequencies.numel(), _base(config), context, settings).to(frequencies.device)
+    if not torch.allclose(plain_frequencies(layer.proj_func, layer.base), frequencies, rtol=1e-5, atol=0):
+        raise TrainError("the model's inverse frequencies are not powers of its rope_theta; a CLEX layer begins there")
     decoder.clex_layer = layer
     decoder.rotary_emb = _NoRotation(layer.proj_func.dim)
     decoder.register_forward_pre_hook(_Passes(layer), with_kwargs=True)
@@ -196,9 +199,11 @@ class _Passes:
             positions = (mask.long().cumsum(-1) - 1).clamp(min=0)
             lengths = mask.sum(-1).tolist()
         layer = self.layer
-        ts = factors.tolist() if factors is not None else [
-            factor_for(length, layer.context, layer.settings.max_factor) for length in lengths
-        ]
+        ts = (
+            factors.tolist()
+            if factors is not None
+            else [factor_for(length, layer.context, layer.settings.max_factor) for length in lengths]
+        )
         angles = positions[:, None, :, None] * layer.frequencies(ts)[:, None, None, :]
         scale = None
         if layer.settings.log_scale:
@@ -209,10 +214,11 @@ class _Passes:
 
 
 def _rotated(x: torch.Tensor, rotation: Rotation, scale: torch.Tensor | None = None) -> torch.Tensor:
-    """Queries or keys [B, heads, tokens, head_dim], the last of the pass, rotated in float32."""
+    """Queries or keys [B, heads, tokens, head_dim], the last of the pass, rotated in float32 at least."""
     cos, sin = (part[:, :, -x.shape[2] :] for part in rotation[:2])
     n = cos.shape[-1]
-    a, b, rest = x[..., :n].float(), x[..., n : 2 * n].float(), x[..., 2 * n :]
+    x = x.to(torch.promote_types(x.dtype, cos.dtype))
+    a, b, rest = x[..., :n], x[..., n : 2 * n], x[..., 2 * n :]
     turned = torch.cat((a * cos - b * sin, b * cos + a * sin, rest), dim=-1)
     return turned if scale is None else turned * scale
 

@@ -35,24 +35,24 @@ def draw_positions(
     Returns:
         float32 [n], ascending.
     """
+    if kind not in POSITIONS:
+        raise ValueError(f"positions must be one of {', '.join(POSITIONS)}, not {kind!r}")
     span = length * factor
 
-    def numbers(above: int, count: int) -> torch.Tensor:
-        return torch.randint(above, (count,), generator=generator).sort().values
+    def numbers(first: int, above: int) -> torch.Tensor:
+        return torch.randint(first, above, (_CHUNKS - 1,), generator=generator).sort().values
 
-    if kind == "none" or (factor == 1 and kind in POSITIONS):
+    if kind == "none":
+        return torch.arange(length).float()
+    if factor == 1:
         positions = torch.arange(length)
-        if kind == "none":
-            return positions.float()
     elif kind == "random":
         inner = torch.randperm(span - 2, generator=generator)[: length - 2].sort().values + 1
         positions = torch.cat((torch.tensor([0]), inner, torch.tensor([span - 1])))
     elif kind == "uniform":
         positions = torch.arange(length) * (span - 1) / (length - 1)
-    elif kind == "chunked":
-        starts, skips = numbers(length, _CHUNKS - 1), numbers(span - length + 1, _CHUNKS - 1)
+    else:
+        starts, skips = numbers(1, length), numbers(0, span - length + 1)
         skipped = torch.searchsorted(starts, torch.arange(length), right=True)
         positions = torch.arange(length) + torch.cat((torch.tensor([0]), skips))[skipped]
-    else:
-        raise ValueError(f"positions must be one of {', '.join(POSITIONS)}, not {kind!r}")
     return positions.float() / max(1, length // original)

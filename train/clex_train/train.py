@@ -13,7 +13,7 @@ from typing import Any
 
 import peft
 import torch
-from clex_convert.errors import ConvertError, one_line
+from clex_convert.errors import one_line
 from clex_convert.model_files import read_config
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments, set_seed
@@ -255,9 +255,7 @@ class _Checkpoints:
         found = [path.parent for path in self.folder.glob("checkpoint-*/trainer_state.json")]
         last = max(found, key=lambda path: int(path.name.partition("-")[2]), default=None)
         if last is not None and not resume:
-            raise TrainError(
-                f"{self.folder}: holds an unfinished training; pass --resume to continue it, or remove it"
-            )
+            raise TrainError(f"{self.folder}: holds an unfinished training; pass --resume to continue it, or remove it")
         if not resume:
             return None
         if last is None:
@@ -313,7 +311,9 @@ def _prepare_layer(
         return add_clex(model, ClexSettings(**asked), original_context)
     for key in ("param_factor", "act"):
         if asked.get(key) not in (None, getattr(layer.settings, key)):
-            raise TrainError(f"the model's CLEX layer has {key} = {getattr(layer.settings, key)}, which is not to change")
+            raise TrainError(
+                f"the model's CLEX layer has {key} = {getattr(layer.settings, key)}, which is not to change"
+            )
     if original_context not in (None, layer.context):
         raise TrainError(f"the model's CLEX layer is for an original context of {layer.context} tokens")
     layer.settings = replace(layer.settings, **asked)
@@ -326,7 +326,10 @@ def _with_adapter(
 ) -> peft.PeftModel:
     trainable = layer is not None and layer.proj_func.ode_up_proj.requires_grad
     config = peft.LoraConfig(
-        r=rank, lora_alpha=alpha, target_modules=list(target) or "all-linear", task_type="CAUSAL_LM"  # pyright: ignore
+        r=rank,
+        lora_alpha=alpha,
+        target_modules=list(target) or "all-linear",
+        task_type="CAUSAL_LM",  # pyright: ignore
     )
     try:
         adapted = peft.get_peft_model(model, config)

@@ -15,6 +15,8 @@ from typing import Any
 
 import numpy as np
 import torch
+from accelerate.utils import DistributedType
+from clex_convert.errors import disk_full, writing
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import (
@@ -27,7 +29,6 @@ from transformers import (
 from transformers.trainer_callback import PrinterCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from clex_convert.errors import disk_full, writing
 from clex_train.errors import TrainError
 from clex_train.layer import ClexLayer
 from clex_train.model import clex_layer
@@ -93,6 +94,14 @@ class ClexTrainer(Trainer):
         self.add_callback(self.stop)
         self.feeding, self.ode_learning_rate = feeding, ode_learning_rate
         self._step, self._part = -1, 0
+        layer = self._layer
+        if layer is not None and self.accelerator.distributed_type == DistributedType.FSDP:
+            # FSDP would cast the layer with the rest of the model; it is small, so every process has a copy.
+            layer.to(self.args.device)
+            self.accelerator.state.fsdp_plugin.ignored_modules = [layer]
+            for weight in layer.parameters():
+                if weight.requires_grad:
+                    weight.register_post_accumulate_grad_hook(_average_gradient)
 
     @property
     def _layer(self) -> ClexLayer | None:
@@ -149,13 +158,20 @@ class ClexTrainer(Trainer):
         super()._save(output_dir, state_dict=state_dict)
         if self._layer is not None and hasattr(self.model, "peft_config"):
             folder = Path(output_dir or str(self.args.output_dir))
-            save_file({name: tensor.contiguous() for name, tensor in self._layer.state_dict().items()}, folder / _ODE_FILE)
+            save_file(
+                {name: tensor.contiguous() for name, tensor in self._layer.state_dict().items()}, folder / _ODE_FILE
+            )
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         super()._load_from_checkpoint(resume_from_checkpoint, model)
         path = Path(resume_from_checkpoint) / _ODE_FILE
         if self._layer is not None and path.is_file():
             self._layer.load_state_dict(load_file(path))
+
+
+def _average_gradient(weight: torch.Tensor) -> None:
+    torch.distributed.all_reduce(weight.grad)
+    weight.grad /= torch.distributed.get_world_size()
 
 
 @contextlib.contextmanager

@@ -1,0 +1,278 @@
+"""A CLEX layer in stock transformers models: the authors' logits, whatever the cache, the batch and the precision."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from clex_convert.frequencies import ntk, plain
+from clex_train.errors import TrainError
+from clex_train.layer import ClexLayer, ClexSettings
+from clex_train.model import ARCHITECTURES, add_clex, clex_layer, load_model
+from test_architectures import MODELS
+from tiny_models import LENGTH, Reference, kind_of, make_model
+
+from clex_local.tables import Tables
+
+GOLDEN = ["llama", "llama-log-scale", "mixtral", "phi2"]
+SETTINGS = ClexSettings(max_factor=4, time_dt=0.25, log_scale=True)
+COMPARED = [name for name in MODELS if f"{kind_of(name)}ForCausalLM" in ARCHITECTURES]
+
+
+def trained(model: transformers.PreTrainedModel, settings: ClexSettings = SETTINGS) -> ClexLayer:
+    """Adds a layer whose every weight is drawn."""
+    torch.manual_seed(1)
+    layer = add_clex(model, settings)
+    torch.nn.init.normal_(layer.proj_func.ode_down_proj, std=0.02)
+    return layer
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory, golden_dir):
+    """A tiny LLaMA with a layer, and token ids."""
+    folder = tmp_path_factory.mktemp("llama")
+    make_model("Llama", {}, folder, golden_dir("llama"))
+    model = load_model(folder).eval()
+    trained(model)
+    return model
+
+
+@pytest.fixture(scope="module")
+def ids(golden_npz):
+    return torch.tensor(golden_npz("llama")["ids"]).long()[None]
+
+
+# the authors' numbers
+
+
+@pytest.mark.parametrize(("name", "attention"), [*((name, "sdpa") for name in GOLDEN), ("phi2", "eager")])
+def test_one_pass_gives_the_authors_logits(golden_dir, golden_npz, name, attention):
+    golden, model = golden_npz(name), load_model(golden_dir(name), attention=attention).eval()
+    ids = torch.tensor(golden["ids"]).long()[None]
+    with torch.no_grad():
+        for key in (key for key in golden if key.startswith("full_")):
+            logits = model(ids[:, : int(key[5:])]).logits[0, -4:]
+            np.testing.assert_allclose(logits, golden[key], atol=2e-4, rtol=0)
+
+
+@pytest.mark.parametrize("name", GOLDEN)
+def test_single_tokens_after_a_prompt_give_the_authors_logits(golden_dir, golden_npz, name):
+    golden, model = golden_npz(name), load_model(golden_dir(name)).eval()
+    ids, end, cache = torch.tensor(golden["ids"]).long()[None], int(golden["step_prefill"]), None
+    start = 0
+    with torch.no_grad():
+        for expected in golden["steps"]:
+            out = model(ids[:, start:end], past_key_values=cache, use_cache=True)
+            np.testing.assert_allclose(out.logits[0, -1], expected, atol=2e-4, rtol=0)
+            start, end, cache = end, end + 1, out.past_key_values
+
+
+@pytest.mark.parametrize("name", GOLDEN)
+def test_tables_are_the_authors(golden_dir, golden_npz, name):
+    layer, expected = clex_layer(load_model(golden_dir(name))), golden_npz(name)["inv_freq"]
+    with torch.no_grad():
+        np.testing.assert_allclose(layer.frequencies(range(1, len(expected) + 1)), expected, rtol=1e-5)
+
+
+# every architecture, against a cache of unrotated keys
+
+
+@pytest.mark.parametrize("name", COMPARED)
+def test_every_architecture_rotates_like_the_reference(golden_dir, ids, tmp_path, name):
+    reference = make_model(name, MODELS[name][0], tmp_path, golden_dir(MODELS[name][1]))
+    model = load_model(tmp_path).eval()
+    layer = trained(model)
+    with torch.no_grad():
+        frequencies = layer.frequencies(range(1, 5)).numpy()
+        tables = Tables("clex", LENGTH, np.arange(1, 5, dtype=np.float32), frequencies, log_scale=True)
+        fed, cache, start = Reference(reference, tables), None, 0
+        for end in (62, 63, 64, 65, 66, 150):
+            out = model(ids[:, start:end], past_key_values=cache, use_cache=True)
+            expected = fed.feed(ids[0, start:end].numpy())
+            np.testing.assert_allclose(out.logits[0, -1], expected, atol=5e-5, rtol=0)
+            start, cache = end, out.past_key_values
+
+
+def test_sliding_window_keeps_the_positions_of_its_keys(golden_dir, ids, tmp_path):
+    """Single tokens against one pass, within one bucket: a window of 16 tokens drops keys from the cache."""
+    make_model("Mistral", dict(sliding_window=16), tmp_path, golden_dir("llama"))
+    model = load_model(tmp_path).eval()
+    trained(model, ClexSettings(max_factor=4, time_dt=0.5))
+    with torch.no_grad():
+        expected, cache = model(ids[:, :60]).logits[0, -1], None
+        for start, end in ((0, 50), *((n, n + 1) for n in range(50, 60))):
+            out = model(ids[:, start:end], past_key_values=cache, use_cache=True)
+            cache = out.past_key_values
+    np.testing.assert_allclose(out.logits[0, -1], expected, atol=5e-5, rtol=0)
+
+
+# batches
+
+
+def test_padded_rows_are_what_they_are_alone(llama, ids):
+    """Each row has the table and the log scale of its own tokens, wherever the padding is."""
+    lengths = (130, 60, 100)
+    for side in ("left", "right"):
+        rows = [torch.nn.functional.pad(ids[0, :n], (130 - n, 0) if side == "left" else (0, 130 - n)) for n in lengths]
+        masks = [
+            torch.nn.functional.pad(torch.ones(n), (130 - n, 0) if side == "left" else (0, 130 - n)) for n in lengths
+        ]
+        with torch.no_grad():
+            logits = llama(torch.stack(rows), attention_mask=torch.stack(masks).long()).logits
+            for row, n in enumerate(lengths):
+                alone = llama(ids[:, :n]).logits[0, -1]
+                np.testing.assert_allclose(logits[row, -1 if side == "left" else n - 1], alone, atol=5e-5, rtol=0)
+
+
+def test_generate_gives_what_tokens_fed_one_by_one_give(llama, ids):
+    """Greedy, from 60 tokens to 70, beyond the first bucket; in a batch with a longer row, and alone."""
+    tokens, cache = ids[0, :60].tolist(), None
+    with torch.no_grad():
+        fed = torch.tensor([tokens])
+        for _ in range(10):
+            out = llama(fed, past_key_values=cache, use_cache=True)
+            tokens.append(int(out.logits[0, -1].argmax()))
+            fed, cache = torch.tensor([tokens[-1:]]), out.past_key_values
+    options = {"max_new_tokens": 10, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+    assert llama.generate(ids[:, :60], attention_mask=torch.ones(1, 60), **options)[0].tolist() == tokens
+    rows = torch.stack([torch.nn.functional.pad(ids[0, :60], (40, 0)), ids[0, :100]])
+    mask = torch.ones(2, 100).long()
+    mask[0, :40] = 0
+    assert llama.generate(rows, attention_mask=mask, **options)[0, 40:].tolist() == tokens
+
+
+def test_cache_of_a_fixed_size_is_refused(llama, ids):
+    with pytest.raises(ValueError, match="cache that grows"):
+        llama.generate(ids[:, :10], max_new_tokens=2, cache_implementation="static", disable_compile=True)
+
+
+# training
+
+
+def test_rows_have_the_tables_of_their_factors(llama, ids):
+    rows, positions = ids[:, :32].repeat(3, 1), torch.stack([torch.arange(32.0) * t for t in (1, 2, 3)])
+    mask = torch.ones_like(rows)
+    with torch.no_grad():
+        together = llama(rows, position_ids=positions, attention_mask=mask, clex_factors=torch.tensor([1, 3, 4])).logits
+        for row, t in enumerate((1, 3, 4)):
+            one = slice(row, row + 1)
+            alone = llama(
+                rows[one], position_ids=positions[one], attention_mask=mask[one], clex_factors=torch.tensor([t])
+            ).logits
+            np.testing.assert_allclose(together[one], alone, atol=5e-5, rtol=0)
+        assert (together[0] - together[1]).abs().max() > 0.1
+
+
+def test_gradients_through_the_ode_are_those_of_finite_differences():
+    torch.manual_seed(0)
+    layer = ClexLayer(4, 10000.0, 64, ClexSettings(max_factor=3, time_dt=0.5)).double()
+    torch.nn.init.normal_(layer.proj_func.ode_down_proj, std=0.3)
+    weights = layer.proj_func.ode_up_proj, layer.proj_func.ode_down_proj
+    assert weights[0].dtype == torch.float64
+    assert torch.autograd.gradcheck(lambda *_: layer.frequencies([2, 3]), weights, eps=1e-6, atol=1e-8)
+
+
+def loss_of(model: transformers.PreTrainedModel, ids: torch.Tensor) -> torch.Tensor:
+    """Of 48 tokens spread over the positions of three times as many."""
+    rows = ids[:, :48]
+    logits = model(
+        rows,
+        position_ids=torch.arange(48.0)[None] * 3,
+        attention_mask=torch.ones_like(rows),
+        clex_factors=torch.tensor([3]),
+        use_cache=False,
+    ).logits
+    return torch.nn.functional.cross_entropy(logits[0, :-1], rows[0, 1:])
+
+
+def gradients(model: transformers.PreTrainedModel, ids: torch.Tensor) -> list[torch.Tensor]:
+    model.zero_grad()
+    loss_of(model, ids).backward()
+    return [weight.grad.clone() for weight in model.parameters()]
+
+
+def test_gradients_of_the_loss_reach_the_ode(llama, ids):
+    """Of the whole model in float64, along the gradient of each matrix of the layer."""
+    model = copy.deepcopy(llama).double().train()
+    gradients(model, ids)
+    layer = clex_layer(model)
+    for weight in layer.parameters():
+        slope = float(weight.grad.norm())
+        direction, step = weight.grad / slope, 1e-5
+        losses = []
+        for sign in (1, -1):
+            with torch.no_grad():
+                weight += sign * step * direction
+                losses.append(loss_of(model, ids))
+                weight -= sign * step * direction
+        numeric = float(losses[0] - losses[1]) / (2 * step)
+        # norms compute in float32
+        assert slope == pytest.approx(numeric, rel=5e-3)
+
+
+def test_checkpointed_gradients_are_the_same(llama, ids):
+    model = copy.deepcopy(llama).train()
+    expected = gradients(model, ids)
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    for found, wanted in zip(gradients(model, ids), expected, strict=True):
+        np.testing.assert_allclose(found, wanted, atol=1e-6, rtol=1e-5)
+
+
+def test_untrained_layer_gives_the_closed_form():
+    layer = ClexLayer(64, 1e6, 128, ClexSettings(max_factor=8, time_dt=0.05))
+    expected = [ntk(plain(64, 1e6), 2 * t - 1) for t in range(1, 9)]
+    with torch.no_grad():
+        np.testing.assert_allclose(layer.frequencies(range(1, 9)), expected, rtol=1e-5)
+
+
+def test_layer_stays_in_float32(llama, ids):
+    model = copy.deepcopy(llama)
+    with torch.no_grad():
+        expected = clex_layer(model).frequencies([1, 2, 3, 4])
+        model.to(torch.bfloat16)
+        layer = clex_layer(model)
+        assert {weight.dtype for weight in layer.parameters()} == {torch.float32}
+        with torch.autocast("cpu", torch.bfloat16):
+            np.testing.assert_array_equal(layer.frequencies([1, 2, 3, 4]), expected)
+        assert torch.isfinite(model(ids[:, :70]).logits).all()
+
+
+def test_table_follows_the_weights(llama):
+    layer = copy.deepcopy(clex_layer(llama))
+    with torch.no_grad():
+        before = layer.frequencies([4])
+        layer.proj_func.ode_down_proj.mul_(2)
+        assert (layer.frequencies([4]) - before).abs().max() > 0
+
+
+# what cannot be
+
+
+def test_dynamics_that_diverge_are_named():
+    layer = ClexLayer(8, 10000.0, 64, ClexSettings(max_factor=4, act="silu", time_dt=0.5))
+    torch.nn.init.constant_(layer.proj_func.ode_up_proj, -1e4)
+    torch.nn.init.constant_(layer.proj_func.ode_down_proj, -1e30)
+    with pytest.raises(TrainError, match=r"diverge: the frequencies at t = 2 are not finite"):
+        layer.frequencies([3])
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "message"),
+    [
+        ("Falcon", {}, "cannot be added to FalconForCausalLM; supported: LlamaForCausalLM, "),
+        ("Llama", {"rope_scaling": {"rope_type": "linear", "factor": 2.0}}, "scaled already .rope_scaling is linear"),
+    ],
+)
+def test_models_that_cannot_have_a_layer(golden_dir, tmp_path: Path, name, changes, message):
+    make_model(name, changes, tmp_path, golden_dir("llama"))
+    with pytest.raises(TrainError, match=message):
+        add_clex(load_model(tmp_path), SETTINGS)
+
+
+def test_second_layer_is_refused(llama):
+    with pytest.raises(TrainError, match="rope_scaling is clex"):
+        add_clex(llama, SETTINGS)
