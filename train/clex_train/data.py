@@ -48,35 +48,31 @@ def load_sequences(
         TrainError: a file is missing or not UTF-8, the dataset cannot be read, or there is less than one sequence.
     """
     # Size and time are here so that the cache does not serve a file that has changed since.
-    files = [(str(path.resolve()), *_stamp(path)) for path in text]
+    # No list: datasets would call the generator once for each of its items.
+    files = tuple((str(path.resolve()), *_stamp(path)) for path in text)
     source = _documents(dataset, streaming) if dataset is not None else None
     arguments: dict[str, Any] = {"files": files, "dataset": source, "tokenizer": tokenizer, "length": length}
     features = Features({"input_ids": ListOf(Value("int32"), length=length)})
+    if next(_packed(**arguments), None) is None:
+        raise TrainError(
+            f"the text is shorter than one sequence of {length} tokens; give more text or a smaller --length"
+        )
     if streaming:
         stream = IterableDataset.from_generator(_packed, features=features, gen_kwargs=arguments)
-        if next(iter(stream), None) is None:
-            raise _too_short(length)
         return stream.shuffle(seed=seed, buffer_size=_SHUFFLE_BUFFER)
     try:
         rows = Dataset.from_generator(_packed, features=features, gen_kwargs=arguments)
-    except TrainError:
-        raise
-    except Exception as error:
-        # datasets wraps what a generator raises
+    except Exception as error:  # datasets wraps what a generator raises
         cause: BaseException | None = error
         while cause is not None and not isinstance(cause, TrainError):
             cause = cause.__cause__ or cause.__context__
-        if cause is None:
-            raise TrainError(f"the text could not be prepared ({one_line(error)})") from None
-        raise TrainError(str(cause)) from None
+        raise cause or TrainError(f"the text could not be prepared ({one_line(error)})") from None
     assert isinstance(rows, Dataset)
-    if len(rows) == 0:
-        raise _too_short(length)
     return rows
 
 
 def collate(rows: list[dict[str, Any]], vocabulary: int) -> dict[str, torch.Tensor]:
-    """A batch: input_ids, which are the labels as well, int64 [B, n].
+    """A batch of input_ids int64 [B, n], and labels: the same but for the first, which nothing predicts.
 
     Raises:
         TrainError: the tokenizer has tokens that a model with a smaller vocabulary lacks.
@@ -84,11 +80,9 @@ def collate(rows: list[dict[str, Any]], vocabulary: int) -> dict[str, torch.Tens
     ids = torch.stack([torch.as_tensor(row["input_ids"]) for row in rows]).long()
     if int(ids.max()) >= vocabulary:
         raise TrainError(f"the tokenizer makes token {int(ids.max())}, the model has a vocabulary of {vocabulary} only")
-    return {"input_ids": ids, "labels": ids}
-
-
-def _too_short(length: int) -> TrainError:
-    return TrainError(f"the text is shorter than one sequence of {length} tokens; give more text or a smaller --length")
+    labels = ids.clone()
+    labels[:, 0] = -100  # or the trainer would divide the loss by n, not by n - 1
+    return {"input_ids": ids, "labels": labels}
 
 
 def _stamp(path: Path) -> tuple[int, int]:
@@ -116,7 +110,7 @@ def _documents(name: str, streaming: bool) -> Dataset | IterableDataset:
 
 
 def _packed(
-    files: list[tuple[str, int, int]],
+    files: tuple[tuple[str, int, int], ...],
     dataset: Iterable[dict[str, Any]] | None,
     tokenizer: PreTrainedTokenizerBase,
     length: int,
@@ -132,7 +126,9 @@ def _packed(
         del waiting[:whole]
 
 
-def _pieces(files: list[tuple[str, int, int]], dataset: Iterable[dict[str, Any]] | None) -> Iterator[tuple[str, bool]]:
+def _pieces(
+    files: tuple[tuple[str, int, int], ...], dataset: Iterable[dict[str, Any]] | None
+) -> Iterator[tuple[str, bool]]:
     """Text, and whether its document ends with it."""
     for path, *_ in files:
         try:

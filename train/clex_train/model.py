@@ -22,6 +22,7 @@ from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, P
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from clex_local.errors import ClexError
 from clex_train.errors import TrainError
 from clex_train.layer import ClexLayer, ClexSettings
 from clex_train.names import ATTENTIONS
@@ -67,8 +68,8 @@ def add_clex(model: PreTrainedModel, settings: ClexSettings, original_context: i
         raise TrainError(f"a CLEX layer cannot be added to {name}; supported: {', '.join(ARCHITECTURES)}")
     if kind_of_scaling(config) not in (None, "default"):
         raise TrainError(
-            f"the model's RoPE is scaled already (rope_scaling is {kind_of_scaling(config)}); a CLEX layer needs a model "
-            "without, or take the entry out of its config.json"
+            f"the model's RoPE is scaled already (rope_scaling is {kind_of_scaling(config)}); a CLEX layer needs plain "
+            "RoPE: take the entry out of config.json if the weights were not trained with it"
         )
     decoder = model.base_model
     frequencies = decoder.rotary_emb.inv_freq
@@ -130,7 +131,9 @@ def load_model(
             model = AutoModelForCausalLM.from_pretrained(
                 folder, config=config, attn_implementation=attention, dtype=dtype
             )
-    except (TypeError, ValueError, KeyError, OSError, RuntimeError) as error:
+    except ClexError:
+        raise
+    except Exception as error:  # of every format it reads
         raise TrainError(f"{folder}: transformers cannot load the model ({one_line(error)})") from None
     if settings is not None:
         layer = add_clex(model, settings)

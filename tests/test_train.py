@@ -1,0 +1,515 @@
+"""clex-train: what is drawn, read, learned, saved, continued and refused."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import clex_convert
+import numpy as np
+import peft
+import pytest
+import torch
+import transformers
+from clex_train.cli import main
+from clex_train.data import load_sequences
+from clex_train.model import clex_layer, load_model
+from clex_train.positions import draw_positions
+from clex_train.train import TrainResult, train
+from clex_train.trainer import ClexTrainer, Feeding
+from click.testing import CliRunner
+from datasets import Dataset
+from safetensors.torch import load_file, save_file
+from tiny_models import SIZES, make_model
+
+from clex_local.errors import ClexError
+from clex_local.tables import read_tables
+
+UP, DOWN = (f"model.clex_layer.proj_func.ode_{name}_proj" for name in ("up", "down"))
+# A step of the ODE's integration per unit of t, and few tokens: fast.
+FAST: dict[str, Any] = dict(length=24, max_factor=3, time_dt=1.0, batch_size=4, log_steps=1)
+QUICK = dict(learning_rate=3e-3, ode_learning_rate=1e-3, warmup_ratio=0.0, max_steps=4, **FAST)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def own_cache(tmp_path_factory):
+    """Prepared text goes where the test's files go."""
+    import datasets
+
+    before = datasets.config.HF_DATASETS_CACHE
+    datasets.config.HF_DATASETS_CACHE = tmp_path_factory.mktemp("cache")
+    datasets.disable_progress_bars()
+    yield
+    datasets.config.HF_DATASETS_CACHE = before
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory, golden_dir) -> Path:
+    """A tiny LLaMA without a layer, of 64 tokens."""
+    folder = tmp_path_factory.mktemp("base") / "base"
+    make_model("Llama", dict(hidden_size=64, intermediate_size=96), folder, golden_dir("llama"))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("text") / "text.txt"
+    path.write_text("".join(f"{i} and {i * i % 97} make {(i + i * i) % 97}.\n" for i in range(400)), encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="module")
+def done(base, text, tmp_path_factory) -> tuple[TrainResult, list[str]]:
+    """A training of a few steps, and what it reported."""
+    lines: list[str] = []
+    options = {**QUICK, "max_steps": 12, "factors_per_batch": 2}
+    return train(base, tmp_path_factory.mktemp("done") / "out", text=[text], **options, report=lines.append), lines
+
+
+def run(*arguments: Any) -> tuple[int, str]:
+    """Exit status and all output of clex-train."""
+    result = CliRunner().invoke(main, [str(argument) for argument in arguments])
+    assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
+    return result.exit_code, result.output
+
+
+# positions
+
+
+def draw(kind: str, length: int, original: int, factor: int, seed: int = 0) -> np.ndarray:
+    return draw_positions(kind, length, original, factor, torch.Generator().manual_seed(seed)).double().numpy()
+
+
+@pytest.mark.parametrize("length", [2, 3, 30])
+@pytest.mark.parametrize("factor", [1, 2, 16])
+def test_random_positions_are_the_authors(length, factor):
+    drawn = draw("random", length, 64, factor)
+    assert drawn[0] == 0
+    assert drawn[-1] == length * factor - 1
+    assert (np.diff(drawn) >= 1).all()
+    assert (drawn == np.round(drawn)).all()
+    assert len(drawn) == length
+    if length == 30 and factor > 1:
+        assert (drawn != draw("random", length, 64, factor, seed=1)).any()
+
+
+def test_random_positions_reach_every_one():
+    drawn = np.concatenate([draw("random", 6, 64, 2, seed) for seed in range(200)])
+    assert np.unique(drawn).tolist() == list(range(12))
+
+
+def test_long_sequences_spread_over_the_span_of_the_context():
+    for kind in ("random", "uniform", "chunked"):
+        whole, part = draw(kind, 40, 40, 4), draw(kind, 40, 10, 4)
+        np.testing.assert_allclose(part, whole / 4)
+
+
+def test_uniform_positions_are_evenly_spaced():
+    np.testing.assert_allclose(draw("uniform", 5, 64, 5), [0, 6, 12, 18, 24])
+
+
+def test_positions_without_extrapolation():
+    np.testing.assert_array_equal(draw("none", 100, 10, 4), np.arange(100))
+
+
+def test_chunked_positions_skip_at_most_three_times():
+    ends = []
+    for seed in range(300):
+        drawn = draw("chunked", 12, 64, 8, seed)
+        steps = np.diff(drawn)
+        assert drawn[0] == 0
+        assert (steps >= 1).all()
+        assert (steps > 1).sum() <= 3
+        ends.append(drawn[-1])
+    assert max(ends) <= 12 * 8 - 1
+    assert max(ends) > 12 * 8 - 6
+
+
+def test_draws_depend_on_the_key_alone():
+    feeding = Feeding("random", 64, 16, 3, seed=5)
+    positions, factors = feeding.draw(7, 20, 3, 0, 0)
+    again = feeding.draw(7, 20, 3, 0, 0)
+    torch.testing.assert_close((positions, factors), again, rtol=0, atol=0)
+    assert positions[:, -1].tolist() == [20 * t - 1 for t in factors.tolist()]
+    drawn = [
+        feeding.draw(7, 20, step, part, rank)[1][:3].tolist()
+        for step in range(30)
+        for part in (0, 1)
+        for rank in (0, 1)
+    ]
+    assert {t for three in drawn for t in three} == set(range(1, 17))
+    assert len({tuple(three) for three in drawn}) > 100
+    assert Feeding("none", 64, 16, 3, 5).draw(4, 200, 0)[1].tolist() == [4] * 4
+
+
+# text
+
+
+def test_documents_are_packed_without_loss(golden_dir, tmp_path):
+    tokenizer = transformers.AutoTokenizer.from_pretrained(golden_dir("phi2"))
+    texts = ["One, two.\r\n", "Drei – vier!\n\nfünf", "six"]
+    for number, one in enumerate(texts):
+        (tmp_path / f"{number}.txt").write_bytes(one.encode())
+    files = [tmp_path / f"{number}.txt" for number in range(3)]
+    documents = Dataset.from_dict({"text": texts})
+    documents.save_to_disk(tmp_path / "saved")
+    expected = [token for one in texts for token in [*tokenizer(one)["input_ids"], tokenizer.eos_token_id]]
+    expected = expected[: len(expected) // 5 * 5]
+    for arguments in ((files, None), ([], str(tmp_path / "saved"))):
+        for streaming in (False, True):
+            rows = load_sequences(*arguments, tokenizer, 5, streaming=streaming)
+            found = [row["input_ids"] for row in rows]
+            assert all(len(row) == 5 for row in found)
+            if not streaming:
+                assert [token for row in found for token in row] == expected
+            assert sorted(token for row in found for token in row) == sorted(expected)
+
+
+def test_changed_file_is_read_again(golden_dir, tmp_path):
+    tokenizer, path = transformers.AutoTokenizer.from_pretrained(golden_dir("phi2")), tmp_path / "a.txt"
+    path.write_text("aaaaaaaa")
+    before = load_sequences([path], None, tokenizer, 2)[0]
+    path.write_text("bbbbbbbb")
+    assert load_sequences([path], None, tokenizer, 2)[0] != before
+
+
+# learning
+
+
+def test_few_steps_lower_the_loss_and_move_the_ode(done, base):
+    result, lines = done
+    losses = [float(line.split("loss ")[1].split(",")[0]) for line in lines]
+    assert len(losses) == result.steps == 12
+    assert np.mean(losses[-3:]) < np.mean(losses[:3]) - 0.3
+    trained, plain = load_file(result.path / "model.safetensors"), load_file(base / "model.safetensors")
+    assert trained[DOWN].abs().max() > 1e-3
+    assert {trained[UP].dtype, trained[DOWN].dtype} == {torch.float32}
+    assert trained.keys() == {*plain, UP, DOWN}
+    assert not result.path.with_name("out.checkpoints").exists()
+    assert os.listdir(result.path.parent) == ["out"]
+
+
+def test_saved_folder_has_the_authors_layout(done):
+    config = json.loads((done[0].path / "config.json").read_text())
+    scaling = {"type": "clex", "max_factor": 3, "param_factor": 1, "act": "tanh", "time_dt": 1.0, "factor": 1}
+    assert config["rope_scaling"] == scaling
+    assert config["architectures"] == ["LlamaForCausalLM"]
+    assert config["max_position_embeddings"] == 64
+    assert config["log_scale"] is False
+
+
+def test_saved_folder_converts_to_the_same_tables(done, tmp_path):
+    path = clex_convert.convert(done[0].path, tmp_path / "m.gguf", outtype="f32").path
+    tables = read_tables(path)
+    with torch.no_grad():
+        expected = clex_layer(load_model(done[0].path)).frequencies([1, 2, 3])
+    np.testing.assert_allclose(tables.inv_freq, expected, rtol=1e-6)
+    assert tables.original_context_length == 64
+
+
+def test_layer_of_its_own_learning_rate(base, text, tmp_path):
+    """At 0 it stays untrained; otherwise Adam's first step is as large, and weight decay does not touch it."""
+    options = {**QUICK, "max_steps": 1, "factors_per_batch": 4, "weight_decay": 100.0}
+    weights = {}
+    for rate in (0.0, 1e-3):
+        train(base, tmp_path / str(rate), text=[text], **{**options, "ode_learning_rate": rate})
+        weights[rate] = load_file(tmp_path / str(rate) / "model.safetensors")
+    assert weights[0.0][DOWN].abs().max() == 0
+    assert weights[1e-3][DOWN].abs().max() == pytest.approx(1e-3, rel=1e-2)
+    # nothing moves it while the other matrix is zero
+    torch.testing.assert_close(weights[1e-3][UP], weights[0.0][UP], rtol=0, atol=0)
+
+
+def test_layer_is_trained_further_with_its_settings(done, text, tmp_path):
+    options = dict(text=[text], length=24, max_steps=1, batch_size=2, learning_rate=0.0)
+    result = train(done[0].path, tmp_path / "out", **options)
+    before, after = (load_file(folder / "model.safetensors") for folder in (done[0].path, result.path))
+    torch.testing.assert_close(after, before, rtol=0, atol=0)
+    assert (result.path / "config.json").read_bytes() == (done[0].path / "config.json").read_bytes()
+    train(done[0].path, tmp_path / "longer", max_factor=8, log_scale=True, **options)
+    config = json.loads((tmp_path / "longer" / "config.json").read_text())
+    assert config["rope_scaling"]["max_factor"] == 8
+    assert config["log_scale"] is True
+    for changed in (dict(act="silu"), dict(param_factor=2), dict(original_context=128), dict(no_clex=True)):
+        with pytest.raises(ClexError, match="the model"):
+            train(done[0].path, tmp_path / "no", **changed, **options)
+
+
+def test_control_without_a_layer(base, text, tmp_path):
+    scaling = {"rope_type": "yarn", "factor": 4.0}
+    options = dict(length=24, positions="chunked", max_steps=2, from_scratch=True, attention="eager", bf16=True)
+    train(base, tmp_path / "out", text=[text], no_clex=True, rope_scaling=scaling, **options)
+    assert load_file(tmp_path / "out" / "model.safetensors").keys() == load_file(base / "model.safetensors").keys()
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["rope_scaling"] == scaling
+
+
+def test_gaps_between_positions_are_no_borders_of_documents(base, text, tmp_path, monkeypatch):
+    """The loss at drawn positions is that of plain attention over all tokens before."""
+    seen: dict[str, Any] = {}
+    step = transformers.Trainer.training_step
+
+    def kept(self, model, inputs, items=None):
+        seen.update(inputs, loss=step(self, model, inputs, items))
+        return seen["loss"]
+
+    monkeypatch.setattr(transformers.Trainer, "training_step", kept)
+    train(base, tmp_path / "out", text=[text], no_clex=True, length=24, max_steps=1, attention="sdpa", seed=3)
+    model = load_model(base)
+    with torch.no_grad():
+        rows, positions = seen["input_ids"], seen["position_ids"]
+        assert (positions.diff() > 1).any()
+        causal = torch.ones(24, 24).tril().bool()[None, None]
+        expected = model(rows, attention_mask=causal, position_ids=positions, labels=rows).loss
+    assert float(seen["loss"]) == pytest.approx(float(expected), rel=1e-4)
+
+
+# interruption
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        dict(factors_per_batch=2, gradient_accumulation=2),
+        dict(lora_rank=2, gradient_checkpointing=True, bf16=True),
+        dict(streaming=True),
+    ],
+    ids=["all weights", "LoRA", "stream"],
+)
+def test_resumed_training_equals_an_uninterrupted_one(base, text, tmp_path, options):
+    arguments = dict(text=[text], **{**QUICK, "batch_size": 2}, **options)
+    whole = train(base, tmp_path / "whole", **arguments)
+
+    def interrupt(line: str) -> None:
+        if line.startswith("step 2/"):
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with pytest.raises(KeyboardInterrupt, match=r"saved a checkpoint at step [23]; --resume"):
+        train(base, tmp_path / "parts", **arguments, report=interrupt)
+    assert not (tmp_path / "parts").exists()
+    parts = train(base, tmp_path / "parts", **arguments, resume=True)
+    assert (parts.steps, parts.loss) == (whole.steps, whole.loss)
+    name = "adapter_model.safetensors" if "lora_rank" in options else "model.safetensors"
+    assert (parts.path / name).read_bytes() == (whole.path / name).read_bytes()
+    assert sorted(os.listdir(tmp_path)) == ["parts", "whole"]
+
+
+def test_checkpoints_are_kept_for_the_same_arguments_only(base, text, tmp_path, monkeypatch):
+    arguments = [base, tmp_path / "out", "--text", text, "--length", 24, "--time-dt", 1, "--max-steps", 3]
+    step = ClexTrainer.training_step
+
+    def fail(self, *rest):
+        if self.state.global_step == 2:
+            raise ClexError("stopped")
+        return step(self, *rest)
+
+    monkeypatch.setattr(ClexTrainer, "training_step", fail)
+    assert run(*arguments, "--save-steps", 1) == (1, "clex-train: error: stopped\n")
+    monkeypatch.undo()
+    code, output = run(*arguments)
+    assert code == 1
+    assert "holds an unfinished training; pass --resume" in output
+    code, output = run(*arguments, "--seed", 1, "--resume")
+    assert "was begun with seed = 0, not 1" in output
+    (tmp_path / "out.checkpoints" / "checkpoint-2" / "trainer_state.json").unlink()  # as if killed while it was saved
+    code, output = run(*arguments, "--resume")
+    assert code == 0, output
+    assert output.endswith("s\n")
+    assert (tmp_path / "out" / "model.safetensors").is_file()
+
+
+# LoRA
+
+
+def test_adapter_is_read_by_clex_convert_and_peft(base, text, tmp_path):
+    options = {**QUICK, "seed": 2, "lora_rank": 2, "lora_alpha": 8.0, "lora_target": ("q_proj", "down_proj")}
+    adapter = train(base, tmp_path / "adapter", text=[text], **options).path
+    merged = train(base, tmp_path / "merged", text=[text], **options, merge=True).path
+    tensors = load_file(adapter / "adapter_model.safetensors")
+    assert sum("lora_A" in name for name in tensors) == 2 * SIZES["num_hidden_layers"]
+    whole = load_file(merged / "model.safetensors")
+    for name in (UP, DOWN):
+        torch.testing.assert_close(tensors[f"base_model.model.{name}"], whole[name], rtol=0, atol=0)
+    assert whole[DOWN].abs().max() > 0
+    files = [
+        clex_convert.convert(folder, tmp_path / f"{name}.gguf", outtype="f32", lora=lora).path
+        for name, folder, lora in (("a", base, adapter), ("m", merged, None))
+    ]
+    np.testing.assert_array_equal(*(read_tables(path).inv_freq for path in files))
+    model = peft.PeftModel.from_pretrained(load_model(base), adapter).merge_and_unload()
+    name = "model.layers.0.self_attn.q_proj.weight"
+    torch.testing.assert_close(model.state_dict()[name], whole[name], rtol=1e-5, atol=1e-6)
+
+
+# several processes
+
+PROCESSES = """
+import multiprocessing, os, sys
+import torch
+from pathlib import Path
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from clex_train.cli import main
+from clex_train.layer import ClexSettings
+from clex_train.model import add_clex, load_model
+from clex_train.train import train
+from clex_train.trainer import _average_gradient
+
+base, text, out = map(Path, sys.argv[1:])
+
+def data_parallel(rank):
+    main([str(base), str(out), "--text", str(text), "--length", "24", "--max-steps", "2", "--time-dt", "1",
+          "--max-factor", "2", "--ode-learning-rate", "1e-3", "--log-steps", "1", "--warmup-ratio", "0"])
+
+def sharded(rank):
+    torch.distributed.init_process_group("gloo")
+    torch.manual_seed(0)
+    model = load_model(base)
+    layer = add_clex(model, ClexSettings(max_factor=4, time_dt=1.0))
+    torch.nn.init.normal_(layer.proj_func.ode_down_proj, std=0.01)
+    for weight in layer.parameters():
+        weight.register_post_accumulate_grad_hook(_average_gradient)
+    options = dict(mesh=init_device_mesh("cpu", (2,)), ignored_params=set(layer.parameters()))
+    for module in (*model.model.layers, model):
+        fully_shard(module, mp_policy=MixedPrecisionPolicy(param_dtype=torch.bfloat16), **options)
+    rows = torch.arange(20)[None] + rank
+    model(rows, labels=rows, attention_mask=torch.ones_like(rows), position_ids=torch.arange(20.0)[None] * 3,
+          clex_factors=torch.tensor([3]), use_cache=False).loss.backward()
+    weight = layer.proj_func.ode_down_proj
+    os.write(1, f"{weight.dtype} {float(weight.grad.norm())}{chr(10)}".encode())
+
+def begin(what, rank, port):
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
+    what(rank)
+
+context, failed = multiprocessing.get_context("fork"), 0
+for what in (data_parallel, sharded):
+    with __import__("socket").socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    processes = [context.Process(target=begin, args=(what, rank, port)) for rank in range(2)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+        failed |= process.exitcode
+sys.exit(failed)
+"""
+
+
+def test_two_processes(base, text, tmp_path):
+    """With the environment of torchrun, and with the parts that FSDP's plugin is given."""
+    command = [sys.executable, "-c", PROCESSES, str(base), str(text), str(tmp_path / "out")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert [line.split(":")[0] for line in lines[:3]] == ["step 1/2", "step 2/2", str(tmp_path / "out")]
+    assert load_file(tmp_path / "out" / "model.safetensors")[DOWN].abs().max() > 1e-4
+    assert lines[3] == lines[4]
+    assert lines[3].startswith("torch.float32 ")
+
+
+# what cannot be
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ("", "there is nothing to train on; give --text or --dataset"),
+        ("--text {missing}", "missing: no such file"),
+        ("--text {binary}", "binary: is not UTF-8 text"),
+        ("--text {short}", "shorter than one sequence of 64 tokens"),
+        ("--text {short} --streaming --max-steps 1", "shorter than one sequence of 64 tokens"),
+        ("--dataset {other}", "other: the dataset has no column 'text', only words"),
+        ("--dataset {missing}", "missing: the dataset could not be loaded"),
+        ("--text {text} --streaming", "a stream has no known end; give --max-steps"),
+        ("--text {text} --merge", "need --lora-rank"),
+        ("--text {text} --lora-rank 2 --lora-target nothing", "peft cannot add the adapter"),
+        ("--text {text} --no-clex --ode-learning-rate 1", "which --no-clex leaves out"),
+        ("--text {text} --rope-scaling {{}}", "pass --no-clex"),
+        ("--text {text} --trainer-args {binary}", "binary: cannot be read"),
+        ("--text {text} --trainer-args {unknown}", "unknown: transformers refuses the training arguments"),
+        (
+            "--text {text} --length 24 --max-steps 3 --time-dt 1 --learning-rate 1e30 --warmup-ratio 0",
+            "the loss is nan",
+        ),
+        (
+            "--text {text} --length 24 --max-steps 3 --time-dt 1 --act silu --ode-learning-rate 1e20 --warmup-ratio 0",
+            "dynamics diverge",
+        ),
+    ],
+)
+def test_bad_input_gives_one_line(base, text, tmp_path, options, message):
+    places = {name: tmp_path / name for name in ("missing", "binary", "short", "other", "unknown")}
+    places["binary"].write_bytes(b"\xff\xfe\x00")
+    places["short"].write_text("short")
+    places["unknown"].write_text('{"no_such_argument": 1}')
+    Dataset.from_dict({"words": ["a"]}).save_to_disk(places["other"])
+    arguments = options.format(text=text, **places).split()
+    code, output = run(base, tmp_path / "out", *arguments)
+    assert code == 1
+    lines = [line for line in output.splitlines() if not line.startswith("step ")]
+    assert len(lines) == 1, output
+    assert lines[0].startswith("clex-train: error: ")
+    assert message in lines[0]
+    assert not [name for name in os.listdir(tmp_path) if "out" in name]
+
+
+def test_models_that_cannot_be_trained(base, text, tmp_path, golden_dir):
+    def error(model: Path, *more: Any) -> str:
+        code, output = run(model, tmp_path / "out", "--text", text, "--max-steps", 1, *more)
+        assert code == 1
+        assert len(output.splitlines()) == 1
+        assert not (tmp_path / "out").exists()
+        return output
+
+    assert "not a model folder, it has no config.json" in error(tmp_path)
+    assert "cannot load the model" in error(broken(base, tmp_path / "a", "model.safetensors", b"\0" * 100))
+    assert "no tokenizer" in error(broken(base, tmp_path / "b", "tokenizer.model", b""))
+    make_model("Falcon", {}, tmp_path / "c", golden_dir("phi2"))
+    assert "cannot be added to FalconForCausalLM; supported: Llama" in error(tmp_path / "c")
+    make_model("Llama", {"vocab_size": 16}, tmp_path / "d", golden_dir("llama"))
+    assert "the model has a vocabulary of 16 only" in error(tmp_path / "d")
+    path = broken(golden_dir("llama"), tmp_path / "e")
+    weights = load_file(path / "model.safetensors")
+    save_file({name: part for name, part in weights.items() if name != UP}, path / "model.safetensors")
+    assert "holds 0 tensors named ode_up_proj" in error(path)
+    save_file({**weights, UP: torch.zeros(8, 16)}, path / "model.safetensors")
+    assert "ode_up_proj must be [16, p * 32]" in error(path)
+    (tmp_path / "out").mkdir()
+    code, output = run(base, tmp_path / "out", "--text", text)
+    assert (code, "already exists" in output) == (1, True)
+    code, output = run(base, tmp_path / "no" / "out", "--text", text)
+    assert (code, "the folder" in output) == (1, True)
+
+
+def broken(model: Path, folder: Path, name: str | None = None, data: bytes = b"") -> Path:
+    """A copy of a model folder with one file replaced."""
+    folder.mkdir()
+    for file in model.iterdir():
+        (folder / file.name).write_bytes(data if file.name == name else file.read_bytes())
+    return folder
+
+
+@pytest.mark.parametrize("more", [(), ("--save-steps", "1")])
+def test_full_disk_leaves_nothing(base, text, tmp_path, more):
+    """No file may be larger than 100 kB, the model is."""
+    command = [base, tmp_path / "out", "--text", text, "--length", 24, "--max-steps", 1, "--time-dt", 1, *more]
+    list(
+        load_sequences([text], None, transformers.AutoTokenizer.from_pretrained(base), 24)
+    )  # the cache is no part of it
+    before = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, before[0][1]))
+        code, output = run(*command)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before[0])
+        signal.signal(signal.SIGXFSZ, before[1])
+    assert code == 1
+    assert "the disk is full or a size limit was reached; make room first" in output.splitlines()[-1]
+    assert os.listdir(tmp_path) == []
