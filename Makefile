@@ -56,7 +56,7 @@ $(READY): requirements-dev.txt
 	@touch $@
 
 $(NATIVE): $(READY) $(NATIVE_SOURCES)
-	PATH="$(CURDIR)/$(BIN):$$PATH" $(PIP) install --quiet --no-build-isolation --editable '.[convert,eval,plot]'
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(PIP) install --quiet --no-build-isolation --editable '.[eval,plot,train]'
 	@touch $@
 
 $(STOCK): $(READY) CMakeLists.txt native/llama-cpp-python.txt native/fetch_source.py $(wildcard native/patches/0001*)

@@ -12,6 +12,7 @@ from clex_eval.longbench import command as clex_eval_longbench
 from clex_eval.passkey import command as clex_eval_passkey
 from clex_eval.ppl import command as clex_eval_ppl
 from clex_eval.ruler import command as clex_eval_ruler
+from clex_train.cli import main as clex_train
 
 from clex_local.chat import main as clex_chat
 from clex_local.inspection import main as clex_inspect
@@ -19,6 +20,7 @@ from clex_local.inspection import main as clex_inspect
 README = Path(__file__).parent.parent / "README.md"
 COMMANDS = {
     "clex-convert": clex_convert,
+    "clex-train": clex_train,
     "clex-chat": clex_chat,
     "clex-inspect": clex_inspect,
     "clex-eval ppl": clex_eval_ppl,

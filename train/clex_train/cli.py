@@ -134,7 +134,9 @@ def _rope_scaling(context: click.Context, option: click.Parameter, text: str | N
 @click.option(
     "--epochs", type=_ABOVE_0, default=1.0, show_default=True, metavar="X", help="How often the text is read."
 )
-@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of all that is random.")
+@click.option(
+    "--seed", type=click.IntRange(min=0), default=0, show_default=True, metavar="N", help="Of all that is random."
+)
 @click.option(
     "--bf16/--no-bf16",
     default=None,

@@ -117,8 +117,8 @@ def _packed(
 ) -> Iterator[dict[str, list[int]]]:
     waiting: list[int] = []
     for piece, ends in _pieces(files, dataset):
-        waiting += tokenizer(piece, add_special_tokens=False, verbose=False)["input_ids"]
-        if ends and tokenizer.eos_token_id is not None:
+        waiting += tokenizer(piece, add_special_tokens=False, verbose=False)["input_ids"]  # pyright: ignore
+        if ends and isinstance(tokenizer.eos_token_id, int):
             waiting.append(tokenizer.eos_token_id)
         whole = len(waiting) // length * length
         for start in range(0, whole, length):

@@ -71,8 +71,8 @@ def add_clex(model: PreTrainedModel, settings: ClexSettings, original_context: i
             f"the model's RoPE is scaled already (rope_scaling is {kind_of_scaling(config)}); a CLEX layer needs plain "
             "RoPE: take the entry out of config.json if the weights were not trained with it"
         )
-    decoder = model.base_model
-    frequencies = decoder.rotary_emb.inv_freq
+    decoder: Any = model.base_model
+    frequencies: torch.Tensor = decoder.rotary_emb.inv_freq
     context = original_context or config.max_position_embeddings
     layer = ClexLayer(2 * frequencies.numel(), _base(config), context, settings).to(frequencies.device)
     if not torch.allclose(plain_frequencies(layer.proj_func, layer.base), frequencies, rtol=1e-5, atol=0):
@@ -82,7 +82,7 @@ def add_clex(model: PreTrainedModel, settings: ClexSettings, original_context: i
     decoder.register_forward_pre_hook(_Passes(layer), with_kwargs=True)
     config.max_position_embeddings = context
     settings.put_into(config)
-    config._attn_implementation = f"clex_{config._attn_implementation.removeprefix('clex_')}"
+    config._attn_implementation = f"clex_{config._attn_implementation}"
     if config._attn_implementation not in ALL_ATTENTION_FUNCTIONS:
         raise TrainError(f"attention must be one of {', '.join(ATTENTIONS)}")
     return layer

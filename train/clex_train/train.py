@@ -203,7 +203,7 @@ def train(
     else:
         original, largest = original_context or network.config.max_position_embeddings, max_factor or 16
     n = length or original
-    vocabulary = network.get_input_embeddings().num_embeddings
+    embeddings: Any = network.get_input_embeddings()
     trained: PreTrainedModel | peft.PeftModel = network
     if lora_rank is not None:
         trained = _with_adapter(network, layer, lora_rank, lora_alpha or 2 * lora_rank, lora_target)
@@ -213,7 +213,7 @@ def train(
         feeding=Feeding(positions, original, largest, factors_per_batch, seed),
         ode_learning_rate=ode_learning_rate,
         report=report,
-        data_collator=partial(collate, vocabulary=vocabulary),
+        data_collator=partial(collate, vocabulary=embeddings.num_embeddings),
         train_dataset=load_sequences(text, dataset, tokenizer, n, streaming=streaming, seed=seed),
         processing_class=tokenizer,
     )
@@ -258,8 +258,10 @@ class _Checkpoints:
             raise TrainError(f"{self.folder}: holds an unfinished training; pass --resume to continue it, or remove it")
         if not resume:
             return None
+        if not self.folder.is_dir():
+            raise TrainError(f"{self.folder}: is not there; no training of {self.output} was begun")
         if last is None:
-            raise TrainError(f"{self.folder}: holds no checkpoint to continue from")
+            return None  # it was killed before the first
         said = read_config(self.folder / _ARGUMENTS)
         for name, value in self.arguments.items():
             if said.get(name) != value:
@@ -327,9 +329,9 @@ def _with_adapter(
     trainable = layer is not None and layer.proj_func.ode_up_proj.requires_grad
     config = peft.LoraConfig(
         r=rank,
-        lora_alpha=alpha,
+        lora_alpha=alpha,  # pyright: ignore[reportArgumentType], fractions are fine
         target_modules=list(target) or "all-linear",
-        task_type="CAUSAL_LM",  # pyright: ignore
+        task_type=peft.TaskType.CAUSAL_LM,
     )
     try:
         adapted = peft.get_peft_model(model, config)
@@ -346,13 +348,13 @@ def _save(
     layer: ClexLayer | None,
     tokenizer: PreTrainedTokenizerBase,
     output: Path,
-    state: dict[str, torch.Tensor] | None,
+    state: Any,
 ) -> None:
     temporary = output.parent / f".{output.name}.tmp"
     shutil.rmtree(temporary, ignore_errors=True)  # of a training that was killed
     try:
         with writing_folder(output):
-            model.save_pretrained(temporary, state_dict=state)
+            model.save_pretrained(str(temporary), state_dict=state)
             tokenizer.save_pretrained(temporary)
             if isinstance(model, peft.PeftModel):
                 model.base_model.model.config.save_pretrained(temporary)  # pyright: ignore

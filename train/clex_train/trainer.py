@@ -98,7 +98,8 @@ class ClexTrainer(Trainer):
         if layer is not None and self.accelerator.distributed_type == DistributedType.FSDP:
             # FSDP would cast the layer with the rest of the model; it is small, so every process has a copy.
             layer.to(self.args.device)
-            self.accelerator.state.fsdp_plugin.ignored_modules = [layer]
+            plugin: Any = self.accelerator.state.fsdp_plugin
+            plugin.ignored_modules = [layer]
             for weight in layer.parameters():
                 if weight.requires_grad:
                     weight.register_post_accumulate_grad_hook(_average_gradient)
@@ -107,11 +108,17 @@ class ClexTrainer(Trainer):
     def _layer(self) -> ClexLayer | None:
         return None if self.model is None else clex_layer(self.model)
 
-    def create_optimizer(self) -> torch.optim.Optimizer:
+    def create_optimizer(self) -> Any:
         """As Trainer does it, with the CLEX layer in a group of its own, without weight decay."""
+        if self.optimizer is not None:
+            return self.optimizer
         optimizer, layer = super().create_optimizer(), self._layer
         ode = [] if layer is None else [weight for weight in layer.parameters() if weight.requires_grad]
         if ode:
+            if not isinstance(optimizer, torch.optim.Optimizer):
+                raise TrainError(
+                    "the CLEX layer needs a group of its own: leave the optimizer out of DeepSpeed's config"
+                )
             own = {id(weight) for weight in ode}
             for group in optimizer.param_groups:
                 group["params"] = [weight for weight in group["params"] if id(weight) not in own]
@@ -120,7 +127,7 @@ class ClexTrainer(Trainer):
         return optimizer
 
     def training_step(
-        self, model: torch.nn.Module, inputs: dict[str, Any], num_items_in_batch: torch.Tensor | int | None = None
+        self, model: torch.nn.Module, inputs: dict[str, Any], num_items_in_batch: torch.Tensor | None = None
     ) -> torch.Tensor:
         """Adds positions and scaling factors to a batch.
 
@@ -146,7 +153,7 @@ class ClexTrainer(Trainer):
     # checkpoints
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        folder = Path(self.args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        folder = Path(str(self.args.output_dir)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
         try:
             with writing_folder(folder):
                 super()._save_checkpoint(model, trial)
@@ -170,6 +177,7 @@ class ClexTrainer(Trainer):
 
 
 def _average_gradient(weight: torch.Tensor) -> None:
+    assert weight.grad is not None
     torch.distributed.all_reduce(weight.grad)
     weight.grad /= torch.distributed.get_world_size()
 
