@@ -249,6 +249,12 @@ def test_control_without_a_layer(base, text, tmp_path):
     assert json.loads((tmp_path / "out" / "config.json").read_text())["rope_scaling"] == scaling
 
 
+def test_precision_is_no_matter_of_the_training_before(base, text, tmp_path):
+    options = dict(text=[text], length=24, max_steps=1, no_clex=True)
+    losses = [train(base, tmp_path / str(n), **options, bf16=bf16).loss for n, bf16 in enumerate((False, True, False))]
+    assert losses[0] == losses[2] != losses[1]
+
+
 def test_gaps_between_positions_are_no_borders_of_documents(base, text, tmp_path, monkeypatch):
     """The loss at drawn positions is that of plain attention over all tokens before."""
     seen: dict[str, Any] = {}

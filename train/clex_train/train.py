@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 import shutil
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -48,6 +50,18 @@ class TrainResult:
     notes: tuple[str, ...] = ()
 
 
+@contextlib.contextmanager
+def _environment_kept() -> Iterator[None]:
+    """TrainingArguments leave settings for accelerate in the environment, where the next ones would find them."""
+    before = dict(os.environ)
+    try:
+        yield
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
+
+
+@_environment_kept()
 def train(
     model: Path,
     output: Path,
@@ -230,6 +244,9 @@ def train(
             if merge:
                 trained, state = trained.merge_and_unload(), None  # pyright: ignore
             _save(trained, layer, tokenizer, output, state)
+    except KeyboardInterrupt as interrupt:
+        saved = "its checkpoints are kept for --resume" if any(checkpoints.folder.glob("checkpoint-*")) else ""
+        raise KeyboardInterrupt(*(interrupt.args or (saved,))) from None
     finally:
         if first:
             checkpoints.end(complete=output.is_dir())
