@@ -176,6 +176,13 @@ def test_gradients_through_the_ode_are_those_of_finite_differences():
     assert torch.autograd.gradcheck(lambda *_: layer.frequencies([2, 3]), weights, eps=1e-6, atol=1e-8)
 
 
+def test_weights_have_a_gradient_where_nothing_is_learned():
+    """At t = 1: otherwise a process whose rows are all there would leave the others waiting."""
+    layer = ClexLayer(4, 10000.0, 64, ClexSettings(max_factor=3, time_dt=0.5))
+    layer.frequencies([1, 1]).sum().backward()
+    assert [weight.grad.abs().sum().item() for weight in layer.parameters()] == [0.0, 0.0]
+
+
 def loss_of(model: transformers.PreTrainedModel, ids: torch.Tensor) -> torch.Tensor:
     """Of 48 tokens spread over the positions of three times as many."""
     rows = ids[:, :48]
