@@ -109,6 +109,23 @@ def train(model: Path, output: Path, length: int, options: Sequence[str]) -> Pat
     return output
 
 
+def save_example(model: Path, folder: Path) -> None:
+    """Write a trained model with weights in bfloat16, the CLEX layer's excepted: 7 MB."""
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    folder.mkdir(parents=True, exist_ok=True)
+    weights = {
+        name: tensor if "clex_layer" in name else tensor.to(torch.bfloat16)
+        for name, tensor in load_file(model / "model.safetensors").items()
+    }
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    for path in model.glob("*.json"):
+        (folder / path.name).write_bytes(path.read_bytes())
+    config = json.loads((model / "config.json").read_text(encoding="utf-8")) | {"dtype": "bfloat16"}
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
 def models(seeds: int) -> dict[str, list[Path]]:
     """The folders of each method, one for each seed, whether they are trained or not."""
     return {name: [FOLDER / f"{name}-{seed}" for seed in range(1, seeds + 1)] for name in METHODS}
@@ -118,7 +135,10 @@ def models(seeds: int) -> dict[str, list[Path]]:
 @click.option("--seeds", type=click.IntRange(min=1), default=3, show_default=True, help="Runs of each method.")
 @click.option("--jobs", type=click.IntRange(min=1), default=2, show_default=True, help="Runs at a time, a core each.")
 @click.option("--method", "chosen", type=click.Choice(list(METHODS)), multiple=True, help="[default: all]")
-def main(seeds: int, jobs: int, chosen: tuple[str, ...]) -> None:
+@click.option(
+    "--example", type=click.Path(path_type=Path), help="Write the first CLEX model in bfloat16 there as well."
+)
+def main(seeds: int, jobs: int, chosen: tuple[str, ...], example: Path | None) -> None:
     """Train everything into build/small-model: about two hours on two cores."""
     FOLDER.mkdir(parents=True, exist_ok=True)
     base = train(shape(FOLDER / "shape"), FOLDER / "base", CONTEXT, BASE)
@@ -131,6 +151,8 @@ def main(seeds: int, jobs: int, chosen: tuple[str, ...]) -> None:
         ]
         for run in runs:
             run.result()
+    if example:
+        save_example(models(1)["clex"][0], example)
 
 
 if __name__ == "__main__":

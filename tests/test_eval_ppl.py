@@ -123,7 +123,6 @@ def test_a_growing_window_gets_the_tables_of_its_chunks(golden_gguf, golden_npz,
 @pytest.mark.parametrize("name", ["llama", "llama-log-scale"])
 @pytest.mark.parametrize("prefill", ["one-shot", "growing"])
 def test_a_trained_layer_gives_the_same_in_transformers_and_in_the_runtime(golden_gguf, words, name, prefill):
-    pytest.importorskip("clex_train.model")
     options = ["--text", words, "--tokens", 512, "--prefill", prefill]
     rows = found(DATA / name, golden_gguf(name), *options)["rows"]
     assert [row["scaling_factor"] for row in rows] == [1, 2, 4] * 2
