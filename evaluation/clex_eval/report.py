@@ -205,7 +205,11 @@ def plot_curves(
         axes.set_xticks(sorted(set(x)), labels=[f"{n:,g}" for n in sorted(set(x))])
         axes.minorticks_off()
         if log_y:
+            from matplotlib.ticker import LogFormatter
+
             axes.set_yscale("log")
+            axes.yaxis.set_major_formatter(LogFormatter())
+            axes.yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(2, 0.5)))
         axes.set_xlabel(xlabel)
         axes.set_ylabel(ylabel)
         axes.set_title(_label(title), fontsize=9)
