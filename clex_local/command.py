@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from typing import Any, NoReturn
 
@@ -11,6 +12,17 @@ from clex_local.errors import ClexError
 
 INTERRUPTED = 130  # what a shell reports for a command that Ctrl-C ended
 SETTINGS = {"help_option_names": ["-h", "--help"], "max_content_width": 100, "show_default": True}
+
+
+def rope_scaling(context: click.Context, option: click.Parameter, text: str | None) -> dict[str, Any] | None:
+    """The value of an option --rope-scaling: a JSON object."""
+    try:
+        value = None if text is None else json.loads(text)
+    except (ValueError, RecursionError):
+        value = text
+    if value is None or isinstance(value, dict):
+        return value
+    raise click.BadParameter('must be a JSON object, such as {"rope_type": "yarn", "factor": 4}')
 
 
 class OneLineErrors(click.Command):

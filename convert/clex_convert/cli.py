@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
 import signal
 import sys
@@ -24,6 +23,7 @@ from clex_convert.methods import METHODS, converter_version
 from clex_convert.output import megabytes
 from clex_convert.quantize import OUTTYPES, TENSOR_TYPES
 from clex_convert.weights import ACTIVATIONS
+from clex_local.command import rope_scaling
 from clex_local.errors import ClexError
 
 _TENSOR_TYPE = click.Choice(TENSOR_TYPES, case_sensitive=False)
@@ -35,16 +35,6 @@ def _factors(context: click.Context, option: click.Parameter, text: str | None) 
         return None if text is None else [float(part) for part in text.split(",")]
     except ValueError:
         raise click.BadParameter("must be numbers with commas between them, such as 1,1.5,2,4") from None
-
-
-def _rope_scaling(context: click.Context, option: click.Parameter, text: str | None) -> dict[str, Any] | None:
-    try:
-        value = None if text is None else json.loads(text)
-    except (ValueError, RecursionError):
-        value = text
-    if value is None or isinstance(value, dict):
-        return value
-    raise click.BadParameter('must be a JSON object, such as {"rope_type": "yarn", "factor": 4}')
 
 
 @click.command("clex-convert", context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
@@ -96,7 +86,7 @@ def _rope_scaling(context: click.Context, option: click.Parameter, text: str | N
 )
 @click.option(
     "--rope-scaling",
-    callback=_rope_scaling,
+    callback=rope_scaling,
     metavar="JSON",
     help="RoPE scaling in place of the source's own, as transformers' configs have it: parameters for yarn, longrope "
     'and ntk, such as \'{"rope_type": "yarn", "factor": 4, "beta_fast": 16}\'.',

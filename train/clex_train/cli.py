@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 import warnings
@@ -12,6 +11,7 @@ from typing import Any
 import click
 from clex_convert.weights import ACTIVATIONS
 
+from clex_local.command import rope_scaling
 from clex_local.errors import ClexError
 from clex_train.names import ATTENTIONS, POSITIONS
 
@@ -19,16 +19,6 @@ _SCHEDULES = ("cosine", "linear", "constant", "constant_with_warmup")
 _ABOVE_0, _FROM_0 = click.FloatRange(min=0, min_open=True), click.FloatRange(min=0)
 _COUNT = click.IntRange(min=1)
 _PATH = click.Path(path_type=Path)
-
-
-def _rope_scaling(context: click.Context, option: click.Parameter, text: str | None) -> dict[str, Any] | None:
-    try:
-        value = None if text is None else json.loads(text)
-    except (ValueError, RecursionError):
-        value = text
-    if value is None or isinstance(value, dict):
-        return value
-    raise click.BadParameter('must be a JSON object, such as {"rope_type": "yarn", "factor": 4.0}')
 
 
 @click.command("clex-train", context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
@@ -89,7 +79,7 @@ def _rope_scaling(context: click.Context, option: click.Parameter, text: str | N
 @click.option("--no-clex", is_flag=True, help="Train the model as it is, without a CLEX layer, for comparison.")
 @click.option(
     "--rope-scaling",
-    callback=_rope_scaling,
+    callback=rope_scaling,
     metavar="JSON",
     help="With --no-clex: RoPE scaling of transformers in place of the config's own.",
 )
