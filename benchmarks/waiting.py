@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import time
 from collections.abc import Iterator
@@ -15,6 +16,7 @@ import click
 from benchmarks.context import default_threads
 from benchmarks.markdown import row
 from benchmarks.stock import STOCK, Server, Side
+from clex_local import library_path
 
 DEPTH = 64  # tokens cached before
 OTHERS = {"alone": None, "beside busy": 0, "beside niced": 19}  # niceness of what else runs
@@ -39,6 +41,19 @@ class TimedServer(Server):
             now = time.perf_counter()
         self.cached = DEPTH
         return count / (now - start)
+
+    def cost(self, method: str, arguments: tuple[int, ...], turns: int) -> list[float]:
+        """How many times as fast it is with the policy as with the planned threads, both in this process in turns."""
+        fix = ctypes.CDLL(str(library_path() / "libggml-cpu.so")).ggml_clex_threads_fix
+        found = []
+        for _ in range(turns + 1):
+            speeds = []
+            for n_threads in (0, 1 << 10):  # 0: the policy decides
+                fix(n_threads, 0)
+                speeds.append(getattr(self, method)(*arguments))
+            found.append(speeds[0] / speeds[1])
+        fix(0, 0)
+        return found[1:]
 
     def prefill_speed(self, count: int) -> float:
         """Tokens per second, of one prompt after DEPTH cached tokens."""
@@ -115,7 +130,8 @@ def main(
 
     Each side is a process, and they take turns. Printed are tokens per second (medians), and as a ratio to one thread
     alone with the patched library (with the quartiles of the rounds). "Planned" always uses all threads, as without the
-    policy (GGML_CLEX_THREADS_FIXED); "passive" is OMP_WAIT_POLICY=passive.
+    policy (GGML_CLEX_THREADS_FIXED); "passive" is OMP_WAIT_POLICY=passive. What the policy costs alone is measured in
+    one process at the end, since threads of the side before may still spin when a turn begins.
     """
     if not stock.is_dir():
         raise click.ClickException(f"{stock}: no such folder; run `make stock` first")
@@ -140,6 +156,7 @@ def main(
         with others(OTHERS[who]):
             for name, order in orders.items():
                 speeds[name, who] = measure(sides, rounds, *order)
+    costs = {name: sides[1].ask("cost", order[0], order[1:], 2 * rounds) for name, order in orders.items()}
     for side in sides:
         side.stop()
     for name in orders:
@@ -150,6 +167,11 @@ def main(
         for side in sides:
             found = [speeds[name, who][side.name] for who in dict.fromkeys(["alone", *beside])]
             click.echo(row([side.name, *[cell for values in found for cell in cells(values, reference)]]))
+
+        low, middle, high = quantiles(costs[name], n=4, method="inclusive")
+        click.echo(
+            f"\nAlone, the policy's speed is {middle:.3f} ({low:.3f} to {high:.3f}) of that of the planned threads.\n"
+        )
 
 
 if __name__ == "__main__":
