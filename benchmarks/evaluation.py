@@ -21,8 +21,8 @@ import click
 import numpy as np
 import numpy.typing as npt
 
-from benchmarks.markdown import row
-from benchmarks.small_model import CONTEXT, FOLDER, MAX_FACTOR
+from benchmarks.markdown import put_table, row
+from benchmarks.small_model import CONTEXT, FOLDER, MAX_FACTOR, folder
 from benchmarks.text import emma
 
 DOCS = Path(__file__).parent.parent / "docs"
@@ -44,7 +44,7 @@ class Variant:
 
     def folder(self, seed: int) -> Path:
         """The trained model."""
-        return FOLDER / f"{self.model}-{seed}"
+        return folder(self.model, seed)
 
     def gguf(self, seed: int) -> Path:
         """The file, whose name says what is in it."""
@@ -139,7 +139,7 @@ def measure(variant: Variant, seed: int) -> list[dict[str, Any]]:
 def keep(result: Path, rows: list[dict[str, Any]]) -> None:
     """Write a measurement, all of it or nothing."""
     partial = result.with_suffix(f".{os.getpid()}.tmp")
-    partial.write_text(json.dumps(rows, default=str), encoding="utf-8")
+    partial.write_text(json.dumps(rows), encoding="utf-8")
     partial.rename(result)
 
 
@@ -249,17 +249,6 @@ def pictures(seeds: int) -> None:
     )  # fmt: skip
 
 
-def write(sections: Mapping[str, str]) -> None:
-    """Put the tables in their places in the document."""
-    text = DOCUMENT.read_text(encoding="utf-8")
-    for name, content in sections.items():
-        pattern = re.compile(rf"(<!-- {name}: made by benchmarks/evaluation.py -->\n).*?(<!-- end -->)", re.DOTALL)
-        text, count = pattern.subn(lambda found, content=content: f"{found[1]}\n{content}\n\n{found[2]}", text)
-        if count != 1:
-            raise click.ClickException(f"{DOCUMENT.name}: no place for the table {name}")
-    DOCUMENT.write_text(text, encoding="utf-8")
-
-
 @click.command()
 @click.option(
     "--seeds", type=click.IntRange(min=1), default=3, show_default=True, help="Trained models of each method."
@@ -267,8 +256,8 @@ def write(sections: Mapping[str, str]) -> None:
 @click.option("--jobs", type=click.IntRange(min=1), default=2, show_default=True, help="Measurements at a time.")
 def main(seeds: int, jobs: int) -> None:
     """Measure what is not measured yet, and write docs/evaluation.md: half an hour on two cores."""
-    for folder in (RESULTS, FILES):
-        folder.mkdir(parents=True, exist_ok=True)
+    for place in (RESULTS, FILES):
+        place.mkdir(parents=True, exist_ok=True)
     details = (*GRIDS.values(), *POLICIES.values(), *TYPES.values())
     wanted = [(variant, seed) for seed in range(1, seeds + 1) for variant in METHODS.values()]
     wanted += [(variant, 1) for variant in details]
@@ -280,16 +269,16 @@ def main(seeds: int, jobs: int) -> None:
                 run.result()
     clex = METHODS["**CLEX**"]
     controls = {name: METHODS[name] for name in METHODS if METHODS[name].model in ("ntk", "skips", "clex-random")}
-    write(
-        {
-            "methods": table("method", METHODS, lambda variant: perplexities(variant, seeds)),
-            "controls": table("against CLEX", controls, lambda variant: difference(variant, clex, seeds)),
-            "grids": table("buckets", GRIDS, lambda variant: perplexities(variant, 1)),
-            "policies": table("policy, prefill", POLICIES, lambda variant: perplexities(variant, 1)),
-            "types": table("weights, cache", TYPES, lambda variant: difference(variant, TYPES["F32, F32"], 1)),
-            "reference": references(),
-        }
-    )
+    tables = {
+        "methods": table("method", METHODS, lambda variant: perplexities(variant, seeds)),
+        "controls": table("against CLEX", controls, lambda variant: difference(variant, clex, seeds)),
+        "grids": table("buckets", GRIDS, lambda variant: perplexities(variant, 1)),
+        "policies": table("policy, prefill", POLICIES, lambda variant: perplexities(variant, 1)),
+        "types": table("weights, cache", TYPES, lambda variant: difference(variant, TYPES["F32, F32"], 1)),
+        "reference": references(),
+    }
+    for name, content in tables.items():
+        put_table(DOCUMENT, f"{name}: made by benchmarks/evaluation.py", content)
     pictures(seeds)
 
 

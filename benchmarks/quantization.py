@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,11 +14,10 @@ from clex_convert import convert
 from clex_convert.imatrix import compute_imatrix
 
 from benchmarks.context import Context, Model
-from benchmarks.markdown import row
+from benchmarks.markdown import put_table, row
 from benchmarks.text import emma
 
 DOCUMENT = Path(__file__).parent.parent / "docs" / "quantization.md"
-START, END = "<!-- made by benchmarks/quantization.py -->\n", "<!-- end -->"
 
 # Each without an importance matrix, with one, or both.
 PLAIN = (
@@ -115,15 +113,7 @@ def main(model: Path, count: int, chunks: int, threads: int | None) -> None:
             change = f"{perplexity:.2f}" if path is plain else f"{perplexity - base:+.2f}"
             lines.append(row([*cells, f"{max(kl, 0):.4f}", f"{agreement:.1%}", change]))
             click.echo(lines[-1])
-            write(lines)
-
-
-def write(lines: list[str]) -> None:
-    """Puts the table into the document, as far as it goes."""
-    pattern = re.escape(START) + ".*?" + re.escape(END)
-    table = f"{START}\n" + "\n".join(lines) + f"\n\n{END}"
-    text = re.sub(pattern, lambda _: table, DOCUMENT.read_text(encoding="utf-8"), flags=re.DOTALL)
-    DOCUMENT.write_text(text, encoding="utf-8")
+            put_table(DOCUMENT, "made by benchmarks/quantization.py", "\n".join(lines))
 
 
 if __name__ == "__main__":

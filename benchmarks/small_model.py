@@ -109,26 +109,26 @@ def train(model: Path, output: Path, length: int, options: Sequence[str]) -> Pat
     return output
 
 
-def save_example(model: Path, folder: Path) -> None:
+def save_example(model: Path, output: Path) -> None:
     """Write a trained model with weights in bfloat16, the CLEX layer's excepted: 7 MB."""
     import torch
     from safetensors.torch import load_file, save_file
 
-    folder.mkdir(parents=True, exist_ok=True)
+    output.mkdir(parents=True, exist_ok=True)
     weights = {
         name: tensor if "clex_layer" in name else tensor.to(torch.bfloat16)
         for name, tensor in load_file(model / "model.safetensors").items()
     }
-    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    save_file(weights, output / "model.safetensors", metadata={"format": "pt"})
     for path in model.glob("*.json"):
-        (folder / path.name).write_bytes(path.read_bytes())
+        (output / path.name).write_bytes(path.read_bytes())
     config = json.loads((model / "config.json").read_text(encoding="utf-8")) | {"dtype": "bfloat16"}
-    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    (output / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
-def models(seeds: int) -> dict[str, list[Path]]:
-    """The folders of each method, one for each seed, whether they are trained or not."""
-    return {name: [FOLDER / f"{name}-{seed}" for seed in range(1, seeds + 1)] for name in METHODS}
+def folder(method: str, seed: int) -> Path:
+    """The model that a method trains with a seed, whether it is there or not."""
+    return FOLDER / f"{method}-{seed}"
 
 
 @click.command()
@@ -144,15 +144,20 @@ def main(seeds: int, jobs: int, chosen: tuple[str, ...], example: Path | None) -
     base = train(shape(FOLDER / "shape"), FOLDER / "base", CONTEXT, BASE)
     with ThreadPoolExecutor(jobs) as pool:
         runs = [
-            pool.submit(train, base, folder, METHODS[name][0], [*_FINE_TUNING, *METHODS[name][1], "--seed", str(seed)])
+            pool.submit(
+                train,
+                base,
+                folder(name, seed),
+                METHODS[name][0],
+                [*_FINE_TUNING, *METHODS[name][1], "--seed", str(seed)],
+            )
             for seed in range(1, seeds + 1)
             for name in chosen or METHODS
-            for folder in [models(seeds)[name][seed - 1]]
         ]
         for run in runs:
             run.result()
     if example:
-        save_example(models(1)["clex"][0], example)
+        save_example(folder("clex", 1), example)
 
 
 if __name__ == "__main__":

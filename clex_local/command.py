@@ -25,8 +25,8 @@ def rope_scaling(context: click.Context, option: click.Parameter, text: str | No
     raise click.BadParameter('must be a JSON object, such as {"rope_type": "yarn", "factor": 4}')
 
 
-class OneLineErrors(click.Command):
-    """What makes every error of a command one line on stderr."""
+class Command(click.Command):
+    """A command whose every error is one line on stderr."""
 
     def main(self, *args: Any, **kwargs: Any) -> NoReturn:
         """Run and leave with an exit code: 1 for an error, 2 for wrong usage, 130 for Ctrl-C."""
@@ -47,9 +47,5 @@ class OneLineErrors(click.Command):
         return code
 
 
-class Command(OneLineErrors):
-    """A command whose every error is one line on stderr."""
-
-
-class Group(OneLineErrors, click.Group):
+class Group(Command, click.Group):
     """Commands under one name, whose every error is one line on stderr."""

@@ -13,7 +13,7 @@ from clex_convert.model_files import read_config
 from clex_convert.scaling import kind_of
 from clex_convert.weights import settings_from
 
-from clex_eval.models import Coverage, Prefill, Progress, cut, held, likelihoods
+from clex_eval.models import Coverage, Prefill, Progress, cut, feeding, held, likelihoods
 from clex_local.errors import ClexError
 
 
@@ -147,11 +147,7 @@ class FolderModel:
         """As ``Model`` says; a chunk, or the whole of a one-shot prefill, is one pass."""
         import torch
 
-        total = len(tokens) - 1
-        if total > self.context_length:
-            raise ClexError(f"{self.path}: {total:,} tokens do not fit in a context of {self.context_length:,}")
-        step = total if prefill == "one-shot" else chunk or self.original_context_length
-        first = total - min(last or total, total)
+        total, step, first = feeding(self, len(tokens), prefill, chunk, last)
         cache = self._cache() if step < total else None
         ids = torch.tensor(tokens[None, :-1].astype(np.int64))
         parts = [np.empty(0)]

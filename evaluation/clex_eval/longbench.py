@@ -185,9 +185,7 @@ def plot(rows: Iterable[dict[str, Any]], output: Path) -> None:
         for answer in row["answers"]:
             longest = max(1024, 1 << (answer["tokens"] - 1).bit_length())
             scores.setdefault(row["model"], {}).setdefault(longest, []).append(100 * answer["score"])
-    lengths = sorted({length for curve in scores.values() for length in curve})
-    series = {name: [fmean(curve[x]) if x in curve else None for x in lengths] for name, curve in scores.items()}
-    report.plot_curves(output, "LongBench", lengths, series, "prompt, up to so many tokens", "score (%)")
+    report.plot_scores(output, "LongBench", scores, "prompt, up to so many tokens")
 
 
 @click.command("longbench", context_settings=SETTINGS)

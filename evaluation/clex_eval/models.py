@@ -194,6 +194,19 @@ def likelihoods(logits: npt.NDArray[np.float32], targets: npt.NDArray[np.int32])
     return np.concatenate(parts)
 
 
+def feeding(model: Model, n_tokens: int, prefill: Prefill, chunk: int | None, last: int | None) -> tuple[int, int, int]:
+    """How ``negative_log_likelihoods`` feeds n tokens: inputs, inputs at once, first input whose prediction counts.
+
+    Raises:
+        ClexError: they do not fit in the context.
+    """
+    total = n_tokens - 1
+    if total > model.context_length:
+        raise ClexError(f"{model.path}: {total:,} tokens do not fit in a context of {model.context_length:,}")
+    step = total if prefill == "one-shot" else chunk or model.original_context_length
+    return total, step, total - min(last or total, total)
+
+
 def cut(text: str, stop: Sequence[str]) -> str | None:
     """The text before the first of the stop strings; None if it holds none of them."""
     places = [place for word in stop if (place := text.find(word)) >= 0]
@@ -331,15 +344,11 @@ class GGUFModel:
         """As ``Model`` says."""
         import llama_cpp
 
-        total = len(tokens) - 1
-        if total > self.context_length:
-            raise ClexError(f"{self.path}: {total:,} tokens do not fit in a context of {self.context_length:,}")
+        total, step, first = feeding(self, len(tokens), prefill, chunk, last)
         llm = self._llm
         llm.reset()  # what it had cached is overwritten
         memory: Any = llama_cpp.llama_get_memory(llm.ctx)
         llama_cpp.llama_memory_clear(memory, False)
-        step = total if prefill == "one-shot" else chunk or self.original_context_length
-        first = total - min(last or total, total)  # the first input whose prediction is asked for
         parts = [np.empty(0)]
         for start in range(0, total, step):
             end = min(start + step, total)

@@ -84,7 +84,7 @@ def perplexity(
                         stride=stride, prefill=prefill, chunk=chunk or covers.original, work=work,
                     )  # fmt: skip
                     seconds = time.monotonic() - start
-                    scored = Scored(name, read, span, length, values)
+                    scored = Scored(read, span, length, values)
                     shortest = shortest or scored
                     row = {"model": name, "path": str(path), "original_context": covers.original, "length": length}
                     row["scaling_factor"] = model.scaling_factor(length)

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import click
@@ -216,6 +217,17 @@ def plot_curves(
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
         axes.legend(frameon=False, fontsize=8)
+
+
+def plot_scores(output: Path, title: str, scores: Mapping[str, Mapping[int, Sequence[float]]], xlabel: str) -> None:
+    """Draw curves of mean scores over lengths: scores in percent, by the curve's name and the length.
+
+    Raises:
+        ClexError: as ``plot_curves``.
+    """
+    lengths = sorted({length for curve in scores.values() for length in curve})
+    series = {name: [fmean(curve[x]) if x in curve else None for x in lengths] for name, curve in scores.items()}
+    plot_curves(output, title, lengths, series, xlabel, "score (%)")
 
 
 def plot_heat_map(

@@ -10,7 +10,6 @@ import random
 import string
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from statistics import fmean
 from typing import Any
 
 import click
@@ -230,9 +229,7 @@ def plot(rows: Sequence[dict[str, Any]], output: Path) -> None:
         curve = scores.setdefault(f"{row['model']}: {row['task']}", {})
         for answer in row["answers"]:
             curve.setdefault(answer["tokens"], []).append(100 * answer["score"])
-    lengths = sorted({length for curve in scores.values() for length in curve})
-    series = {name: [fmean(curve[x]) if x in curve else None for x in lengths] for name, curve in scores.items()}
-    report.plot_curves(output, "RULER", lengths, series, "context length (tokens)", "score (%)")
+    report.plot_scores(output, "RULER", scores, "context length (tokens)")
 
 
 class _Tasks(click.ParamType):

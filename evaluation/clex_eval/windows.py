@@ -116,7 +116,6 @@ def mean_and_error(values: FloatArray, block: int) -> tuple[float, float | None]
 class Scored:
     """What one model gave for one length: negative log-likelihoods [windows, scored] of a span of a text."""
 
-    model: str
     tokens: npt.NDArray[np.int32]
     span: Span
     length: int
