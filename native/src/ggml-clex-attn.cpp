@@ -1,4 +1,5 @@
 #include "ggml-clex-attn.h"
+#include "ggml-clex-node.h"
 #include "ggml-clex-prefill.h"
 #include "ggml-clex-threads.h"
 #include "ggml-clex-vec.h"
@@ -20,8 +21,6 @@ static constexpr int MAX_ROWS    = 64; // query rows that share a converted bloc
 
 // query rows per pass over a converted block; their four accumulators each stay in registers
 static constexpr int MAX_R = VEC_REGISTERS == 32 ? 4 : 3;
-
-static const ggml_fp16_t MASKED = 0xFC00; // -INFINITY
 
 //
 // the two products of a block of positions
@@ -167,44 +166,34 @@ static const kernels * get_kernels(ggml_type type) {
 //
 // the operation
 //
+// One thread computes a share of the units of work, a unit being one KV head of one block of positions:
+//
+//   stream 0                                     stream 1
+//   block 0          block 2          block 3    block 0           blocks that no query sees are no units
+//   h0 h1 h2 h3      h0 h1 h2 h3      h0 h1 ..   h0 h1 h2 h3
+//   |--- share 0 ---------|--- share 1 ------------|--- share 2 ... one share per planned thread
+//
+// and keeps its sums in a slot of the work buffer, one for each stream that the share has a part of; reduce() merges them.
+//
+//   | slot 0 | slot 1 | ... | scratch of thread 0 | scratch of thread 1 | ...
+//
+//   slot:    weighted [n_row][dv] | largest [n_row] | sum [n_row]
+//   scratch: queries [n_row][dk] | tile [BLOCK][max(dk, dv)] | bias [n_mask_row][BLOCK] | scores [MAX_ROWS][BLOCK] |
+//            starts [n_stream + 1] | seeing [n_mask_row]
 
 namespace {
 
-// What all threads agree on.
-struct attention {
-    const ggml_tensor * q;
-    const ggml_tensor * k;
-    const ggml_tensor * v;
-    const ggml_tensor * mask;
-    const ggml_tensor * sinks;
-    const ggml_tensor * dst;
+struct attention : ggml_clex_node {
+    int n_row;      // query rows per stream: head*n_query + token
+    int n_group;    // query rows per KV head
+    int n_mask_row; // mask rows per stream: those of the first query rows, then again
 
-    int64_t n_kv;
-    int     n_stream, n_head, n_head_kv, n_q;
-    int     n_row;      // query rows per stream: head*n_q + token
-    int     n_group;    // query rows per KV head
-    int     n_mask_row; // mask rows per stream: those of the first query rows, then again
-    int     dk, dv;     // sizes of a head
-
-    float scale, max_bias, softcap;
-
-    explicit attention(const ggml_tensor * dst)
-        : q(dst->src[0]), k(dst->src[1]), v(dst->src[2]), mask(dst->src[3]), sinks(dst->src[4]), dst(dst),
-          n_kv(k->ne[1]), n_stream((int) q->ne[3]), n_head((int) q->ne[2]), n_head_kv((int) k->ne[2]), n_q((int) q->ne[1]),
-          n_row(n_head*n_q), n_group(n_row/n_head_kv), n_mask_row(mask ? n_q*(int) mask->ne[2] : 1),
-          dk((int) k->ne[0]), dv((int) v->ne[0]) {
-        memcpy(&scale,    (const float *) dst->op_params + 0, sizeof(float));
-        memcpy(&max_bias, (const float *) dst->op_params + 1, sizeof(float));
-        memcpy(&softcap,  (const float *) dst->op_params + 2, sizeof(float));
-        if (softcap != 0.0f) {
-            scale /= softcap;
-        }
-    }
+    explicit attention(const ggml_tensor * dst) : ggml_clex_node(dst),
+        n_row(n_head*n_query), n_group(n_row/n_head_kv), n_mask_row(mask ? n_query*(int) mask->ne[2] : 1) {}
 
     // Positions from `begin` on of a row of the mask.
-    const ggml_fp16_t * mask_row(int stream, int row, int64_t begin) const {
-        return (const ggml_fp16_t *) ((const char *) mask->data + (row % n_q)*mask->nb[1] + (row / n_q)*mask->nb[2] +
-            (stream % mask->ne[3])*mask->nb[3]) + begin;
+    const ggml_fp16_t * mask_from(int stream, int row, int64_t begin) const {
+        return mask_row(stream, row / n_query, row % n_query) + begin;
     }
 
     // Whether any query of the stream sees any of the n positions.
@@ -213,10 +202,10 @@ struct attention {
             return true;
         }
         for (int row = 0; row < n_mask_row; ++row) {
-            const ggml_fp16_t * m = mask_row(stream, row, begin);
+            const ggml_fp16_t * m = mask_from(stream, row, begin);
             int any = 0;
             for (int j = 0; j < n; ++j) {
-                any |= m[j] ^ MASKED;
+                any |= m[j] ^ GGML_CLEX_HIDDEN;
             }
             if (any) {
                 return true;
@@ -225,20 +214,7 @@ struct attention {
         return false;
     }
 
-    // ALiBi
-    float slope(int head) const {
-        if (max_bias <= 0.0f) {
-            return 1.0f;
-        }
-        const int n_log2 = 1 << (int) floor(log2(n_head));
-        return head < n_log2 ? powf(powf(2.0f, -max_bias/n_log2), head + 1)
-                             : powf(powf(2.0f, -max_bias/2.0f/n_log2), 2*(head - n_log2) + 1);
-    }
-
-    // The sums over a share of a stream: the weighted V of each query row, then the largest logits, then the
-    // sums of the exponentials.
     size_t slot_size() const { return GGML_PAD((size_t) n_row*(dv + 2), 16); }
-    // One thread's scratch, see worker.
     size_t scratch_size() const {
         return GGML_PAD((size_t) n_row*dk + BLOCK*(std::max(dk, dv) + n_mask_row + MAX_ROWS) + 2*(n_stream + 1) + n_mask_row, 16);
     }
@@ -249,44 +225,14 @@ struct attention {
     }
 };
 
-// One thread at work.
-struct worker {
+// How the work is divided: the same for every thread, which each finds out for itself.
+struct division {
     const attention & a;
-    const int ith;
-    const int nth;
-    const int n_shares;  // of the work: one for each planned thread, also where fewer compute
+    const int n_shares; // one for each planned thread, also where fewer compute
+    int64_t * starts;   // [n_stream + 1]: the first unit of each stream, and the end
+    int       block;    // positions from one block to the next; fewer where there are few units
 
-    float   * slots;
-    float   * queries;   // [n_row][dk] of the stream, where vectors do not straddle cache lines
-    float   * tile;      // [BLOCK][dk or dv]: K, then V
-    float   * bias;      // [n_mask_row][BLOCK]
-    float   * scores;    // [MAX_ROWS][BLOCK]
-    int64_t * starts;    // [n_stream + 1]: the first unit of each stream, and the end
-    bool    * seeing;    // [n_mask_row]: whether the queries of that row see some of the block
-
-    int     block;       // positions from one block to the next
-
-    // where we are
-    int     share;
-    int     stream;
-    int64_t begin;       // first position of the block
-    int     head;        // KV head
-    int     n_live;      // positions of the block that some query sees
-    int     live[BLOCK]; // which, from `begin` on
-
-    worker(const attention & a, const ggml_compute_params * params) : a(a), ith(params->ith), nth(params->nth),
-            n_shares(ggml_clex_planned_threads(params->threadpool)) {
-        slots   = (float *) GGML_PAD((uintptr_t) params->wdata, CACHE_LINE_SIZE);
-        queries = slots + a.n_slots(n_shares)*a.slot_size() + ith*a.scratch_size();
-        tile    = queries + (size_t) a.n_row*a.dk;
-        bias    = tile + (size_t) BLOCK*std::max(a.dk, a.dv);
-        scores  = bias + (size_t) BLOCK*a.n_mask_row;
-        starts  = (int64_t *) (scores + (size_t) BLOCK*MAX_ROWS);
-        seeing  = (bool *) (starts + a.n_stream + 1);
-    }
-
-    // Units of work are the KV heads of the blocks that some query sees. Blocks are smaller where there are few.
-    void count() {
+    division(const attention & a, int n_shares, int64_t * starts) : a(a), n_shares(n_shares), starts(starts) {
         for (block = BLOCK; ; block /= 2) {
             starts[0] = 0;
             for (int i = 0; i < a.n_stream; ++i) {
@@ -301,81 +247,51 @@ struct worker {
         }
     }
 
-    int size(int64_t first) const { return (int) std::min<int64_t>(block, a.n_kv - first); }
+    // Positions of the block that begins there.
+    int size(int64_t begin) const { return (int) std::min<int64_t>(block, a.n_kv - begin); }
 
     // The units [first, end) of a share in a stream.
-    int64_t first_unit(int of, int i) const { return std::max(starts[i],     starts[a.n_stream]*of/n_shares); }
-    int64_t end_unit  (int of, int i) const { return std::min(starts[i + 1], starts[a.n_stream]*(of + 1)/n_shares); }
+    int64_t first_unit(int share, int stream) const { return std::max(starts[stream],     starts[a.n_stream]*share/n_shares); }
+    int64_t end_unit  (int share, int stream) const { return std::min(starts[stream + 1], starts[a.n_stream]*(share + 1)/n_shares); }
+};
 
-    float * weighted(int of, int i, int row) const { return slots + (of + i)*a.slot_size() + (size_t) row*a.dv; }
-    float & largest (int of, int i, int row) const { return weighted(of, i, a.n_row)[row]; }
-    float & sum     (int of, int i, int row) const { return weighted(of, i, a.n_row)[a.n_row + row]; }
+// The sums of a share over its part of a stream, for each query row.
+struct partial_sums {
+    const attention & a;
+    float * slot;
 
-    void run() {
-        for (share = n_shares*ith/nth; share < n_shares*(ith + 1)/nth; ++share) {
-            run_share();
-        }
+    partial_sums(const attention & a, float * slots, int share, int stream) : a(a), slot(slots + (share + stream)*a.slot_size()) {}
+
+    float * weighted(int row) const { return slot + (size_t) row*a.dv; }       // V times the exponentials
+    float & largest (int row) const { return weighted(a.n_row)[row]; }           // of the logits
+    float & sum     (int row) const { return weighted(a.n_row)[a.n_row + row]; } // of the exponentials of logits less the largest
+
+    void clear(int row) const {
+        std::fill_n(weighted(row), a.dv, 0.0f);
+        largest(row) = -INFINITY;
+        sum    (row) = 0.0f;
     }
+};
 
-    void run_share() {
-        for (stream = 0; stream < a.n_stream; ++stream) {
-            const int64_t first = first_unit(share, stream);
-            const int64_t end   = end_unit(share, stream);
-            if (first >= end) {
-                continue;
-            }
-            for (int row = 0; row < a.n_row; ++row) {
-                memcpy(queries + (size_t) row*a.dk, address(a.q, row % a.n_q, row / a.n_q), a.dk*sizeof(float));
-                std::fill_n(weighted(share, stream, row), a.dv, 0.0f);
-                largest(share, stream, row) = -INFINITY;
-                sum    (share, stream, row) = 0.0f;
-            }
-            int64_t unit = starts[stream]; // of the block's first head
-            for (begin = 0; unit < end; begin += block) {
-                if (!a.visible(stream, begin, size(begin))) {
-                    continue;
-                }
-                if (unit + a.n_head_kv > first) {
-                    begin_block();
-                    const int end_head = (int) std::min<int64_t>(end - unit, a.n_head_kv);
-                    for (head = (int) std::max<int64_t>(first - unit, 0); head < end_head; ++head) {
-                        attend_head();
-                    }
-                }
-                unit += a.n_head_kv;
-            }
-        }
-    }
+// Some positions, and who sees which of them.
+struct block {
+    int     stream;
+    int64_t begin;
+    int     n_live;      // positions that some query sees
+    int     live[BLOCK]; // which, from `begin` on
+    float * bias;        // [n_mask_row][BLOCK]: the mask at the live positions, -INFINITY after them
+    bool  * seeing;      // [n_mask_row]: whether the queries of that row see some of the block
 
-    // Gather the positions that some query sees, and the mask there.
-    void begin_block() {
-        const int n = size(begin);
-        uint16_t seen[BLOCK];
-        std::fill_n(seen, n, a.mask ? 0 : 1);
-        for (int row = 0; a.mask && row < a.n_mask_row; ++row) {
-            const ggml_fp16_t * m = a.mask_row(stream, row, begin);
-            uint16_t any = 0;
-            for (int j = 0; j < n; ++j) {
-                const uint16_t differs = m[j] ^ MASKED;
-                seen[j] |= differs;
-                any     |= differs;
-            }
-            seeing[row] = any != 0;
-        }
-        n_live = 0;
-        for (int j = 0; j < n; ++j) {
-            live[n_live] = j;
-            n_live += seen[j] != 0;
-        }
+    void read(const attention & a, int n) {
+        find_live(a, n);
         for (int row = 0; row < a.n_mask_row; ++row) {
             float * b = bias + (size_t) row*BLOCK;
             std::fill(b + n_live, b + BLOCK, -INFINITY);
             if (!a.mask) {
                 std::fill_n(b, n_live, 0.0f);
-                seeing[row] = true;
                 continue;
             }
-            const ggml_fp16_t * m = a.mask_row(stream, row, begin);
+            const ggml_fp16_t * m = a.mask_from(stream, row, begin);
             int j = 0;
             for (; n_live == n && j + VEC <= n; j += VEC) {
                 vec_store(b + j, vec_from_f16(m + j));
@@ -386,22 +302,162 @@ struct worker {
         }
     }
 
+private:
+    void find_live(const attention & a, int n) {
+        uint16_t seen[BLOCK];
+        std::fill_n(seen, n, a.mask ? 0 : 1);
+        std::fill_n(seeing, a.n_mask_row, true);
+        for (int row = 0; a.mask && row < a.n_mask_row; ++row) {
+            const ggml_fp16_t * m = a.mask_from(stream, row, begin);
+            uint16_t any = 0;
+            for (int j = 0; j < n; ++j) {
+                const uint16_t differs = m[j] ^ GGML_CLEX_HIDDEN;
+                seen[j] |= differs;
+                any     |= differs;
+            }
+            seeing[row] = any != 0;
+        }
+        n_live = 0;
+        for (int j = 0; j < n; ++j) {
+            live[n_live] = j;
+            n_live += seen[j] != 0;
+        }
+    }
+};
+
+// Make logits of the products of query and key; returns the largest.
+float logits(const attention & a, const float * bias, int head, float * x, int n) {
+    const vec slope = vec_set(a.slope(head));
+    float     scale = a.scale;
+    if (a.softcap != 0.0f) {
+        for (int j = 0; j < n; ++j) {
+            x[j] = tanhf(x[j]*scale);
+        }
+        scale = a.softcap;
+    }
+    vec top = vec_set(-INFINITY);
+    for (int j = 0; j < n; j += VEC) {
+        const vec y = vec_fma(vec_load(x + j), vec_set(scale), vec_mul(vec_load(bias + j), slope));
+        vec_store(x + j, y);
+        top = vec_max(top, y);
+    }
+    return vec_hmax(top);
+}
+
+// Ask early for the rows that come next: the heads of a position lie beside each other, so that the rows of one head
+// are too far apart for the processor to guess. From `begin` on, those that are live in the block at hand.
+void prefetch(const block & b, const ggml_tensor * x, int64_t begin, int head_kv) {
+#if defined(__GNUC__)
+    const char * data = ggml_clex_node::row(x, b.stream, head_kv, begin);
+    const int    size = (int) ggml_row_size(x->type, x->ne[0]);
+    for (int j = 0; j < b.n_live; ++j) {
+        for (int i = 0; i < size; i += CACHE_LINE_SIZE) {
+            __builtin_prefetch(data + b.live[j]*x->nb[1] + i);
+        }
+    }
+#endif
+}
+
+// Where to find the block's rows of K or V for n query rows, and with which kernels: as they are, or converted once
+// for all into the tile. Up to n_pad, the last one is repeated.
+const kernels * fetch(const block & b, const ggml_tensor * x, int head_kv, int n, int n_pad, float * tile, const char ** rows) {
+    const kernels * own = get_kernels(x->type);
+    const kernels * f32 = get_kernels(GGML_TYPE_F32);
+    const bool   direct = own == f32 || n <= own->most_rows;
+    const char * data   = ggml_clex_node::row(x, b.stream, head_kv, b.begin);
+    const int    d      = (int) x->ne[0];
+    for (int j = 0; j < b.n_live; ++j) {
+        rows[j] = data + b.live[j]*x->nb[1];
+        if (!direct) {
+            own->convert(rows[j], tile + j*d, d);
+            rows[j] = (const char *) (tile + j*d);
+        }
+    }
+    std::fill(rows + b.n_live, rows + n_pad, rows[b.n_live - 1]);
+    return direct ? own : f32;
+}
+
+// One thread at work.
+struct worker {
+    const attention & a;
+    const int ith;
+    const int nth;
+
+    float   * slots;
+    float   * queries; // of the stream, where vectors do not straddle cache lines
+    float   * tile;    // K, then V
+    float   * bias;
+    float   * scores;
+    int64_t * starts;
+    bool    * seeing;
+
+    const division units;
+
+    worker(const attention & a, const ggml_compute_params * params, int n_shares) : a(a), ith(params->ith), nth(params->nth),
+        slots  ((float *) GGML_PAD((uintptr_t) params->wdata, CACHE_LINE_SIZE)),
+        queries(slots + a.n_slots(n_shares)*a.slot_size() + ith*a.scratch_size()),
+        tile   (queries + (size_t) a.n_row*a.dk),
+        bias   (tile + (size_t) BLOCK*std::max(a.dk, a.dv)),
+        scores (bias + (size_t) BLOCK*a.n_mask_row),
+        starts ((int64_t *) (scores + (size_t) BLOCK*MAX_ROWS)),
+        seeing ((bool *) (starts + a.n_stream + 1)),
+        units  (a, n_shares, starts) {}
+
+    void run() {
+        for (int share = units.n_shares*ith/nth; share < units.n_shares*(ith + 1)/nth; ++share) {
+            for (int stream = 0; stream < a.n_stream; ++stream) {
+                if (units.first_unit(share, stream) < units.end_unit(share, stream)) {
+                    run_part(share, stream);
+                }
+            }
+        }
+    }
+
+    // The share's units of one stream, block by block.
+    void run_part(int share, int stream) {
+        const int64_t      first = units.first_unit(share, stream);
+        const int64_t      end   = units.end_unit  (share, stream);
+        const partial_sums sums(a, slots, share, stream);
+
+        for (int row = 0; row < a.n_row; ++row) {
+            memcpy(queries + (size_t) row*a.dk, a.query(stream, row / a.n_query, row % a.n_query), a.dk*sizeof(float));
+            sums.clear(row);
+        }
+        block b { stream, 0, 0, {}, bias, seeing };
+
+        int64_t unit = units.starts[stream]; // of the block's first head
+        for (b.begin = 0; unit < end; b.begin += units.block) {
+            const int n = units.size(b.begin);
+            if (!a.visible(stream, b.begin, n)) {
+                continue;
+            }
+            if (unit + a.n_head_kv > first) {
+                b.read(a, n);
+                const int end_head = (int) std::min<int64_t>(end - unit, a.n_head_kv);
+                for (int head_kv = (int) std::max<int64_t>(first - unit, 0); head_kv < end_head; ++head_kv) {
+                    attend_head(b, head_kv, sums);
+                }
+            }
+            unit += a.n_head_kv;
+        }
+    }
+
     // The query rows of the KV head that see some of the block, MAX_ROWS at a time.
-    void attend_head() {
+    void attend_head(const block & b, int head_kv, const partial_sums & sums) {
         int rows[MAX_ROWS];
         int n = 0;
-        for (int row = head*a.n_group; row < (head + 1)*a.n_group; ++row) {
-            if (seeing[row % a.n_mask_row]) {
+        for (int row = head_kv*a.n_group; row < (head_kv + 1)*a.n_group; ++row) {
+            if (b.seeing[row % a.n_mask_row]) {
                 rows[n++] = row;
             }
-            if (n == MAX_ROWS || (n > 0 && row + 1 == (head + 1)*a.n_group)) {
-                attend(rows, n);
+            if (n == MAX_ROWS || (n > 0 && row + 1 == (head_kv + 1)*a.n_group)) {
+                attend(b, head_kv, rows, n, sums);
                 n = 0;
             }
         }
     }
 
-    void attend(const int * rows, int n) {
+    void attend(const block & b, int head_kv, const int * rows, int n, const partial_sums & sums) {
         const float * q[MAX_ROWS];
         float       * s[MAX_ROWS];
         float       * acc[MAX_ROWS];
@@ -411,113 +467,60 @@ struct worker {
         for (int i = 0; i < n; ++i) {
             q[i]   = queries + (size_t) rows[i]*a.dk;
             s[i]   = scores + i*BLOCK;
-            acc[i] = weighted(share, stream, rows[i]);
+            acc[i] = sums.weighted(rows[i]);
         }
-        const int n_dot  = GGML_PAD(n_live, 4);
-        const int n_logit = GGML_PAD(n_live, VEC);
+        const int n_dot   = GGML_PAD(b.n_live, 4);
+        const int n_logit = GGML_PAD(b.n_live, VEC);
 
-        prefetch(a.v, begin, head);
-        fetch(a.k, n, n_dot, positions)->dot(n, q, positions, a.dk, n_dot, s);
+        prefetch(b, a.v, b.begin, head_kv);
+        fetch(b, a.k, head_kv, n, n_dot, tile, positions)->dot(n, q, positions, a.dk, n_dot, s);
 
         for (int i = 0; i < n; ++i) {
             std::fill(s[i] + n_dot, s[i] + n_logit, 0.0f);
-            float & max     = largest(share, stream, rows[i]);
-            const float top = std::max(max, logits(s[i], rows[i], n_logit));
+            const float * row_bias = b.bias + (size_t) (rows[i] % a.n_mask_row)*BLOCK;
+            float & max     = sums.largest(rows[i]);
+            const float top = std::max(max, logits(a, row_bias, rows[i] / a.n_query, s[i], n_logit));
             decay[i] = max == top ? 1.0f : expf(max - top);
             max = top;
-            float & total = sum(share, stream, rows[i]);
+            float & total = sums.sum(rows[i]);
             total = total*decay[i] + (float) ggml_vec_soft_max_f32(n_logit, s[i], s[i], top);
         }
 
-        prefetch(a.k, head + 1 < a.n_head_kv ? begin : begin + block, (head + 1) % a.n_head_kv);
-        fetch(a.v, n, n_live, positions)->add(n, s, positions, a.dv, n_live, acc, decay);
-    }
-
-    // Make logits of the products of query and key; returns the largest.
-    float logits(float * x, int row, int n) const {
-        const float * b     = bias + (size_t) (row % a.n_mask_row)*BLOCK;
-        const vec     slope = vec_set(a.slope(row / a.n_q));
-        float         scale = a.scale;
-        if (a.softcap != 0.0f) {
-            for (int j = 0; j < n; ++j) {
-                x[j] = tanhf(x[j]*scale);
-            }
-            scale = a.softcap;
-        }
-        vec top = vec_set(-INFINITY);
-        for (int j = 0; j < n; j += VEC) {
-            const vec y = vec_fma(vec_load(x + j), vec_set(scale), vec_mul(vec_load(b + j), slope));
-            vec_store(x + j, y);
-            top = vec_max(top, y);
-        }
-        return vec_hmax(top);
-    }
-
-    const char * address(const ggml_tensor * x, int64_t i1, int64_t i2) const {
-        return (const char *) x->data + i1*x->nb[1] + i2*x->nb[2] + stream*x->nb[3];
-    }
-
-    // Ask early for the rows that come next: the heads of a position lie beside each other, so that the rows of one head
-    // are too far apart for the processor to guess.
-    void prefetch(const ggml_tensor * x, int64_t first, int of_head) const {
-#if defined(__GNUC__)
-        const char * data = address(x, first, of_head);
-        const int    size = (int) ggml_row_size(x->type, x->ne[0]);
-        for (int j = 0; j < n_live; ++j) {
-            for (int i = 0; i < size; i += CACHE_LINE_SIZE) {
-                __builtin_prefetch(data + live[j]*x->nb[1] + i);
-            }
-        }
-#endif
-    }
-
-    // Where to find the block's rows of K or V for n query rows, and with which kernels: as they are, or converted once
-    // for all. Up to n_pad, the last one is repeated.
-    const kernels * fetch(const ggml_tensor * x, int n, int n_pad, const char ** rows) {
-        const kernels * own = get_kernels(x->type);
-        const kernels * f32 = get_kernels(GGML_TYPE_F32);
-        const bool   direct = own == f32 || n <= own->most_rows;
-        const char * data   = address(x, begin, head);
-        const int    d      = (int) x->ne[0];
-        for (int j = 0; j < n_live; ++j) {
-            rows[j] = data + live[j]*x->nb[1];
-            if (!direct) {
-                own->convert(rows[j], tile + j*d, d);
-                rows[j] = (const char *) (tile + j*d);
-            }
-        }
-        std::fill(rows + n_live, rows + n_pad, rows[n_live - 1]);
-        return direct ? own : f32;
+        prefetch(b, a.k, head_kv + 1 < a.n_head_kv ? b.begin : b.begin + units.block, (head_kv + 1) % a.n_head_kv);
+        fetch(b, a.v, head_kv, n, b.n_live, tile, positions)->add(n, s, positions, a.dv, b.n_live, acc, decay);
     }
 
     // Merge what the shares say of every nth query row.
     void reduce() const {
         for (int i = ith; i < a.n_stream*a.n_row; i += nth) {
-            const int i3  = i / a.n_row;
-            const int row = i % a.n_row;
+            reduce_row(i / a.n_row, i % a.n_row);
+        }
+    }
 
-            float * out = (float *) ((char *) a.dst->data + (row / a.n_q)*a.dst->nb[1] + (row % a.n_q)*a.dst->nb[2] + i3*a.dst->nb[3]);
-            float   max = a.sinks ? ((const float *) a.sinks->data)[row / a.n_q] : -INFINITY;
-            float   total = a.sinks ? 1.0f : 0.0f;
-            std::fill_n(out, a.dv, 0.0f);
+    void reduce_row(int stream, int row) const {
+        const int head = row / a.n_query;
+        float * out   = a.result(stream, head, row % a.n_query);
+        float   max   = a.has_sink() ? a.sink(head) : -INFINITY;
+        float   total = a.has_sink() ? 1.0f : 0.0f;
+        std::fill_n(out, a.dv, 0.0f);
 
-            for (int t = 0; t < n_shares; ++t) {
-                if (first_unit(t, i3) >= end_unit(t, i3) || sum(t, i3, row) == 0.0f) {
-                    continue;
-                }
-                const float   top    = std::max(max, largest(t, i3, row));
-                const float   decay  = expf(max - top);
-                const float   weight = expf(largest(t, i3, row) - top);
-                const float * acc    = weighted(t, i3, row);
-                for (int d = 0; d < a.dv; ++d) {
-                    out[d] = out[d]*decay + acc[d]*weight;
-                }
-                total = total*decay + sum(t, i3, row)*weight;
-                max   = top;
+        for (int share = 0; share < units.n_shares; ++share) {
+            const partial_sums sums(a, slots, share, stream);
+            if (units.first_unit(share, stream) >= units.end_unit(share, stream) || sums.sum(row) == 0.0f) {
+                continue;
             }
-            if (total != 0.0f) {
-                ggml_vec_scale_f32(a.dv, out, 1.0f/total);
+            const float   top    = std::max(max, sums.largest(row));
+            const float   decay  = expf(max - top);
+            const float   weight = expf(sums.largest(row) - top);
+            const float * acc    = sums.weighted(row);
+            for (int d = 0; d < a.dv; ++d) {
+                out[d] = out[d]*decay + acc[d]*weight;
             }
+            total = total*decay + sums.sum(row)*weight;
+            max   = top;
+        }
+        if (total != 0.0f) {
+            ggml_vec_scale_f32(a.dv, out, 1.0f/total);
         }
     }
 };
@@ -555,10 +558,10 @@ bool ggml_clex_attn(const ggml_compute_params * params, ggml_tensor * dst) {
         return ggml_clex_attn_prefill(params, dst);
     }
     const attention a(dst);
-    GGML_ASSERT(params->wsize >= a.work_size(ggml_clex_planned_threads(params->threadpool)));
+    const int n_shares = ggml_clex_planned_threads(params->threadpool);
+    GGML_ASSERT(params->wsize >= a.work_size(n_shares));
 
-    worker w(a, params);
-    w.count();
+    worker w(a, params, n_shares);
     w.run();
     if (params->nth > 1) {
         ggml_barrier(params->threadpool);

@@ -5,6 +5,7 @@
 // K then needs no transposition, and the softmax has a column in each lane of its vectors.
 
 #include "ggml-clex-prefill.h"
+#include "ggml-clex-node.h"
 #include "ggml-clex-threads.h"
 #include "ggml-clex-vec.h"
 
@@ -18,8 +19,6 @@
 static const int64_t N_QUERIES_MIN = 9;   // fewer are decoding
 static const int64_t TILE          = 64;  // positions, and columns, of a tile of scores
 static const int64_t COLUMNS       = 128; // of a unit, at most: its queries and results stay in the L2 cache
-
-static const uint16_t F16_MINUS_INF = 0xFC00;
 
 // of the block of results that stays in registers
 static const int VEC_ROWS    = VEC_REGISTERS == 32 && VEC == 16 ? 8 : 4;
@@ -109,9 +108,9 @@ static row_to_float row_converter(ggml_type type) {
 // rows from `first` on of one KV head, with stride y_row; the rows up to a multiple of VEC_ROWS are 0
 static void convert_tile(const ggml_tensor * t, row_to_float convert, int64_t first, int64_t n, int64_t head, int64_t stream,
         float * y, int64_t y_row) {
-    const char * data = (const char *) t->data + head*t->nb[2] + stream*t->nb[3];
+    const char * data = ggml_clex_node::row(t, stream, head, first);
     for (int64_t i = 0; i < n; ++i) {
-        convert(data + (first + i)*t->nb[1], y + i*y_row, t->ne[0]);
+        convert(data + i*t->nb[1], y + i*y_row, t->ne[0]);
     }
     memset(y + n*y_row, 0, (GGML_PAD(n, VEC_ROWS) - n)*y_row*sizeof(float));
 }
@@ -120,6 +119,15 @@ static void convert_tile(const ggml_tensor * t, row_to_float convert, int64_t fi
 // the shape of the work
 //
 
+// A unit is some heads of one KV head times some queries, its columns: column = head*n_queries + query.
+//
+//              column tile 0 (TILE)        column tile 1
+//   q:         [size_k][TILE], scaled      [size_k][TILE]        one column in each lane of a vector
+//   scores:    [TILE positions][TILE], for one column tile at a time
+//   o:         [TILE][size_v]              [TILE][size_v]        not yet divided by the sums
+//   k_tile, v_tile: [TILE positions][size], converted once for all column tiles
+//
+// It goes through the positions TILE at a time, skipping those that no column sees.
 struct attn_plan {
     int64_t size_k, size_v; // of a head; V padded to whole vectors
     int64_t n_heads;        // of a unit
@@ -127,25 +135,19 @@ struct attn_plan {
     int64_t n_head_blocks, n_query_blocks;
     int64_t n_units;
 
-    attn_plan(const ggml_tensor * dst, int n_threads) {
-        const ggml_tensor * q = dst->src[0];
-        const ggml_tensor * k = dst->src[1];
-        const ggml_tensor * v = dst->src[2];
+    attn_plan(const ggml_clex_node & node, int n_threads) {
+        size_k = node.dk;
+        size_v = GGML_PAD(node.dv, VEC);
 
-        size_k = k->ne[0];
-        size_v = GGML_PAD(v->ne[0], VEC);
-
-        const int64_t group = q->ne[2]/k->ne[2];
-
-        n_heads   = std::min(group, COLUMNS);
-        n_queries = std::min(q->ne[1], COLUMNS/n_heads);
+        n_heads   = std::min<int64_t>(node.group(), COLUMNS);
+        n_queries = std::min<int64_t>(node.n_query, COLUMNS/n_heads);
         if (n_queries > TILE) {
             n_queries = n_queries/TILE*TILE;
         }
         while (true) {
-            n_head_blocks  = (group + n_heads - 1)/n_heads;
-            n_query_blocks = (q->ne[1] + n_queries - 1)/n_queries;
-            n_units        = n_head_blocks*n_query_blocks*k->ne[2]*q->ne[3];
+            n_head_blocks  = (node.group() + n_heads - 1)/n_heads;
+            n_query_blocks = (node.n_query + n_queries - 1)/n_queries;
+            n_units        = n_head_blocks*n_query_blocks*node.n_head_kv*node.n_stream;
             // several for each thread, since a mask makes some of them short
             if (n_units >= 4*n_threads || (n_queries == 1 && n_heads == 1)) {
                 break;
@@ -164,6 +166,54 @@ struct attn_plan {
     }
 };
 
+// one thread's part of the work buffer
+struct attn_scratch {
+    float * k_tile;
+    float * v_tile;
+    float * scores;
+    float * q;   // of the unit, as are the rest
+    float * o;
+    float * max;
+    float * sum;
+
+    attn_scratch(const attn_plan & plan, float * next) {
+        const auto take = [&](int64_t n) { float * x = next; next += n; return x; };
+        k_tile = take(TILE*plan.size_k);
+        v_tile = take(TILE*plan.size_v);
+        scores = take(TILE*TILE);
+        q      = take(COLUMNS*plan.size_k);
+        o      = take(COLUMNS*plan.size_v);
+        max    = take(COLUMNS);
+        sum    = take(COLUMNS);
+
+        memset(v_tile, 0, TILE*plan.size_v*sizeof(float)); // what pads the rows stays 0
+    }
+};
+
+// which heads and queries of which stream
+struct attn_unit {
+    int64_t head_kv, stream;
+    int64_t head0, query0;
+    int64_t n_queries, n_columns;
+
+    attn_unit(const ggml_clex_node & node, const attn_plan & plan, int64_t index) {
+        const auto next_index = [&](int64_t n) { const int64_t i = index % n; index /= n; return i; };
+        const int64_t head_block = next_index(plan.n_head_blocks);
+
+        head_kv = next_index(node.n_head_kv);
+        stream  = next_index(node.n_stream);
+        // the last first: with a causal mask they take longest
+        query0  = (plan.n_query_blocks - 1 - index)*plan.n_queries;
+        head0   = head_kv*node.group() + head_block*plan.n_heads;
+
+        n_queries = std::min(plan.n_queries, node.n_query - query0);
+        n_columns = std::min(plan.n_heads, (head_kv + 1)*node.group() - head0)*n_queries;
+    }
+
+    int64_t head (int64_t column) const { return head0  + column/n_queries; }
+    int64_t query(int64_t column) const { return query0 + column%n_queries; }
+};
+
 static bool attn_prefill_applies(const ggml_tensor * dst) {
     const ggml_tensor * q = dst->src[0];
     const ggml_tensor * k = dst->src[1];
@@ -173,19 +223,18 @@ static bool attn_prefill_applies(const ggml_tensor * dst) {
 }
 
 size_t ggml_clex_attn_prefill_work_size(const ggml_tensor * dst, int n_threads) {
-    return attn_prefill_applies(dst) ? n_threads*attn_plan(dst, n_threads).size()*sizeof(float) : 0;
+    return attn_prefill_applies(dst) ? n_threads*attn_plan(ggml_clex_node(dst), n_threads).size()*sizeof(float) : 0;
 }
 
 //
-// one unit
+// one tile of columns
 //
 
-// 64 columns at most: queries of one or several heads
 struct attn_columns {
     int64_t n;
 
-    const uint16_t * mask[TILE]; // F16
-    float            slope[TILE];
+    const ggml_fp16_t * mask[TILE];
+    float               slope[TILE];
 
     float * q; // [size_k][TILE], scaled
     float * o; // [TILE][size_v], not yet divided by the sum
@@ -195,19 +244,63 @@ struct attn_columns {
     enum { HIDDEN, SEEN, MASKED } tile; // how the mask is where it was last looked at
 };
 
+// columns from `first` on of the unit, nothing attended yet
+static void begin_columns(attn_columns & c, const ggml_clex_node & node, const attn_plan & plan, const attn_unit & unit,
+        const attn_scratch & scratch, int64_t first) {
+    c.n    = std::min(TILE, unit.n_columns - first);
+    c.q    = scratch.q + first*plan.size_k;
+    c.o    = scratch.o + first*plan.size_v;
+    c.max  = scratch.max + first;
+    c.sum  = scratch.sum + first;
+    c.tile = attn_columns::SEEN;
+    memset(c.q, 0, TILE*plan.size_k*sizeof(float));
+    memset(c.o, 0, TILE*plan.size_v*sizeof(float));
+    std::fill_n(c.max, TILE, -INFINITY);
+    std::fill_n(c.sum, TILE, 0.0f);
+    for (int64_t i = 0; i < c.n; ++i) {
+        const int64_t head = unit.head(first + i), query = unit.query(first + i);
+        const float * x = node.query(unit.stream, head, query);
+        for (int64_t d = 0; d < plan.size_k; ++d) {
+            c.q[d*TILE + i] = x[d]*node.scale;
+        }
+        c.mask [i] = node.mask ? node.mask_row(unit.stream, head, query) : nullptr;
+        c.slope[i] = node.slope(head);
+    }
+}
+
 static void look_at_mask(attn_columns & c, int64_t first, int64_t n) {
     uint16_t any_seen = 0, any_biased = 0;
     for (int64_t i = 0; i < c.n && !(any_seen && any_biased); ++i) {
-        const uint16_t * mask = c.mask[i] + first;
+        const ggml_fp16_t * mask = c.mask[i] + first;
         uint16_t seen = 0, biased = 0;
         for (int64_t j = 0; j < n; ++j) {
-            seen   |= mask[j] ^ F16_MINUS_INF;
+            seen   |= mask[j] ^ GGML_CLEX_HIDDEN;
             biased |= mask[j];
         }
         any_seen   |= seen;
         any_biased |= biased;
     }
     c.tile = !any_seen ? attn_columns::HIDDEN : any_biased ? attn_columns::MASKED : attn_columns::SEEN;
+}
+
+// soft cap and mask: scores of n positions from `first` on become logits
+static void make_logits(const attn_columns & c, float softcap, float * scores, int64_t first, int64_t n) {
+    if (softcap != 0.0f) {
+        for (int64_t i = 0; i < n; ++i) {
+            for (int64_t j = 0; j < c.n; ++j) {
+                scores[i*TILE + j] = softcap*tanhf(scores[i*TILE + j]);
+            }
+        }
+    }
+    if (c.tile == attn_columns::MASKED) {
+        for (int64_t j = 0; j < c.n; ++j) {
+            float bias[TILE];
+            ggml_cpu_fp16_to_fp32(c.mask[j] + first, bias, n);
+            for (int64_t i = 0; i < n; ++i) {
+                scores[i*TILE + j] += c.slope[j]*bias[i];
+            }
+        }
+    }
 }
 
 // the softmax as far as it goes with n more positions: scores become weights
@@ -241,49 +334,77 @@ static void soft_max(attn_columns & c, float * scores, int64_t n, int64_t size_v
     }
 }
 
+// write the results of columns from `first` on of the unit
+static void end_columns(attn_columns & c, const ggml_clex_node & node, const attn_plan & plan, const attn_unit & unit, int64_t first) {
+    for (int64_t i = 0; i < c.n; ++i) {
+        const int64_t head = unit.head(first + i);
+        float factor = 1.0f;
+        if (node.has_sink()) {
+            const float sink = node.sink(head);
+            const float top  = std::max(c.max[i], sink);
+            factor   = expf(c.max[i] - top);
+            c.sum[i] = c.sum[i]*factor + expf(sink - top);
+        }
+        factor = c.sum[i] == 0.0f ? 0.0f : factor/c.sum[i];
+        float * out = node.result(unit.stream, head, unit.query(first + i));
+        for (int64_t d = 0; d < node.dv; ++d) {
+            out[d] = c.o[i*plan.size_v + d]*factor;
+        }
+    }
+}
+
+static void run_unit(const ggml_clex_node & node, const attn_plan & plan, const attn_unit & unit, const attn_scratch & scratch) {
+    const int64_t size_k = plan.size_k;
+    const int64_t size_v = plan.size_v;
+
+    const row_to_float convert_k = row_converter(node.k->type);
+    const row_to_float convert_v = row_converter(node.v->type);
+
+    attn_columns columns[COLUMNS/TILE];
+    const int64_t n_tiles = (unit.n_columns + TILE - 1)/TILE;
+    for (int64_t t = 0; t < n_tiles; ++t) {
+        begin_columns(columns[t], node, plan, unit, scratch, t*TILE);
+    }
+
+    for (int64_t first = 0; first < node.n_kv; first += TILE) {
+        const int64_t n = std::min(TILE, node.n_kv - first);
+        bool all_hidden = true;
+        for (int64_t t = 0; t < n_tiles; ++t) {
+            if (node.mask) {
+                look_at_mask(columns[t], first, n);
+            }
+            all_hidden = all_hidden && columns[t].tile == attn_columns::HIDDEN;
+        }
+        if (all_hidden) {
+            continue;
+        }
+        convert_tile(node.k, convert_k, first, n, unit.head_kv, unit.stream, scratch.k_tile, size_k);
+        convert_tile(node.v, convert_v, first, n, unit.head_kv, unit.stream, scratch.v_tile, size_v);
+
+        for (int64_t t = 0; t < n_tiles; ++t) {
+            attn_columns & c = columns[t];
+            if (c.tile == attn_columns::HIDDEN) {
+                continue;
+            }
+            product(scratch.scores, TILE, scratch.k_tile, size_k, 1, c.q, TILE, size_k, GGML_PAD(n, VEC_ROWS), GGML_PAD(c.n, VEC), false);
+            make_logits(c, node.softcap, scratch.scores, first, n);
+            soft_max(c, scratch.scores, n, size_v);
+            product(c.o, size_v, scratch.scores, 1, TILE, scratch.v_tile, size_v, n, GGML_PAD(c.n, VEC_ROWS), size_v, true);
+        }
+    }
+
+    for (int64_t t = 0; t < n_tiles; ++t) {
+        end_columns(columns[t], node, plan, unit, t*TILE);
+    }
+}
+
 bool ggml_clex_attn_prefill(const ggml_compute_params * params, ggml_tensor * dst) {
     if (!attn_prefill_applies(dst)) {
         return false;
     }
-    const ggml_tensor * q     = dst->src[0];
-    const ggml_tensor * k     = dst->src[1];
-    const ggml_tensor * v     = dst->src[2];
-    const ggml_tensor * mask  = dst->src[3];
-    const ggml_tensor * sinks = dst->src[4];
-
-    float scale, max_bias, softcap;
-    memcpy(&scale,    (const float *) dst->op_params + 0, sizeof(float));
-    memcpy(&max_bias, (const float *) dst->op_params + 1, sizeof(float));
-    memcpy(&softcap,  (const float *) dst->op_params + 2, sizeof(float));
-    if (softcap != 0.0f) {
-        scale /= softcap;
-    }
-    const int64_t n_head      = q->ne[2];
-    const int64_t n_head_log2 = 1LL << (int) floor(log2(n_head));
-    const float m0 = powf(2.0f, -max_bias/n_head_log2);
-    const float m1 = powf(2.0f, -max_bias/2.0f/n_head_log2);
-
-    const int64_t group = n_head/k->ne[2];
-    const int64_t n_kv  = k->ne[1];
-
-    const row_to_float convert_k = row_converter(k->type);
-    const row_to_float convert_v = row_converter(v->type);
-
-    const attn_plan plan(dst, ggml_clex_planned_threads(params->threadpool));
-    const int64_t size_k = plan.size_k;
-    const int64_t size_v = plan.size_v;
-
-    float * next = (float *) params->wdata + params->ith*plan.size();
-    const auto take = [&](int64_t n) { float * x = next; next += n; return x; };
-    float * k_tile = take(TILE*size_k);
-    float * v_tile = take(TILE*size_v);
-    float * scores = take(TILE*TILE);
-    float * q_unit = take(COLUMNS*size_k);
-    float * o_unit = take(COLUMNS*size_v);
-    float * max    = take(COLUMNS);
-    float * sum    = take(COLUMNS);
-
-    memset(v_tile, 0, TILE*size_v*sizeof(float)); // what pads the rows stays 0
+    const ggml_clex_node node(dst);
+    const attn_plan      plan(node, ggml_clex_planned_threads(params->threadpool));
+    const attn_scratch   scratch(plan, (float *) params->wdata + params->ith*plan.size());
 
     if (params->ith == 0) {
         ggml_threadpool_chunk_set(params->threadpool, params->nth);
@@ -291,110 +412,7 @@ bool ggml_clex_attn_prefill(const ggml_compute_params * params, ggml_tensor * ds
     ggml_barrier(params->threadpool);
 
     for (int64_t unit = params->ith; unit < plan.n_units; unit = ggml_threadpool_chunk_add(params->threadpool, 1)) {
-        int64_t rest = unit;
-        const auto next_index = [&](int64_t n) { const int64_t i = rest % n; rest /= n; return i; };
-        const int64_t head_block = next_index(plan.n_head_blocks);
-        const int64_t head_kv    = next_index(k->ne[2]);
-        const int64_t stream     = next_index(q->ne[3]);
-        // the last first: with a causal mask they take longest
-        const int64_t query0     = (plan.n_query_blocks - 1 - rest)*plan.n_queries;
-        const int64_t head0      = head_kv*group + head_block*plan.n_heads;
-        const int64_t n_heads    = std::min(plan.n_heads, (head_kv + 1)*group - head0);
-        const int64_t n_queries  = std::min(plan.n_queries, q->ne[1] - query0);
-        const int64_t n_columns  = n_heads*n_queries;
-
-        const auto head_of  = [&](int64_t column) { return head0  + column/n_queries; };
-        const auto query_of = [&](int64_t column) { return query0 + column%n_queries; };
-
-        attn_columns columns[COLUMNS/TILE];
-        const int64_t n_tiles = (n_columns + TILE - 1)/TILE;
-        for (int64_t t = 0; t < n_tiles; ++t) {
-            attn_columns & c = columns[t];
-            c.n    = std::min(TILE, n_columns - t*TILE);
-            c.q    = q_unit + t*TILE*size_k;
-            c.o    = o_unit + t*TILE*size_v;
-            c.max  = max + t*TILE;
-            c.sum  = sum + t*TILE;
-            c.tile = attn_columns::SEEN;
-            memset(c.q, 0, TILE*size_k*sizeof(float));
-            memset(c.o, 0, TILE*size_v*sizeof(float));
-            for (int64_t i = 0; i < TILE; ++i) {
-                c.max[i] = -INFINITY;
-                c.sum[i] = 0.0f;
-            }
-            for (int64_t i = 0; i < c.n; ++i) {
-                const int64_t head = head_of(t*TILE + i), query = query_of(t*TILE + i);
-                const float * x = (const float *) ((const char *) q->data + query*q->nb[1] + head*q->nb[2] + stream*q->nb[3]);
-                for (int64_t d = 0; d < size_k; ++d) {
-                    c.q[d*TILE + i] = x[d]*scale;
-                }
-                if (mask) {
-                    c.mask[i] = (const uint16_t *) ((const char *) mask->data + query*mask->nb[1] +
-                            head%mask->ne[2]*mask->nb[2] + stream%mask->ne[3]*mask->nb[3]);
-                }
-                c.slope[i] = max_bias <= 0.0f ? 1.0f :
-                    head < n_head_log2 ? powf(m0, head + 1) : powf(m1, 2*(head - n_head_log2) + 1);
-            }
-        }
-
-        for (int64_t first = 0; first < n_kv; first += TILE) {
-            const int64_t n = std::min(TILE, n_kv - first);
-            bool all_hidden = true;
-            for (int64_t t = 0; t < n_tiles; ++t) {
-                if (mask) {
-                    look_at_mask(columns[t], first, n);
-                }
-                all_hidden = all_hidden && columns[t].tile == attn_columns::HIDDEN;
-            }
-            if (all_hidden) {
-                continue;
-            }
-            convert_tile(k, convert_k, first, n, head_kv, stream, k_tile, size_k);
-            convert_tile(v, convert_v, first, n, head_kv, stream, v_tile, size_v);
-
-            for (int64_t t = 0; t < n_tiles; ++t) {
-                attn_columns & c = columns[t];
-                if (c.tile == attn_columns::HIDDEN) {
-                    continue;
-                }
-                product(scores, TILE, k_tile, size_k, 1, c.q, TILE, size_k, GGML_PAD(n, VEC_ROWS), GGML_PAD(c.n, VEC), false);
-                if (softcap != 0.0f) {
-                    for (int64_t i = 0; i < n; ++i) {
-                        for (int64_t j = 0; j < c.n; ++j) {
-                            scores[i*TILE + j] = softcap*tanhf(scores[i*TILE + j]);
-                        }
-                    }
-                }
-                if (c.tile == attn_columns::MASKED) {
-                    for (int64_t j = 0; j < c.n; ++j) {
-                        float bias[TILE];
-                        ggml_cpu_fp16_to_fp32(c.mask[j] + first, bias, n);
-                        for (int64_t i = 0; i < n; ++i) {
-                            scores[i*TILE + j] += c.slope[j]*bias[i];
-                        }
-                    }
-                }
-                soft_max(c, scores, n, size_v);
-                product(c.o, size_v, scores, 1, TILE, v_tile, size_v, n, GGML_PAD(c.n, VEC_ROWS), size_v, true);
-            }
-        }
-
-        for (int64_t column = 0; column < n_columns; ++column) {
-            attn_columns & c = columns[column/TILE];
-            const int64_t i = column%TILE, head = head_of(column);
-            float factor = 1.0f;
-            if (sinks) {
-                const float sink = ((const float *) sinks->data)[head];
-                const float top  = std::max(c.max[i], sink);
-                factor   = expf(c.max[i] - top);
-                c.sum[i] = c.sum[i]*factor + expf(sink - top);
-            }
-            factor = c.sum[i] == 0.0f ? 0.0f : factor/c.sum[i];
-            float * out = (float *) ((char *) dst->data + (stream*dst->ne[2]*dst->ne[1] + query_of(column)*dst->ne[1] + head)*dst->nb[1]);
-            for (int64_t d = 0; d < v->ne[0]; ++d) {
-                out[d] = c.o[i*size_v + d]*factor;
-            }
-        }
+        run_unit(node, plan, attn_unit(node, plan, unit), scratch);
     }
     return true;
 }
