@@ -81,9 +81,9 @@ class UnrotatedCache(transformers.DynamicCache):
     inv_freq: torch.Tensor
     scale: float
 
-    def update(self, key_states, value_states, layer_idx, cache_kwargs=None):
+    def update(self, key_states, value_states, layer_idx, *args, **kwargs):
         raw = rotated(key_states, -self.inv_freq, self.get_seq_length(layer_idx))
-        keys, values = super().update(raw, value_states, layer_idx, cache_kwargs)
+        keys, values = super().update(raw, value_states, layer_idx, *args, **kwargs)
         return self.scale * rotated(keys, self.inv_freq, 0), values
 
 

@@ -24,7 +24,8 @@ from clex_convert import pieces
 from clex_convert.checkpoint import CLEX_LAYER, Checkpoint
 from clex_convert.contents import Contents
 from clex_convert.errors import ConvertError, extra_packages, one_line, writing
-from clex_convert.hub import named_card, offline
+from clex_convert.hub import named_card
+from clex_convert.hub_client import offline
 from clex_convert.model_files import read_tensor
 
 PRECISIONS = {"f32": "ALL_F32", "f16": "MOSTLY_F16", "bf16": "MOSTLY_BF16"}
@@ -211,6 +212,9 @@ def _model_class(
             width = self.hparams.get(_FEED_FORWARD.get(checkpoint.architecture))
             if width is not None:
                 replaced[keys.LLM.FEED_FORWARD_LENGTH] = np.uint32(width)
+            # The scripts multiply and round in another order than transformers.
+            if keys.Rope.DIMENSION_COUNT.format(arch=self.gguf_writer.arch) in self.gguf_writer.kv_data[0]:
+                replaced[keys.Rope.DIMENSION_COUNT] = np.uint32(checkpoint.rope.dim)
             for key, value in replaced.items():
                 name = key.format(arch=self.gguf_writer.arch)
                 self.gguf_writer.remove_key(name)
@@ -253,6 +257,8 @@ def _hparams(conversion: ModuleType, checkpoint: Checkpoint, context: int) -> di
         hparams.pop(key, None)
     # transformers knows nothing of a base inside rope_parameters before its release 5, and would put its default.
     hparams["rope_theta"] = checkpoint.rope.base
+    # Since release 5 it keeps them inside rope_parameters; the scripts want one or the other name.
+    hparams["partial_rotary_factor"] = hparams["rotary_pct"] = checkpoint.rope.dim / checkpoint.rope.head_dim
     hparams["max_position_embeddings"] = context
     if hparams.get("multi_query") and not hparams.get("new_decoder_architecture"):
         hparams["num_kv_heads"] = 1  # transformers' Falcon ignores the number in this case, the scripts do not

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from clex_convert.errors import FULL, ConvertError, disk_full, extra_packages, one_line
 from clex_convert.gguf_parts import part_names
+from clex_convert.hub_client import broken_off, cached_snapshot, unreachable
 
 # ``org/name`` or ``org/name/file.gguf``, and perhaps a revision.
 _ID = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)(/(?P<file>[^@]+\.gguf))?(@(?P<revision>[^@]+))?")
@@ -49,8 +50,8 @@ def fetch(source: str | os.PathLike[str]) -> Path:
         try:
             info = huggingface_hub.HfApi().model_info(repo, revision=revision)
             names, commit = [sibling.rfilename for sibling in info.siblings or []], info.sha
-        except _unreachable():
-            cached = Path(huggingface_hub.snapshot_download(repo, revision=revision, local_files_only=True))
+        except unreachable():
+            cached = cached_snapshot(repo, revision)
             names, commit = [str(found.relative_to(cached).as_posix()) for found in cached.rglob("*")], cached.name
 
         def get(name: str, of: str | None = commit) -> Path:
@@ -96,18 +97,9 @@ def _listed(index: Path, names: list[str]) -> list[str]:
     return parts
 
 
-def _unreachable() -> tuple[type[Exception], ...]:
-    """What the hub's client raises where the cache may still help: no network, offline mode, a hub out of order."""
-    import requests
-    from huggingface_hub import errors
-
-    return (requests.ConnectionError, requests.Timeout, errors.OfflineModeIsEnabled)
-
-
 @contextlib.contextmanager
 def _worded(source: str, repo: str, revision: str | None) -> Iterator[None]:
     """Words what the hub's client raises."""
-    import requests
     from huggingface_hub import constants, errors
 
     endpoint = constants.ENDPOINT
@@ -131,8 +123,8 @@ def _worded(source: str, repo: str, revision: str | None) -> Iterator[None]:
     except errors.HfHubHTTPError as error:
         code = error.response.status_code if error.response is not None else "an error"
         reason = f"{endpoint} answered {code}; try again later" + (", or: hf auth login" if code in (401, 403) else "")
-    except requests.RequestException as error:
-        reason = f"the download broke off ({one_line(error, 120)}); run the command again to go on with it"
+    except broken_off() as error:
+        reason = f"the download broke off ({one_line(error, 120)}); run the command again"
     except ConvertError:
         raise
     except OSError as error:
@@ -176,20 +168,3 @@ def named_card(folder: Path) -> Iterator[Path]:
             if (folder / name).is_file():
                 shutil.copy(folder / name, copy)
         yield copy
-
-
-@contextlib.contextmanager
-def offline() -> Iterator[None]:
-    """Keeps transformers off the network: it would ask for files that a folder lacks."""
-    import transformers.utils.hub
-    from huggingface_hub import constants
-    from huggingface_hub.utils._http import reset_sessions
-
-    before = constants.HF_HUB_OFFLINE, transformers.utils.hub._is_offline_mode
-    constants.HF_HUB_OFFLINE = transformers.utils.hub._is_offline_mode = True
-    reset_sessions()
-    try:
-        yield
-    finally:
-        constants.HF_HUB_OFFLINE, transformers.utils.hub._is_offline_mode = before
-        reset_sessions()
