@@ -390,3 +390,7 @@ llama_clex_stats llama_clex_get_stats(const llama_context * ctx) {
     const auto * kv = clex_kv(ctx);
     return kv ? kv->clex.stats : llama_clex_stats {};
 }
+
+bool llama_clex_causal(const llama_context * ctx) {
+    return ctx->get_cparams().causal_attn;
+}

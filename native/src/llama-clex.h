@@ -80,6 +80,9 @@ LLAMA_API int32_t llama_clex_seq_bucket(const struct llama_context * ctx, llama_
 
 LLAMA_API struct llama_clex_stats llama_clex_get_stats(const struct llama_context * ctx);
 
+// whether a token sees only those before it; if not, all tokens of a sequence have to be in one ubatch
+LLAMA_API bool llama_clex_causal(const struct llama_context * ctx);
+
 //
 // importance matrix for the quantizer
 //
