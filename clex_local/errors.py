@@ -16,6 +16,10 @@ class ClexError(Exception):
         return escaped(super().__str__(), _LONGEST)
 
 
+class ModelError(ClexError, ValueError):
+    """A model file that cannot be used; a ValueError too, as llama-cpp-python raises."""
+
+
 def escaped(text: str, longest: int = 200) -> str:
     """Text from a file as a terminal can show it: control characters escaped, and no more than `longest` characters."""
     if len(text) > longest:

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from clex_local._library import library_path
-from clex_local.errors import ClexError, escaped
+from clex_local.errors import ClexError, ModelError, escaped
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -44,7 +44,7 @@ _TYPE_OF = {dtype: code for code, (_, _, dtype) in _NUMBERS.items()}
 _LogCallback = ctypes.CFUNCTYPE(None, ctypes.c_int, ctypes.c_char_p, ctypes.c_void_p)
 
 
-class GGUFError(ClexError):
+class GGUFError(ModelError):
     """A file that is missing, is no GGUF, or is damaged."""
 
 

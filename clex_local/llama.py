@@ -3,24 +3,33 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 import inspect
+import os
 import sys
+import warnings
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Concatenate, Literal, ParamSpec, TypeVar
 
 import llama_cpp
 import numpy as np
 import numpy.typing as npt
 from llama_cpp._logger import llama_log_callback
 from llama_cpp.llama import LlamaState
+from llama_cpp.llama_cache import BaseLlamaCache
 from llama_cpp.llama_speculative import LlamaDraftModel
+from llama_cpp.llama_tokenizer import LlamaTokenizer
 
 from clex_local import native
-from clex_local.errors import ClexError
+from clex_local.arguments import ArgumentError, ContextWarning, check_names, check_rope, file_path, rope_arguments
+from clex_local.embedding import embeddings
+from clex_local.errors import ClexError, ModelError
 from clex_local.gguf_file import GGUFFile
+from clex_local.lifetime import Closed, close_at_exit
+from clex_local.lora import check_adapter
 from clex_local.memory import (
     KV_TYPES,
     ContextPlan,
@@ -30,15 +39,38 @@ from clex_local.memory import (
     is_quantized,
     trained_context,
 )
+from clex_local.prompt_cache import PromptCache
 from clex_local.tables import ContextError, named_tables
+from clex_local.turn import Turn
+from clex_local.vocabulary import Tokenizer, check_tokens
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 _WARN_LEVEL, _ERROR_LEVEL = 3, 4  # GGML_LOG_LEVEL_WARN, GGML_LOG_LEVEL_ERROR
 _TYPE_NAMES = {code: name for name, (code, _, _) in KV_TYPES.items()}
 _GENERATE = inspect.signature(llama_cpp.Llama.generate)
+_COMPLETE = inspect.signature(llama_cpp.Llama._create_completion)
+
+Arguments = ParamSpec("Arguments")
+Result = TypeVar("Result")
 
 
-class ModelError(ClexError, ValueError):
-    """A model that cannot be loaded; a ValueError too, as llama-cpp-python raises."""
+def _in_turn(
+    method: Callable[Concatenate[Llama, Arguments], Result], *, reading: bool = False
+) -> Callable[Concatenate[Llama, Arguments], Result]:
+    """A method of ``Llama`` that one thread at a time is inside of; one that is only `reading` disturbs no stream."""
+
+    @functools.wraps(method)
+    def wrapped(self: Llama, /, *args: Arguments.args, **kwargs: Arguments.kwargs) -> Result:
+        with self._turn.take(reading=reading):
+            _ = self._ctx.ctx  # of a closed model, too, that is the answer
+            return method(self, *args, **kwargs)
+
+    return wrapped
+
+
+_reading = functools.partial(_in_turn, reading=True)
 
 
 class StateError(ClexError, RuntimeError):
@@ -122,8 +154,8 @@ class Llama(llama_cpp.Llama):
     there is no table beyond. What else is not given is chosen to be fast on this machine; ``settings`` has it.
 
     Args:
-        model_path: a GGUF file.
-        n_ctx: context size in tokens.
+        model_path: a GGUF file; ``~`` is the home folder.
+        n_ctx: context size in tokens. One longer than a model without tables was trained for is a ``ContextWarning``.
         prefix_reuse: what to do with cached tokens that a new prompt starts with and that were computed with the table
             of another length. ``fast`` keeps them and brings their keys to the table in use, as during generation.
             ``exact`` computes them again, so that the result is that of the prompt alone; where queries are scaled by
@@ -135,20 +167,28 @@ class Llama(llama_cpp.Llama):
         type_v: ggml type of the value cache, in the same way.
         n_threads: threads for single tokens; None takes the physical cores.
         n_threads_batch: threads for prompts; None takes as many as for single tokens.
-        **kwargs: every other argument of llama-cpp-python's ``Llama``.
+        **kwargs: every other argument of llama-cpp-python's ``Llama``, but those that rotate keys otherwise
+            (``rope_freq_base``, ``yarn_ext_factor`` ...) where a file has tables.
+
+    It can be used in ``with``, and by several threads: calls wait for each other, as ``Turn`` describes.
 
     Attributes:
         on_prefill: called with (tokens done, tokens in all) before, between and after the batches of an ``eval`` of
             more than one batch.
 
     Raises:
-        ModelError: the file is missing, is no GGUF, is truncated or cannot be run; the message says which.
-        TablesError: its tables break a rule of the metadata.
+        ModelError: the file, or that of an adapter, is missing, is no GGUF, is truncated or cannot be run, or its
+            tables break a rule of the metadata (``TablesError``); the message says which.
+        ArgumentError: an argument would have no effect on this file.
+        TypeError: a keyword is no argument of this class; the message has those it may stand for.
     """
+
+    _turn: Turn
+    _cache: PromptCache | None = None
 
     def __init__(
         self,
-        model_path: str,
+        model_path: str | os.PathLike[str],
         *,
         n_ctx: int = 512,
         prefix_reuse: Literal["fast", "exact"] = "fast",
@@ -165,46 +205,77 @@ class Llama(llama_cpp.Llama):
         self._stack = ExitStack()  # what the base class closes, should the file be refused before it has one
         self._has_tables = False
         self._draft: LlamaDraftModel | None = None
+        self._drafted = 0  # guesses in the next batch
+        self._turn = Turn()
         if prefix_reuse not in ("fast", "exact"):
             raise ValueError(f"prefix_reuse must be 'fast' or 'exact', not {prefix_reuse!r}")
         if policy not in ("by-length", "fixed"):
             raise ValueError(f"policy must be 'by-length' or 'fixed', not {policy!r}")
+        check_names(kwargs)
+        model_path = file_path(model_path)
         if not Path(model_path).is_file():
             raise ModelError(f"{model_path}: no such model file")
+        if kwargs.get("lora_path") is not None:
+            kwargs["lora_path"] = check_adapter(file_path(kwargs["lora_path"]))
         with GGUFFile(model_path) as file:
             tables = named_tables(file, model_path)
             if tables is not None and not clamp:
                 n_ctx = min(n_ctx, tables.max_context_length)
+            if kwargs.get("pooling_type") == llama_cpp.LLAMA_POOLING_TYPE_RANK:
+                _check_classifier(file, model_path)
             if flash_attn is None or (flash_attn and type_k is None and type_v is None):
                 maximum = tables.max_context_length if tables else 0
                 plan = _choose(file, n_ctx, maximum, flash_attn, type_k, type_v, kwargs)
                 flash_attn = plan.flash_attn
                 if type_k is None and type_v is None:
                     type_k = type_v = KV_TYPES[plan.kv_type][0]
+            trained = trained_context(file)
         n_threads = n_threads or default_threads()
-        with _native_errors(forward=kwargs.get("verbose", True)) as errors:
-            try:
-                super().__init__(
-                    model_path,
-                    n_ctx=n_ctx,
-                    flash_attn=flash_attn,
-                    type_k=type_k,
-                    type_v=type_v,
-                    n_threads=n_threads,
-                    n_threads_batch=n_threads_batch or n_threads,
-                    **kwargs,
-                )
-            except ValueError as error:
-                # The first names the cause, without the function that says so; the last only that there is no model.
-                reason = errors[0].split(": ", 1)[-1] if errors else str(error)
-                raise ModelError(f"{model_path}: {reason}") from error
-        self._has_tables = native.n_buckets(self.model) > 0
+        try:
+            with _native_errors(forward=kwargs.get("verbose", True)) as errors:
+                try:
+                    super().__init__(
+                        model_path,
+                        n_ctx=n_ctx,
+                        flash_attn=flash_attn,
+                        type_k=type_k,
+                        type_v=type_v,
+                        n_threads=n_threads,
+                        n_threads_batch=n_threads_batch or n_threads,
+                        **kwargs,
+                    )
+                except (ValueError, RuntimeError) as error:
+                    # The first names the cause, without the function that says so; the last only that there is none.
+                    reason = errors[0].split(": ", 1)[-1] if errors else str(error)
+                    raise ModelError(f"{model_path}: {reason}") from error
+                # The bindings compare a null pointer with None, and llama.cpp would follow it at the first token.
+                if self._lora_adapter is not None and not self._lora_adapter:
+                    reason = errors[-1].split(": ", 1)[-1] if errors else "llama.cpp did not take it"
+                    raise ModelError(f"{self.lora_path}: no adapter for {model_path}: {reason}")
+            self._has_tables = native.n_buckets(self.model) > 0
+            if self._has_tables:
+                check_rope(model_path, kwargs)
+        except BaseException:
+            self._stack.close()  # at once, and not when the exception is forgotten
+            raise
+        close_at_exit(self)
         if self._has_tables:
             fixed = native.Policy.FIXED if policy == "fixed" else native.Policy.BY_LENGTH
             native.set_policy(self.ctx, fixed, clamp)
             if not clamp:
                 # The context is padded to a multiple of 256; the base class ends a completion by this.
                 self._n_ctx = min(self._n_ctx, native.max_context(self.model))
+        elif 0 < trained < n_ctx and not kwargs.get("vocab_only") and not rope_arguments(kwargs):
+            warnings.warn(
+                f"{model_path} was trained for {trained:,} tokens and has no tables for a context of {n_ctx:,}: longer "
+                f"prompts will be answered badly; `clex-convert MODEL OUT.gguf --method ntk` adds tables",
+                ContextWarning,
+                stacklevel=2,
+            )
+        # A draft model needs the logits of its guesses and not those of every token, which llama-cpp-python keeps.
+        self._logits_all = bool(kwargs.get("logits_all", False))
+        if type(self.tokenizer_) is LlamaTokenizer:
+            self.tokenizer_ = self.tokenizer()
         self._options = {"prefix_reuse": prefix_reuse, "policy": policy, "clamp": clamp}
         self._fixed = policy == "fixed"
         self._exact = prefix_reuse == "exact" and self._has_tables
@@ -245,17 +316,36 @@ class Llama(llama_cpp.Llama):
             rerotation_ms=stats.t_us / 1000,
         )
 
-    def tokenize(self, text: bytes, add_bos: bool = True, special: bool = False) -> list[int]:
-        """As llama-cpp-python's.
+    def __enter__(self) -> Self:
+        return self
 
-        Raises:
-            ModelError: the vocabulary lacks what this text needs.
-        """
-        try:
-            return super().tokenize(text, add_bos, special)
-        except RuntimeError:
-            raise ModelError(f"{self.model_path}: its vocabulary cannot encode the text; it is damaged") from None
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
+    def close(self) -> None:
+        """Free the model; what is called afterwards raises ``ClosedError``."""
+        if isinstance(self._model, Closed):
+            return
+        with self._turn.take(at_once=True):
+            self._stack.close()
+            closed: Any = Closed(self.model_path)
+            self._model = self._ctx = self._batch = closed
+
+    def __del__(self) -> None:
+        # Python calls it even where the constructor was never reached.
+        if stack := self.__dict__.get("_stack"):
+            stack.close()
+
+    def tokenizer(self) -> LlamaTokenizer:
+        """The model's own tokenizer."""
+        return Tokenizer(self)
+
+    @_in_turn
+    def reset(self) -> None:
+        """Forget the cached tokens."""
+        super().reset()
+
+    @_in_turn
     def eval(self, tokens: Sequence[int]) -> None:
         """Evaluate tokens after those in the cache.
 
@@ -267,26 +357,99 @@ class Llama(llama_cpp.Llama):
 
         Raises:
             ContextError: the sequence would be longer than the context, or than the last bucket covers.
+            TokenError: a number is no token.
         """
+        check_tokens(tokens, self._n_vocab, self.model_path)
         total = self.n_tokens + len(tokens)
         if total > self._n_ctx:
             raise _too_long(total, self._n_ctx)
         if self._has_tables:
             native.seq_reserve(self.ctx, 0, total)
             self._computed[self.n_tokens : total] = self._table(total)
-        if len(tokens) <= self.n_batch:
-            super().eval(tokens)
-            return
+        guesses, self._drafted = self._drafted, 0
+        self._ctx.kv_cache_seq_rm(-1, self.n_tokens, -1)
         for start in range(0, len(tokens), self.n_batch):
-            self._report(start, len(tokens))
-            super().eval(tokens[start : start + self.n_batch])
-        self._report(len(tokens), len(tokens))
+            if len(tokens) > self.n_batch:
+                self._report(start, len(tokens))
+            self._decode(tokens[start : start + self.n_batch], guesses > 0)
+        if len(tokens) > self.n_batch:
+            self._report(len(tokens), len(tokens))
+
+    def _decode(self, tokens: Sequence[int], guesses: bool) -> None:
+        """Compute one batch, and logits of its last token; of all where they are kept or `guesses` are compared."""
+        end = self.n_tokens + len(tokens)
+        self._batch.set_batch(batch=tokens, n_past=self.n_tokens, logits_all=self._logits_all or guesses)
+        self._ctx.decode(self._batch)
+        self.input_ids[self.n_tokens : end] = tokens
+        if self._logits_all:
+            logits = np.ctypeslib.as_array(self._ctx.get_logits(), shape=(len(tokens), self._n_vocab))
+            self.scores[self.n_tokens : end] = logits
+        self.n_tokens = end
+        self._requires_eval = False
+
+    @_reading
+    def sample(self, *args: Any, **kwargs: Any) -> int:
+        """As llama-cpp-python's."""
+        return super().sample(*args, **kwargs)
 
     def generate(self, tokens: Sequence[int], *args: Any, **kwargs: Any) -> Generator[int, Sequence[int] | None, None]:
-        """As llama-cpp-python's; with ``prefix_reuse="exact"``, only what a one-shot prefill would give is reused."""
+        """As llama-cpp-python's; with ``prefix_reuse="exact"``, only what a one-shot prefill would give is reused.
+
+        Raises:
+            TokenError: a number is no token.
+            StreamError: another call has used the model between two tokens.
+        """
+        return self._turn.stream(self._generate(tokens, *args, **kwargs))
+
+    def _generate(self, tokens: Sequence[int], *args: Any, **kwargs: Any) -> Generator[int, Sequence[int] | None, None]:
+        tokens = list(tokens)
+        check_tokens(tokens, self._n_vocab, self.model_path)
         if self._exact and _GENERATE.bind(self, tokens, *args, **kwargs).arguments.get("reset", True):
             self._drop_inexact(tokens)
         return (yield from super().generate(tokens, *args, **kwargs))
+
+    def _create_completion(self, *args: Any, **kwargs: Any) -> Generator[Any, None, None]:
+        bias = _COMPLETE.bind(self, *args, **kwargs).arguments.get("logit_bias")
+        check_tokens([int(token) for token in bias or ()], self._n_vocab, self.model_path)
+        # From the prompt cache that is looked into to the state that is put there, one text is computed.
+        return self._turn.stream(super()._create_completion(*args, **kwargs))  # pyright: ignore[reportArgumentType]
+
+    @_in_turn
+    def embed(
+        self, input: str | list[str], normalize: bool = False, truncate: bool = False, return_count: bool = False
+    ) -> Any:
+        """Embed texts; the cache is empty afterwards.
+
+        Args:
+            input: a text, or several.
+            normalize: divide each embedding by its length. Scores of a model that ranks stay as they are.
+            truncate: cut texts that are longer than the context instead of refusing them.
+            return_count: return the number of tokens too.
+
+        Returns:
+            A list of floats for a text, or without pooling a list of them for each of its tokens; a list of these for
+            a list of texts; a pair of that and the number of tokens with `return_count`.
+
+        Raises:
+            ContextError: a text is longer than the context.
+            EmbeddingError: a text has no tokens, or the model was loaded without ``embedding=True``.
+        """
+        rows, count = embeddings(self, [input] if isinstance(input, str) else input, truncate)
+        if normalize and self.pooling_type() != llama_cpp.LLAMA_POOLING_TYPE_RANK:
+            lengths = (np.linalg.norm(row, axis=-1, keepdims=True) for row in rows)
+            rows = [row / np.where(length > 0, length, 1) for row, length in zip(rows, lengths, strict=True)]
+        lists = [row.tolist() for row in rows]
+        result = lists[0] if isinstance(input, str) else lists
+        return (result, count) if return_count else result
+
+    @property
+    def cache(self) -> BaseLlamaCache | None:
+        """Saved states of prompts; those of other models in it do not count."""
+        return self._cache
+
+    @cache.setter
+    def cache(self, cache: BaseLlamaCache | None) -> None:
+        self._cache = None if cache is None else PromptCache(cache, self)
 
     def _drop_inexact(self, tokens: Sequence[int]) -> None:
         """Forget the cached tokens from the first on that was computed with another table than `tokens` needs."""
@@ -324,12 +487,14 @@ class Llama(llama_cpp.Llama):
         last = int(native.scaling_factor(self.model, bucket) * native.original_context(self.model))
         return (self._n_ctx if last == native.max_context(self.model) else last) - n_tokens
 
+    @_reading
     def save_state(self) -> LlamaState:
         """As llama-cpp-python's; for ``load_state`` of the same file and the same kind of cache."""
         state = super().save_state()
         state.clex_computed = self._computed[: self.n_tokens].copy()  # pyright: ignore[reportAttributeAccessIssue]
         return state
 
+    @_in_turn
     def load_state(self, state: LlamaState) -> None:
         """Take back a state; one that is refused leaves what was there.
 
@@ -369,7 +534,12 @@ class _ClippedDraft(LlamaDraftModel):
         self.model, self.llm = model, llm
 
     def __call__(self, input_ids: npt.NDArray[np.intc], /, **kwargs: Any) -> npt.NDArray[np.intc]:
-        return self.model(input_ids, **kwargs)[: max(0, self.llm._room(len(input_ids)))]
+        # One batch holds the tokens that are not computed yet and all guesses, of which each has its logits compared.
+        waiting = len(input_ids) - self.llm.n_tokens
+        room = min(self.llm._room(len(input_ids)), self.llm.n_batch - waiting)
+        draft = self.model(input_ids, **kwargs)[: max(0, room)]
+        self.llm._drafted = len(draft)
+        return draft
 
 
 def _choose(
@@ -399,6 +569,13 @@ def _choose(
         batch=min(options.get("n_batch", 512), options.get("n_ubatch", 512)),
         n_gpu_layers=options.get("n_gpu_layers", 0) if llama_cpp.llama_supports_gpu_offload() else 0,
     )
+
+
+def _check_classifier(file: GGUFFile, path: str) -> None:
+    if not any(tensor.name.startswith("cls") for tensor in file.tensors):
+        raise ArgumentError(
+            f"{path}: has no classifier, so that it cannot rank (pooling_type {llama_cpp.LLAMA_POOLING_TYPE_RANK})"
+        )
 
 
 def _too_long(n_tokens: int, limit: int) -> ContextError:

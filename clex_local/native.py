@@ -59,6 +59,7 @@ set_policy = _declare("llama_clex_set_policy", ctypes.c_bool, _context, ctypes.c
 seq_reserve = _declare("llama_clex_seq_reserve", ctypes.c_bool, _context, ctypes.c_int32, ctypes.c_int32)
 seq_bucket = _declare("llama_clex_seq_bucket", ctypes.c_int32, _context, ctypes.c_int32)
 get_stats = _declare("llama_clex_get_stats", Stats, _context)
+causal = _declare("llama_clex_causal", ctypes.c_bool, _context)
 
 imatrix_init = _declare("llama_clex_imatrix_init", ctypes.c_void_p)
 imatrix_collect = _declare("llama_clex_imatrix_collect", ctypes.c_bool, ctypes.c_void_p, ctypes.c_bool, ctypes.c_void_p)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import codecs
-import ctypes
 import time
 from collections.abc import Generator, Iterator
 from dataclasses import asdict, dataclass, field
@@ -144,14 +143,7 @@ class Session:
 
     def piece(self, token: int) -> bytes:
         """The bytes that a token stands for, none for a control token; a character may be spread over several."""
-        # Not Llama.detokenize: it loses tokens of more than 32 bytes, such as long runs of spaces.
-        size = 64
-        while True:
-            buffer = ctypes.create_string_buffer(size)
-            n = llama_cpp.llama_token_to_piece(self._vocab, token, buffer, size, 0, False)
-            if n >= 0:
-                return buffer.raw[:n]
-            size = -n
+        return self.llm.detokenize([token])
 
     def prompt(self, message: str, answer: str = "") -> list[int]:
         """Tokens of a conversation of one message, with its answer begun; nothing is computed or changed.

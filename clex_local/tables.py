@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from clex_local.errors import ClexError
+from clex_local.errors import ClexError, ModelError
 from clex_local.gguf_file import GGUFFile
 
 VERSION = 1
@@ -51,7 +51,7 @@ _KINDS = {
 _OPTIONAL = {"clex.attn_scale", "clex.log_scale", "clex.provenance"}
 
 
-class TablesError(ClexError):
+class TablesError(ModelError):
     """Tables that break a rule of the metadata; the message names the key and the rule."""
 
 

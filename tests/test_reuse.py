@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+from contextlib import contextmanager
 
 import llama_cpp
 import numpy as np
@@ -52,6 +53,25 @@ def logits(llm):
     return np.ctypeslib.as_array(pointer, shape=(llm.n_vocab(),)).copy()
 
 
+@contextmanager
+def batches(llm):
+    """Tokens in the cache before each batch that is computed inside the block, and tokens in the batch."""
+    seen = []
+    decode = llm._ctx.decode
+
+    def count(batch):
+        seen.append((llm.n_tokens, batch.n_tokens()))
+        decode(batch)
+
+    llm._ctx.decode = count
+    yield seen
+    llm._ctx.decode = decode
+
+
+def generated(llm, prompt, count):
+    return [token for token, _ in zip(llm.generate(prompt, temp=0), range(count), strict=False)]
+
+
 def first(llm, prompt):
     """Logits with which a completion of the prompt begins."""
     stream = llm.generate(list(prompt), temp=0)
@@ -87,19 +107,11 @@ def test_exact_reuse_gives_the_logits_of_the_prompt_alone(load, request, name):
 
 def test_exact_reuse_keeps_what_it_can(load, tiny):
     llm = load(tiny, prefix_reuse="exact")
-    fed = []
-    original = llama_cpp.Llama.eval
-
-    def count(self, tokens):
-        fed.append(len(tokens))
-        original(self, tokens)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(llama_cpp.Llama, "eval", count)
+    with batches(llm) as fed:
         for length in (40, 60, 100, 110, 80):
             first(llm, IDS[:length])
     # 80 is in the bucket of 100: only its last token is needed again
-    assert fed == [40, 20, 100, 10, 1]
+    assert [n for _, n in fed] == [40, 20, 100, 10, 1]
 
 
 def test_exact_reuse_survives_a_saved_state(load, tiny):
@@ -140,31 +152,48 @@ def test_drafts_change_nothing(load, request, name, draft):
     path = request.getfixturevalue(name)
     prompt = (IDS[:9] * 5)[:40]
     count = 150
-    plain_llm = load(path)
-    plain = [token for token, _ in zip(plain_llm.generate(prompt, temp=0), range(count), strict=False)]
+    plain = generated(load(path), prompt, count)
     models = {
         "oracle": Oracle(prompt + plain),
         "half wrong": Oracle(prompt + plain, wrong_every=2),
         "lookup": LlamaPromptLookupDecoding(num_pred_tokens=10),
     }
     llm = load(path, draft_model=models[draft])
-    batches = []
-    original = llm._ctx.decode
-
-    def decode(batch):
-        batches.append((llm.n_tokens, batch.n_tokens()))
-        original(batch)
-
-    llm._ctx.decode = decode
-    drafted = [token for token, _ in zip(llm.generate(prompt, temp=0), range(count), strict=False)]
+    with batches(llm) as seen:
+        drafted = generated(llm, prompt, count)
     assert drafted == plain
-    assert {n // 64 for n, _ in batches} == {0, 1, 2}
+    assert {n // 64 for n, _ in seen} == {0, 1, 2}
     if name == "tiny":
-        assert draft == "lookup" or len(batches) < count / 2
+        assert draft == "lookup" or len(seen) < count / 2
         # a batch of more than one token stays in the table of its first
-        assert all(n // 64 == (n + k - 1) // 64 for n, k in batches[1:])
+        assert all(n // 64 == (n + k - 1) // 64 for n, k in seen[1:])
     else:
-        assert all(k == 1 for _, k in batches[1:])
+        assert all(k == 1 for _, k in seen[1:])
+
+
+@pytest.mark.parametrize("tables", [True, False])
+@pytest.mark.parametrize("logits_all", [True, False])
+@pytest.mark.parametrize("n_batch", [8, 33, 256])
+def test_drafts_after_a_prompt_longer_than_a_batch(load, tmp_path, tables, logits_all, n_batch):
+    """Guesses may be as many as a batch holds, or more."""
+    path = make_model(tmp_path / "model.gguf", tables=tables, original=64 if tables else 256)
+    prompt, count = (IDS[:9] * 20)[:100], 100
+    options = {"n_ctx": 256, "n_batch": n_batch, "logits_all": logits_all}
+    plain = generated(load(path, **options), prompt, count)
+    for model in (Oracle(prompt + plain), Oracle(prompt + plain, wrong_every=3), LlamaPromptLookupDecoding(2, 40)):
+        llm = load(path, draft_model=model, **options)
+        with batches(llm) as seen:
+            found = generated(llm, prompt, count)
+        assert found == plain
+        assert len(seen) < count / 2 + 100 / n_batch or isinstance(model, LlamaPromptLookupDecoding)
+        answer = llm.create_completion(prompt[:40], max_tokens=8, temperature=0, logprobs=2 if logits_all else None)
+        assert answer["usage"]["completion_tokens"] > 0
+        if logits_all:
+            fresh = load(path, **options)
+            fresh.eval(found[:60])
+            llm.reset()
+            llm.eval(found[:60])
+            np.testing.assert_allclose(llm.scores[:60], fresh.scores[:60], atol=5e-5, rtol=0)
 
 
 def test_draft_model_can_be_replaced(load, tiny):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -233,6 +234,7 @@ class GGUFModel:
         from jinja2 import TemplateError
 
         from clex_local import Llama
+        from clex_local.arguments import ContextWarning
         from clex_local.memory import KV_TYPES
 
         self.path = path
@@ -244,21 +246,24 @@ class GGUFModel:
         n_ctx = max(self.context_length, covers.maximum or 0) if policy == "fixed" else self.context_length
         cache = None if cache_type is None else KV_TYPES[cache_type][0]
         try:
-            self._llm = Llama(
-                str(path),
-                n_ctx=n_ctx,
-                n_batch=batch,
-                n_ubatch=batch,
-                n_threads=threads,
-                n_gpu_layers=n_gpu_layers,
-                type_k=cache,
-                type_v=cache,
-                flash_attn=flash_attn,
-                policy=policy,
-                clamp=clamp,
-                prefix_reuse="exact",  # so that what is cached of an earlier prompt changes no answer
-                verbose=False,
-            )
+            with warnings.catch_warnings():
+                # How a model does beyond its training is what is measured.
+                warnings.simplefilter("ignore", ContextWarning)
+                self._llm = Llama(
+                    str(path),
+                    n_ctx=n_ctx,
+                    n_batch=batch,
+                    n_ubatch=batch,
+                    n_threads=threads,
+                    n_gpu_layers=n_gpu_layers,
+                    type_k=cache,
+                    type_v=cache,
+                    flash_attn=flash_attn,
+                    policy=policy,
+                    clamp=clamp,
+                    prefix_reuse="exact",  # so that what is cached of an earlier prompt changes no answer
+                    verbose=False,
+                )
         except TemplateError as error:
             raise ClexError(f"{path}: its chat template is not valid: {error}") from error
         import llama_cpp

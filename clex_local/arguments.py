@@ -1,0 +1,89 @@
+"""Arguments of ``Llama`` that would be dropped without a word."""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+import os
+import sys
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import llama_cpp
+
+from clex_local.errors import ClexError
+
+_NAMES = [name for name in inspect.signature(llama_cpp.Llama.__init__).parameters if name not in ("self", "kwargs")]
+_OWN = ["prefix_reuse", "policy", "clamp"]
+# Gone from llama-cpp-python, but other packages (LangChain) still pass them, whether they were given or not.
+_RETIRED = {"n_parts", "f16_kv", "n_gqa", "rms_norm_eps", "mul_mat_q", "low_vram", "memory_f16"}
+
+# What rotates keys in a model without tables, and the values that change nothing.
+_ROPE: dict[str, tuple[float | None, ...]] = {
+    "rope_freq_base": (0.0, 10000.0),  # LangChain passes 10000 and 1 where nothing was asked for
+    "rope_freq_scale": (0.0, 1.0),
+    "rope_scaling_type": (None, llama_cpp.LLAMA_ROPE_SCALING_TYPE_UNSPECIFIED),
+    "yarn_ext_factor": (-1.0,),
+    "yarn_attn_factor": (-1.0, 1.0),
+    "yarn_beta_fast": (-1.0, 32.0),
+    "yarn_beta_slow": (-1.0, 1.0),
+    "yarn_orig_ctx": (0,),
+}
+
+
+class ArgumentError(ClexError, ValueError):
+    """Arguments that a model cannot be loaded with."""
+
+
+class ContextWarning(UserWarning):
+    """A context longer than a model was trained for, without tables for it."""
+
+
+def file_path(path: str | bytes | os.PathLike[str] | os.PathLike[bytes]) -> str:
+    """A path as the bindings take it, with ``~`` for the home folder."""
+    text = os.fsdecode(path)
+    return _Path(Path(text).expanduser()) if text.startswith("~") else _Path(text)
+
+
+class _Path(str):
+    """A path whose name in the file system need not be UTF-8: the bindings encode it as they would a text."""
+
+    __slots__ = ()
+
+    def encode(self, encoding: str = "utf-8", errors: str = "strict") -> bytes:
+        del encoding, errors
+        return super().encode(sys.getfilesystemencoding(), sys.getfilesystemencodeerrors())
+
+
+def check_names(names: Iterable[str]) -> None:
+    """Refuse keywords that llama-cpp-python accepts and drops.
+
+    Raises:
+        TypeError: a keyword is no argument of ``Llama``; the message has those that it may stand for.
+    """
+    for name in names:
+        if name not in _NAMES and name not in _RETIRED:
+            close = difflib.get_close_matches(name, [*_NAMES, *_OWN], cutoff=0.5)
+            hint = f"; did you mean {' or '.join(close)}?" if close else ""
+            raise TypeError(f"Llama() got an unexpected keyword argument {name!r}{hint}")
+
+
+def rope_arguments(options: Mapping[str, Any]) -> list[str]:
+    """Those of llama-cpp-python's arguments that ask for another rotation than the file's."""
+    given = [name for name, neutral in _ROPE.items() if options.get(name, neutral[0]) not in neutral]
+    overrides = options.get("kv_overrides") or {}
+    return given + [key for key in overrides if key.startswith("clex.") or ".rope." in key]
+
+
+def check_rope(path: str, options: Mapping[str, Any]) -> None:
+    """Refuse another rotation for a file with tables, which alone decide there.
+
+    Raises:
+        ArgumentError: it is asked for; the message names the arguments.
+    """
+    if given := rope_arguments(options):
+        raise ArgumentError(
+            f"{path}: {', '.join(given)} would have no effect, since the file's own tables rotate its keys; leave "
+            f"{'it' if len(given) == 1 else 'them'} out, or convert the model again for another scaling"
+        )
