@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import inspect
 import os
@@ -13,11 +14,27 @@ from typing import Any
 import llama_cpp
 
 from clex_local.errors import ClexError
+from clex_local.memory import KV_TYPES
 
 _NAMES = [name for name in inspect.signature(llama_cpp.Llama.__init__).parameters if name not in ("self", "kwargs")]
 _OWN = ["prefix_reuse", "policy", "clamp"]
 # Gone from llama-cpp-python, but other packages (LangChain) still pass them, whether they were given or not.
 _RETIRED = {"n_parts", "f16_kv", "n_gqa", "rms_norm_eps", "mul_mat_q", "low_vram", "memory_f16"}
+
+_INT = 2**31 - 1
+_RANGES = {
+    "n_ctx": (0, _INT),
+    "n_batch": (1, _INT),
+    "n_ubatch": (1, _INT),
+    "n_threads": (0, _INT),
+    "n_threads_batch": (0, _INT),
+    "pooling_type": (llama_cpp.LLAMA_POOLING_TYPE_UNSPECIFIED, llama_cpp.LLAMA_POOLING_TYPE_RANK),
+    "attention_type": (llama_cpp.LLAMA_ATTENTION_TYPE_UNSPECIFIED, llama_cpp.LLAMA_ATTENTION_TYPE_NON_CAUSAL),
+    "rope_scaling_type": (llama_cpp.LLAMA_ROPE_SCALING_TYPE_UNSPECIFIED, llama_cpp.LLAMA_ROPE_SCALING_TYPE_MAX_VALUE),
+}
+
+# of ggml's types those that a cache can be written in
+_CACHE_TYPES = {code: kind for kind, (code, _, _) in KV_TYPES.items()} | {llama_cpp.GGML_TYPE_IQ4_NL: "iq4_nl"}
 
 # What rotates keys in a model without tables, and the values that change nothing.
 _ROPE: dict[str, tuple[float | None, ...]] = {
@@ -43,7 +60,10 @@ class ContextWarning(UserWarning):
 def file_path(path: str | bytes | os.PathLike[str] | os.PathLike[bytes]) -> str:
     """A path as the bindings take it, with ``~`` for the home folder."""
     text = os.fsdecode(path)
-    return _Path(Path(text).expanduser()) if text.startswith("~") else _Path(text)
+    if text.startswith("~"):
+        with contextlib.suppress(RuntimeError):  # there is no such user
+            text = str(Path(text).expanduser())
+    return _Path(text)
 
 
 class _Path(str):
@@ -67,6 +87,22 @@ def check_names(names: Iterable[str]) -> None:
             close = difflib.get_close_matches(name, [*_NAMES, *_OWN], cutoff=0.5)
             hint = f"; did you mean {' or '.join(close)}?" if close else ""
             raise TypeError(f"Llama() got an unexpected keyword argument {name!r}{hint}")
+
+
+def check_values(options: Mapping[str, Any]) -> None:
+    """Refuse numbers that llama.cpp does not look at before it divides by them, or reads beside its tables.
+
+    Raises:
+        ArgumentError: a size is negative, or a type is none; the message names the argument.
+    """
+    for name, (lowest, highest) in _RANGES.items():
+        value = options.get(name)
+        if value is not None and not lowest <= value <= highest:
+            raise ArgumentError(f"{name} must be {lowest} to {highest:,}, not {value:,}")
+    for name in ("type_k", "type_v"):
+        if options.get(name) is not None and options[name] not in _CACHE_TYPES:
+            kinds = ", ".join(f"{code} ({kind})" for code, kind in sorted(_CACHE_TYPES.items()))
+            raise ArgumentError(f"{name} {options[name]} is no type of a cache, which are {kinds}")
 
 
 def rope_arguments(options: Mapping[str, Any]) -> list[str]:

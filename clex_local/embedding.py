@@ -57,7 +57,7 @@ def embeddings(llm: Llama, texts: Sequence[str], truncate: bool = False) -> tupl
 
 def _tokenized(llm: Llama, texts: Sequence[str], truncate: bool) -> list[list[int]]:
     limit, place = _limit(llm)
-    sequences = [llm.tokenize(text.encode()) for text in texts]
+    sequences = [llm.tokenize(_encoded(llm, text)) for text in texts]
     for i, tokens in enumerate(sequences):
         if not tokens:
             raise EmbeddingError(f"{llm.model_path}: text {i + 1} of {len(texts)} has no tokens to embed")
@@ -66,6 +66,13 @@ def _tokenized(llm: Llama, texts: Sequence[str], truncate: bool) -> list[list[in
                 f"text {i + 1} of {len(texts)} has {len(tokens):,} tokens, {place} {limit:,}; truncate=True cuts it"
             )
     return [tokens[:limit] for tokens in sequences]
+
+
+def _encoded(llm: Llama, text: str) -> bytes:
+    try:
+        return text.encode()
+    except UnicodeEncodeError as error:
+        raise EmbeddingError(f"{llm.model_path}: a text is not valid Unicode ({error.reason})") from error
 
 
 def _limit(llm: Llama) -> tuple[int, str]:

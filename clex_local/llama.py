@@ -24,7 +24,15 @@ from llama_cpp.llama_speculative import LlamaDraftModel
 from llama_cpp.llama_tokenizer import LlamaTokenizer
 
 from clex_local import native
-from clex_local.arguments import ArgumentError, ContextWarning, check_names, check_rope, file_path, rope_arguments
+from clex_local.arguments import (
+    ArgumentError,
+    ContextWarning,
+    check_names,
+    check_rope,
+    check_values,
+    file_path,
+    rope_arguments,
+)
 from clex_local.embedding import embeddings
 from clex_local.errors import ClexError, ModelError
 from clex_local.gguf_file import GGUFFile
@@ -65,6 +73,8 @@ def _in_turn(
     def wrapped(self: Llama, /, *args: Arguments.args, **kwargs: Arguments.kwargs) -> Result:
         with self._turn.take(reading=reading):
             _ = self._ctx.ctx  # of a closed model, too, that is the answer
+            if self.model_params.vocab_only:
+                raise ModelError(f"{self.model_path}: loaded with vocab_only=True, without what computes")
             return method(self, *args, **kwargs)
 
     return wrapped
@@ -212,6 +222,8 @@ class Llama(llama_cpp.Llama):
         if policy not in ("by-length", "fixed"):
             raise ValueError(f"policy must be 'by-length' or 'fixed', not {policy!r}")
         check_names(kwargs)
+        sizes = {"n_ctx": n_ctx, "n_threads": n_threads, "n_threads_batch": n_threads_batch}
+        check_values({**sizes, "type_k": type_k, "type_v": type_v, **kwargs})
         model_path = file_path(model_path)
         if not Path(model_path).is_file():
             raise ModelError(f"{model_path}: no such model file")
@@ -359,10 +371,14 @@ class Llama(llama_cpp.Llama):
             ContextError: the sequence would be longer than the context, or than the last bucket covers.
             TokenError: a number is no token.
         """
+        if self._ctx.memory is None:
+            raise ModelError(f"{self.model_path}: an encoder, which continues no text; `embed` is for it")
         check_tokens(tokens, self._n_vocab, self.model_path)
         total = self.n_tokens + len(tokens)
         if total > self._n_ctx:
             raise _too_long(total, self._n_ctx)
+        if len(tokens) > self.context_params.n_ubatch and not native.causal(self.ctx):
+            raise _too_long(len(tokens), self.context_params.n_ubatch, "a ubatch, as they see each other,")
         if self._has_tables:
             native.seq_reserve(self.ctx, 0, total)
             self._computed[self.n_tokens : total] = self._table(total)
@@ -578,8 +594,8 @@ def _check_classifier(file: GGUFFile, path: str) -> None:
         )
 
 
-def _too_long(n_tokens: int, limit: int) -> ContextError:
-    return ContextError(f"{n_tokens:,} tokens do not fit in a context of {limit:,}")
+def _too_long(n_tokens: int, limit: int, place: str = "a context") -> ContextError:
+    return ContextError(f"{n_tokens:,} tokens do not fit in {place} of {limit:,}")
 
 
 @contextmanager

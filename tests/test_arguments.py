@@ -15,6 +15,7 @@ from random_gguf import make_model
 from clex_local import Llama
 from clex_local.arguments import ArgumentError, ContextWarning
 from clex_local.errors import ModelError
+from clex_local.tables import ContextError
 
 
 @pytest.fixture(scope="module")
@@ -84,6 +85,55 @@ def test_arguments_survive_pickling(folder):
     for name in ("tables", "plain"):
         with load(folder / f"{name}.gguf") as llm, pickle.loads(pickle.dumps(llm)) as again:
             assert again.n_ctx() == 256
+
+
+NUMBERS = {
+    "n_ctx": (-1, -5, 2**32 + 512),
+    "n_batch": (0, -1),
+    "n_ubatch": (0, -1),
+    "n_threads": (-1,),
+    "n_threads_batch": (-1,),
+    "type_k": (-1, 4, 5, 16, 26, 99),
+    "type_v": (-1, 5, 26),
+    "pooling_type": (-5, 9),
+    "attention_type": (7,),
+    "rope_scaling_type": (9,),
+}
+
+
+@pytest.mark.parametrize(("name", "value"), [(name, value) for name, values in NUMBERS.items() for value in values])
+def test_number_that_llama_cpp_would_compute_with_is_refused(folder, name, value):
+    """Some of them end the process there, with a division by zero or a read beside a table."""
+    with pytest.raises(ArgumentError, match=rf"^{name} .*{value:,}|^{name} {value} "):
+        load(folder / "plain.gguf", **{name: value})
+
+
+@pytest.mark.parametrize("code", [0, 1, 2, 3, 6, 7, 8, 20, 30])
+def test_every_type_of_cache_computes(folder, code):
+    with load(folder / "tables.gguf", type_k=code, type_v=code, flash_attn=True) as llm:
+        assert np.isfinite(logits(llm)).all()
+
+
+def test_vocabulary_alone_does_not_compute(folder):
+    for name in ("plain", "tables"):
+        with load(folder / f"{name}.gguf", vocab_only=True, embedding=True) as llm:
+            assert llm.detokenize(llm.tokenize(b"ab", add_bos=False)).strip() == b"ab"
+            assert llm.settings.n_threads == 1
+            for call in (
+                *(lambda: llm.eval([5]), lambda: next(llm.generate([5])), lambda: llm("a", max_tokens=1)),
+                *(lambda: llm.embed("a"), lambda: llm.save_state(), lambda: llm.reset()),
+            ):
+                with pytest.raises(ModelError, match="vocab_only=True"):
+                    call()
+
+
+def test_tokens_that_see_each_other_are_computed_together(folder):
+    """llama.cpp ends the process where they are more than a ubatch."""
+    options = {"attention_type": llama_cpp.LLAMA_ATTENTION_TYPE_NON_CAUSAL, "n_ubatch": 32}
+    with load(folder / "plain.gguf", **options) as llm:
+        llm.eval(list(range(3, 35)))
+        with pytest.raises(ContextError, match=r"33 tokens do not fit in a ubatch, .* of 32"):
+            llm.eval(list(range(3, 36)))
 
 
 def test_context_beyond_the_training_is_a_warning(folder):

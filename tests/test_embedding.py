@@ -12,6 +12,7 @@ from random_gguf import make_model, model_parts
 
 from clex_local import ClexError, Llama
 from clex_local.embedding import EmbeddingError
+from clex_local.errors import ModelError
 from clex_local.tables import ContextError
 
 NONE, MEAN, CLS, LAST, RANK = range(5)
@@ -135,6 +136,8 @@ def test_refused_texts_leave_a_usable_model(tmp_path):
         before = llm.embed("abc")
         with pytest.raises(EmbeddingError, match=r"text 2 of 2 has no tokens"):
             llm.embed(["abc", ""])
+        with pytest.raises(EmbeddingError, match="not valid Unicode"):
+            llm.embed(["abc", "\udcff"])
         assert llm.embed("abc") == before
     with Llama(path, verbose=False) as llm, pytest.raises(RuntimeError, match="embedding=True"):
         llm.embed("abc")
@@ -232,3 +235,7 @@ def test_texts_of_an_encoder(tmp_path, pooling):
         assert llm.embed("o" * 120, truncate=True, return_count=True)[1] == 110
     with load(path, pooling, n_ctx=512) as llm, pytest.raises(ContextError, match="the model was trained for 128"):
         llm.embed("o" * 150)
+    with load(path, pooling, n_ctx=128) as llm:
+        for call in (lambda: llm.eval([5]), lambda: next(llm.generate([5]))):
+            with pytest.raises(ModelError, match="an encoder"):
+                call()
