@@ -424,6 +424,12 @@ class Llama(llama_cpp.Llama):
             self._drop_inexact(tokens)
         return (yield from super().generate(tokens, *args, **kwargs))
 
+    @_in_turn
+    def create_chat_completion(self, *args: Any, **kwargs: Any) -> Any:
+        """As llama-cpp-python's."""
+        # Handlers of images evaluate before they complete.
+        return super().create_chat_completion(*args, **kwargs)
+
     def _create_completion(self, *args: Any, **kwargs: Any) -> Generator[Any, None, None]:
         bias = _COMPLETE.bind(self, *args, **kwargs).arguments.get("logit_bias")
         check_tokens([int(token) for token in bias or ()], self._n_vocab, self.model_path)

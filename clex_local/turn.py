@@ -41,6 +41,7 @@ class Turn:
         self._changed = threading.Condition()
         self._thread: int | None = None  # the one inside a call or a step
         self._depth = 0
+        self._changing = False  # it does more than read
         self._stream: _Stream | None = None
 
     @property
@@ -87,10 +88,12 @@ class Turn:
         with self._changed:  # a reentrant lock: streams are also dropped, and closed, by the garbage collector
             if self._thread != me:
                 self._wait(me, stream, reading, at_once)
-                if not reading:
-                    other, self._stream = self._stream, stream
-                    if other is not None and other is not stream:
-                        other.lost = True
+                self._changing = False
+            if not (reading or self._changing):
+                self._changing = True
+                other, self._stream = self._stream, stream
+                if other is not None and other is not stream:
+                    other.lost = True
             self._thread = me
             self._depth += 1
         try:

@@ -171,6 +171,17 @@ def test_a_callback_uses_the_model_that_calls_it(llm):
     assert len(tokens) == 3
 
 
+def test_a_callback_that_changes_the_cache_ends_a_stream_that_was_left(llm):
+    """Also inside a call that only reads."""
+    parts = stream(llm, PROMPTS[0])
+    next(parts)
+    with llm._turn.take(reading=True):
+        llm.save_state()
+        llm.reset()
+    with pytest.raises(StreamError):
+        next(parts)
+
+
 def test_an_error_gives_the_turn_back(llm):
     with pytest.raises(ClexError):
         llm.eval([5] * 1000)
