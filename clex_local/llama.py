@@ -33,6 +33,7 @@ from clex_local.arguments import (
     file_path,
     rope_arguments,
 )
+from clex_local.completion import Completions
 from clex_local.embedding import embeddings
 from clex_local.errors import ClexError, ModelError
 from clex_local.gguf_file import GGUFFile
@@ -58,7 +59,6 @@ if TYPE_CHECKING:
 _WARN_LEVEL, _ERROR_LEVEL = 3, 4  # GGML_LOG_LEVEL_WARN, GGML_LOG_LEVEL_ERROR
 _TYPE_NAMES = {code: name for name, (code, _, _) in KV_TYPES.items()}
 _GENERATE = inspect.signature(llama_cpp.Llama.generate)
-_COMPLETE = inspect.signature(llama_cpp.Llama._create_completion)
 
 Arguments = ParamSpec("Arguments")
 Result = TypeVar("Result")
@@ -155,7 +155,7 @@ class Settings:
         return f"{flash}, {cache} cache, {threads}, {self.n_ubatch:,} tokens at once"
 
 
-class Llama(llama_cpp.Llama):
+class Llama(Completions):
     """llama-cpp-python's ``Llama``, every argument and method of it, aware of the length of the sequence.
 
     A model whose GGUF has ``clex.*`` tables uses the table of the sequence's actual length, whatever ``n_ctx``, and so
@@ -431,8 +431,6 @@ class Llama(llama_cpp.Llama):
         return super().create_chat_completion(*args, **kwargs)
 
     def _create_completion(self, *args: Any, **kwargs: Any) -> Generator[Any, None, None]:
-        bias = _COMPLETE.bind(self, *args, **kwargs).arguments.get("logit_bias")
-        check_tokens([int(token) for token in bias or ()], self._n_vocab, self.model_path)
         # From the prompt cache that is looked into to the state that is put there, one text is computed.
         return self._turn.stream(super()._create_completion(*args, **kwargs))  # pyright: ignore[reportArgumentType]
 
