@@ -219,7 +219,9 @@ def test_both_kinds_of_models_speak_alike(folder):
         text = "sun and low, of the </s> tor"
         tokens = ours.tokenize(text, bos=True)
         assert tokens == theirs.tokenize(text, bos=True)
-        assert ours.tokenize(text, special=True) == theirs.tokenize(text, special=True) != ours.tokenize(text)
+        # Of what is behind a special token the releases of transformers make different tokens.
+        end = text[: text.index(">") + 1]
+        assert ours.tokenize(end, special=True) == theirs.tokenize(end, special=True) != ours.tokenize(end)
         assert ours.detokenize(tokens[1:]).strip() == theirs.detokenize(tokens[1:]).strip() == text
         assert ours.chat("the sun", "low") == theirs.chat("the sun", "low")
         answer = ours.generate(tokens, 12)

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 import transformers
 from clex_convert.hf import conversion_scripts
+from clex_convert.transformers_folder import cache_argument
 from low_level import Context, Model
 
 from clex_local.tables import Tables, read_tables
@@ -105,7 +106,9 @@ class Reference:
             if hasattr(module, "inv_freq"):
                 module.inv_freq = self.cache.inv_freq
         with torch.no_grad():
-            out = self.model(torch.tensor(tokens[None].astype(np.int64)), past_key_values=self.cache, use_cache=True)
+            out = self.model(
+                torch.tensor(tokens[None].astype(np.int64)), **{cache_argument(self.model): self.cache}, use_cache=True
+            )
         return out.logits[0, -1].numpy()
 
 

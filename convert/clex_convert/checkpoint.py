@@ -94,7 +94,10 @@ class Checkpoint:
         self.adapter = adapter
         self.config = self._read_config()
         if adapter is not None:
-            self.config.update(adapter.rope_config)
+            said = adapter.rope_config
+            if "rope_scaling" in said or "rope_parameters" in said:
+                self._replace_scaling({})  # which the base model may have by the other name
+            self.config.update(said)
         if rope_scaling is not None:
             self._replace_scaling(rope_scaling)
         architectures = self.config.get("architectures")

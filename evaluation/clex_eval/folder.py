@@ -11,6 +11,7 @@ import numpy.typing as npt
 from clex_convert.errors import extra_packages, one_line
 from clex_convert.model_files import read_config
 from clex_convert.scaling import kind_of
+from clex_convert.transformers_folder import cache_argument, load_config, load_tokenizer
 from clex_convert.weights import settings_from
 
 from clex_eval.models import Coverage, Prefill, Progress, cut, feeding, held, likelihoods
@@ -52,9 +53,10 @@ class FolderModel:
         with extra_packages():
             import torch
             import transformers
-            from transformers import AutoModelForCausalLM, AutoTokenizer
+            from transformers import AutoModelForCausalLM
 
         transformers.logging.set_verbosity_error()
+        transformers.logging.disable_progress_bar()
         self.path, self.name = path, path.resolve().name
         self.original_context_length = covers.original
         self.context_length = held(covers, context, clamp)
@@ -62,9 +64,11 @@ class FolderModel:
         if threads:
             torch.set_num_threads(threads)
         try:
-            self._tokenizer: Any = AutoTokenizer.from_pretrained(path, local_files_only=True)
+            self._tokenizer: Any = load_tokenizer(path)
             if self._largest is None:
-                model: Any = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, local_files_only=True)
+                model: Any = AutoModelForCausalLM.from_pretrained(
+                    path, config=load_config(path), dtype=torch.float32, local_files_only=True
+                )
             else:
                 from clex_train.model import load_model  # pyright: ignore[reportMissingImports]
 
@@ -76,6 +80,7 @@ class FolderModel:
         except Exception as error:  # transformers raises anything over a damaged folder
             raise ClexError(f"{path}: transformers cannot load it ({one_line(error)})") from error
         self._model: Any = model.eval()
+        self._cache_argument = cache_argument(model)
         begins = self._tokenizer("a").input_ids[:1]
         self.bos: tuple[int, ...] = tuple(begins) if begins == [self._tokenizer.bos_token_id] else ()
 
@@ -125,7 +130,7 @@ class FolderModel:
         while len(tokens) < max_tokens:
             with torch.inference_mode():
                 logits = self._model(
-                    torch.tensor([fed]), past_key_values=cache, use_cache=True, logits_to_keep=1
+                    torch.tensor([fed]), **{self._cache_argument: cache}, use_cache=True, logits_to_keep=1
                 ).logits
             fed = [int(logits[0, -1].argmax())]
             if fed[0] in ends:
@@ -157,7 +162,7 @@ class FolderModel:
             with torch.inference_mode():
                 found = self._model(
                     ids[:, start:end],
-                    past_key_values=cache,
+                    **{self._cache_argument: cache},
                     use_cache=cache is not None,
                     logits_to_keep=max(kept, 1),
                 )

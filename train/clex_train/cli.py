@@ -170,12 +170,15 @@ def main(model: Path, output: Path, **options: Any) -> None:
     warnings.simplefilter("ignore")
     try:
         try:
+            from transformers.utils import logging
+
             from clex_train.train import train
         except ImportError as error:
             raise ClexError(
                 f"training needs the Python package {(error.name or str(error)).partition('.')[0]}: "
                 "pip install 'clex-local[train]'"
             ) from None
+        logging.disable_progress_bar()
         result = train(model, output, **options, report=click.echo)
     except ClexError as error:
         click.echo(f"clex-train: error: {error}", err=True)

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from clex_convert.ode import ClexLayer as Dynamics
 from clex_convert.ode import plain_frequencies, whole_states
+from clex_convert.transformers_folder import set_rope_scaling
 from transformers import PretrainedConfig
 
 from clex_train.errors import TrainError
@@ -35,7 +36,7 @@ class ClexSettings:
     def put_into(self, config: PretrainedConfig) -> None:
         """Writes the entries of config.json that the authors' code reads."""
         values = {key: value for key, value in vars(self).items() if key != "log_scale"}
-        config.rope_scaling = {"type": "clex", **values, "factor": 1}
+        set_rope_scaling(config, {"type": "clex", **values, "factor": 1})
         config.log_scale = self.log_scale
 
 

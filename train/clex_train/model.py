@@ -17,8 +17,9 @@ import torch
 from clex_convert.checkpoint import Checkpoint
 from clex_convert.errors import one_line
 from clex_convert.ode import plain_frequencies
+from clex_convert.transformers_folder import load_config, rope_scaling, rope_theta, set_rope_scaling
 from clex_convert.weights import DEFAULT_ACTIVATION, DEFAULT_TIME_DT
-from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import AttentionInterface, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -74,7 +75,7 @@ def add_clex(model: PreTrainedModel, settings: ClexSettings, original_context: i
     decoder: Any = model.base_model
     frequencies: torch.Tensor = decoder.rotary_emb.inv_freq
     context = original_context or config.max_position_embeddings
-    layer = ClexLayer(2 * frequencies.numel(), _base(config), context, settings).to(frequencies.device)
+    layer = ClexLayer(2 * frequencies.numel(), rope_theta(config), context, settings).to(frequencies.device)
     if not torch.allclose(plain_frequencies(layer.proj_func, layer.base), frequencies, rtol=1e-5, atol=0):
         raise TrainError("the model's inverse frequencies are not powers of its rope_theta; a CLEX layer begins there")
     decoder.clex_layer = layer
@@ -90,7 +91,7 @@ def add_clex(model: PreTrainedModel, settings: ClexSettings, original_context: i
 
 def kind_of_scaling(config: PretrainedConfig) -> str | None:
     """What a config calls its RoPE scaling, None where it has none."""
-    scaling = getattr(config, "rope_scaling", None) or {}
+    scaling = rope_scaling(config)
     return scaling.get("rope_type", scaling.get("type"))
 
 
@@ -99,7 +100,7 @@ def load_model(
     *,
     dtype: torch.dtype = torch.float32,
     attention: str = "sdpa",
-    rope_scaling: Mapping[str, Any] | None = None,
+    scaling: Mapping[str, Any] | None = None,
     from_scratch: bool = False,
 ) -> PreTrainedModel:
     """A model folder as a model of transformers, with its CLEX layer if it has one.
@@ -108,7 +109,7 @@ def load_model(
         folder: with config.json and weights.
         dtype: of all weights but the CLEX layer's, which are float32.
         attention: ``sdpa`` or ``eager``.
-        rope_scaling: takes the place of what the config names.
+        scaling: of RoPE, takes the place of what the config names.
         from_scratch: random weights in place of the folder's.
 
     Raises:
@@ -117,12 +118,12 @@ def load_model(
     """
     settings, weights = None, None
     try:
-        config = AutoConfig.from_pretrained(folder)
-        if rope_scaling is not None:
-            config.rope_scaling = dict(rope_scaling)
+        config = load_config(folder)
+        if scaling is not None:
+            set_rope_scaling(config, scaling)
         if kind_of_scaling(config) == "clex":
-            settings = _settings(config.rope_scaling, bool(getattr(config, "log_scale", False)))
-            config.rope_scaling = None
+            settings = _settings(rope_scaling(config), bool(getattr(config, "log_scale", False)))
+            set_rope_scaling(config, None)
         if settings is not None and not from_scratch:
             weights = Checkpoint(folder).ode_weights()
         if from_scratch:
@@ -160,10 +161,6 @@ def _settings(values: dict[str, Any], log_scale: bool) -> ClexSettings:
     )
 
 
-def _base(config: PretrainedConfig) -> float:
-    return float(getattr(config, "rope_theta", None) or getattr(config, "rotary_emb_base", 10000.0))
-
-
 class _NoRotation(torch.nn.Module):
     """A rotary embedding that turns nothing: cosine 1, sine 0."""
 
@@ -186,7 +183,7 @@ class _Passes:
         tokens = args[0] if args else kwargs.get("input_ids")
         if tokens is None:
             tokens = kwargs["inputs_embeds"]
-        cache, mask = kwargs.get("past_key_values"), kwargs.get("attention_mask")
+        cache, mask = kwargs.get("cache", kwargs.get("past_key_values")), kwargs.get("attention_mask")
         cached = 0 if cache is None else cache.get_seq_length()
         total = int(cached) + tokens.shape[1]
         positions = torch.arange(total, device=tokens.device)[None]

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,8 +18,9 @@ import peft
 import torch
 from clex_convert.errors import one_line
 from clex_convert.model_files import read_config
+from clex_convert.transformers_folder import load_tokenizer, name_rope_as_before_5
 from safetensors.torch import load_file, save_file
-from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments, set_seed
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments, set_seed
 
 from clex_train.data import collate, load_sequences
 from clex_train.errors import TrainError
@@ -175,7 +177,7 @@ def train(
         output_dir=str(checkpoints.folder),
         learning_rate=learning_rate,
         lr_scheduler_type=schedule,
-        warmup_ratio=warmup_ratio,
+        **_warmup(warmup_ratio),
         weight_decay=weight_decay,
         per_device_train_batch_size=batch_size,
         gradient_accumulation_steps=gradient_accumulation,
@@ -205,7 +207,7 @@ def train(
         model,
         dtype=torch.bfloat16 if bf16 and lora_rank is not None and not merge else torch.float32,
         attention=attention,
-        rope_scaling=rope_scaling,
+        scaling=rope_scaling,
         from_scratch=from_scratch,
     )
     asked = {"max_factor": max_factor, "param_factor": param_factor, "act": act, "time_dt": time_dt}
@@ -308,11 +310,18 @@ def _arguments(path: Path | None, **values: Any) -> TrainingArguments:
         raise TrainError(f"{where}transformers refuses the training arguments ({one_line(error)})") from None
 
 
+def _warmup(ratio: float) -> dict[str, float]:
+    # Release 5 takes both by one name: a number below 1 is a part of the steps.
+    if "warmup_ratio" in {field.name for field in fields(TrainingArguments)}:
+        return {"warmup_ratio": ratio}
+    return {"warmup_steps": min(ratio, math.nextafter(1, 0))}
+
+
 def _load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     if not (folder / "config.json").is_file():
         raise TrainError(f"{folder}: not a model folder, it has no config.json")
     try:
-        return AutoTokenizer.from_pretrained(folder)
+        return load_tokenizer(folder)
     except Exception as error:  # of the tokenizers' own packages
         raise TrainError(f"{folder}: holds no tokenizer that transformers can load ({one_line(error)})") from None
 
@@ -373,11 +382,13 @@ def _save(
         with writing_folder(output):
             model.save_pretrained(str(temporary), state_dict=state)
             tokenizer.save_pretrained(temporary)
+            config = temporary / "config.json"
             if isinstance(model, peft.PeftModel):
                 model.base_model.model.config.save_pretrained(temporary)  # pyright: ignore
                 if layer is not None:
                     prefix = f"base_model.model.{model.base_model.model.base_model_prefix}.clex_layer."  # pyright: ignore
                     _add_layer(temporary / "adapter_model.safetensors", layer, prefix)
+            name_rope_as_before_5(config)
             temporary.rename(output)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
