@@ -13,7 +13,7 @@ SANITIZE := build/sanitize/.built
 SANITIZE_FLAGS := -O1 -g1 -fno-omit-frame-pointer -fsanitize=address,undefined
 SANITIZED_TESTS := $(addprefix tests/test_,sequences.py matrix.py random.py state.py failure.py reuse.py native_tables.py golden.py)
 
-NATIVE_SOURCES := CMakeLists.txt pyproject.toml $(wildcard native/*.py native/*.txt native/patches/* native/src/*)
+NATIVE_SOURCES := CMakeLists.txt pyproject.toml $(wildcard native/*.py native/*.txt native/patches/* native/src/* startup/*)
 
 .PHONY: demo test sanitize lint format bench native stock clean
 

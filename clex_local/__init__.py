@@ -1,6 +1,7 @@
 """Run quantized models on contexts longer than they were trained for.
 
-Importing this package makes llama-cpp-python use the patched llama.cpp, so import it before ``llama_cpp``.
+Importing this package makes llama-cpp-python use the patched llama.cpp. Where the bindings have a library of their own,
+import it before ``llama_cpp``.
 """
 
 from __future__ import annotations
@@ -12,9 +13,10 @@ from clex_local.errors import ClexError
 
 if TYPE_CHECKING:
     from clex_local.inspection import Inspection, inspect
+    from clex_local.integration import install
     from clex_local.llama import ClexState, Llama
 
-__all__ = ["ClexError", "ClexState", "Inspection", "Llama", "inspect"]
+__all__ = ["ClexError", "ClexState", "Inspection", "Llama", "inspect", "install"]
 
 use_library()
 
@@ -26,6 +28,11 @@ def __getattr__(name: str) -> object:
         from clex_local import llama
 
         return getattr(llama, name)
+    if name == "install":
+        library_path()
+        from clex_local.integration import install
+
+        return install
     if name in ("Inspection", "inspect"):
         from clex_local import inspection
 

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
-import contextlib
+import functools
 import os
 import sys
+from collections.abc import Callable, Sequence
+from importlib.machinery import ModuleSpec
 from importlib.util import find_spec
 from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
 
 from clex_local.errors import ClexError
+
+if TYPE_CHECKING:
+    import ctypes
 
 _VARIABLE = "LLAMA_CPP_LIB_PATH"
 _NAMES = {"win32": "llama.dll", "darwin": "libllama.dylib"}
@@ -31,15 +38,82 @@ def library_path() -> Path:
     raise ClexError(f"{name} is missing from the clex_local package; install it again with `pip install .`")
 
 
+@functools.cache
+def load_ggml() -> ctypes.CDLL:
+    """The ggml-base library that lies beside libllama.
+
+    Raises:
+        ClexError: it is missing, or cannot be loaded.
+    """
+    import ctypes
+
+    path = library_path() / {"win32": "ggml-base.dll", "darwin": "libggml-base.dylib"}.get(
+        sys.platform, "libggml-base.so"
+    )
+    try:
+        return ctypes.CDLL(str(path))
+    except OSError as error:
+        raise ClexError(f"{path}: cannot be loaded ({error}); install clex-local again") from None
+
+
 def use_library() -> None:
     """Make ``import llama_cpp`` load the patched library; one that is missing is an error when it is first needed.
+
+    Nothing is written to the environment: programs that are started from here may have a llama_cpp of their own.
 
     Raises:
         ClexError: llama_cpp was imported first, with a library that is not patched.
     """
     loaded = sys.modules.get("llama_cpp.llama_cpp")
     if loaded is None:
-        with contextlib.suppress(ClexError):
-            os.environ.setdefault(_VARIABLE, str(library_path()))
+        sys.meta_path.insert(0, _BindingsFinder())  # pyright: ignore[reportArgumentType]
     elif not hasattr(loaded._lib, "llama_clex_n_buckets"):
         raise ClexError("llama_cpp was imported before clex_local and has loaded another llama.cpp; swap the imports")
+
+
+class _BindingsFinder:
+    """Finds two modules of llama-cpp-python as others do, and changes them once they are there."""
+
+    def find_spec(
+        self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        change = _CHANGES.get(name)
+        if change is None:
+            return None
+        found = (finder.find_spec(name, path, target) for finder in sys.meta_path if finder is not self)
+        spec = next(filter(None, found), None)
+        if spec is not None and spec.loader is not None:
+            execute = spec.loader.exec_module
+
+            def execute_and_change(module: ModuleType) -> None:
+                execute(module)
+                change(module)
+
+            spec.loader.exec_module = execute_and_change
+        return spec
+
+
+def _load_ours(extensions: Any) -> None:
+    """Let ``load_shared_library`` take the libraries that we have from our directory."""
+    load = extensions.load_shared_library
+
+    def load_shared_library(name: str, directory: Path) -> Any:
+        if name in ("llama", "ggml") and not os.environ.get(_VARIABLE):
+            directory = library_path()
+        return load(name, directory)
+
+    extensions.load_shared_library = load_shared_library
+
+
+def _declare_lengths(llama: Any) -> None:
+    """Let the bindings' own ``Llama`` declare how long a prompt is before its first batch."""
+    if hasattr(sys.modules["llama_cpp.llama_cpp"]._lib, "llama_clex_seq_reserve"):
+        from clex_local.integration import declare_lengths
+
+        declare_lengths(llama.Llama)
+
+
+_CHANGES: dict[str, Callable[[ModuleType], None]] = {
+    "llama_cpp._ctypes_extensions": _load_ours,
+    "llama_cpp.llama": _declare_lengths,
+}

@@ -25,6 +25,10 @@ def rope_scaling(context: click.Context, option: click.Parameter, text: str | No
     raise click.BadParameter('must be a JSON object, such as {"rope_type": "yarn", "factor": 4}')
 
 
+class _Interrupted(Exception):
+    """Ctrl-C."""
+
+
 class Command(click.Command):
     """A command whose every error is one line on stderr."""
 
@@ -37,9 +41,16 @@ class Command(click.Command):
             code = self.fail(f"{error.format_message()} (--help lists the options)", error.exit_code)
         except (ClexError, click.ClickException) as error:
             code = self.fail(str(error))
-        except (KeyboardInterrupt, click.Abort):
-            code = INTERRUPTED
+        except (_Interrupted, KeyboardInterrupt, click.Abort):
+            code = self.fail("interrupted", INTERRUPTED)
         sys.exit(code)
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """As click's, which would answer Ctrl-C with an empty line."""
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:
+            raise _Interrupted from None
 
     def fail(self, message: str, code: int = 1) -> int:
         """Print an error as every command does; returns the exit code."""

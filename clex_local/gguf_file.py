@@ -9,17 +9,15 @@ import ctypes
 import functools
 import os
 import sys
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from clex_local._library import library_path
-from clex_local.errors import ClexError, ModelError, escaped
+from clex_local._library import load_ggml
+from clex_local.errors import ModelError, escaped
+from clex_local.log import ERROR, WARN, logged
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -41,7 +39,6 @@ _NUMBERS: dict[int, tuple[str, Any, type[np.generic]]] = {
 _STRING, _ARRAY = 8, 9
 _MAX_HEADER = 128 << 20  # bytes; the library reads 64 MiB of keys, the rest can only be alignment
 _TYPE_OF = {dtype: code for code, (_, _, dtype) in _NUMBERS.items()}
-_LogCallback = ctypes.CFUNCTYPE(None, ctypes.c_int, ctypes.c_char_p, ctypes.c_void_p)
 
 
 class GGUFError(ModelError):
@@ -84,14 +81,8 @@ class _MemoryParams(ctypes.Structure):
 
 @functools.cache
 def _ggml() -> ctypes.CDLL:
-    """The ggml-base library that lies beside libllama, with the signatures that are used here."""
-    name = {"win32": "ggml-base.dll", "darwin": "libggml-base.dylib"}.get(sys.platform, "libggml-base.so")
-    path = library_path() / name
-    try:
-        library = ctypes.CDLL(str(path))
-    except OSError as error:
-        raise ClexError(f"{path}: cannot be loaded ({error}); install clex-local again") from None
-
+    """The ggml-base library, with the signatures that are used here."""
+    library = load_ggml()
     pointer, i64, size, string = ctypes.c_void_p, ctypes.c_int64, ctypes.c_size_t, ctypes.c_char_p
     signatures: dict[str, tuple[Any, list[Any]]] = {
         "gguf_init_from_file": (pointer, [string, _InitParams]),
@@ -126,8 +117,6 @@ def _ggml() -> ctypes.CDLL:
         "ggml_tensor_overhead": (size, []),
         "ggml_new_tensor": (pointer, [pointer, ctypes.c_int, ctypes.c_int, ctypes.POINTER(i64)]),
         "ggml_set_name": (pointer, [pointer, string]),
-        "ggml_log_get": (None, [ctypes.POINTER(pointer), ctypes.POINTER(pointer)]),
-        "ggml_log_set": (None, [pointer, pointer]),
     }
     for code, (kind, ctype, _) in _NUMBERS.items():
         del code
@@ -146,24 +135,6 @@ def tensor_types() -> dict[str, int]:
 
     names = (_ggml().ggml_type_name(code) for code in range(GGML_TYPE_COUNT))
     return {name.decode().lower(): code for code, name in enumerate(names) if name}
-
-
-_log_lock = threading.Lock()
-
-
-@contextmanager
-def _captured_log() -> Iterator[list[str]]:
-    """Collects what ggml logs, and gives the log back to whoever had it."""
-    library, lines = _ggml(), []
-    callback = _LogCallback(lambda level, text, data: lines.append(text.decode("utf-8", "replace")))
-    with _log_lock:
-        previous, data = ctypes.c_void_p(), ctypes.c_void_p()
-        library.ggml_log_get(ctypes.byref(previous), ctypes.byref(data))
-        library.ggml_log_set(ctypes.cast(callback, ctypes.c_void_p), None)
-        try:
-            yield lines
-        finally:
-            library.ggml_log_set(previous, data)
 
 
 class _Header:
@@ -266,10 +237,10 @@ class GGUFFile(_Header):
             raise GGUFError(f"{self.path}: cannot be read ({error.strerror})") from None
         if magic != b"GGUF":
             raise GGUFError(f"{self.path}: not a GGUF file (it does not start with the letters GGUF)")
-        with _captured_log() as log:
+        with logged(WARN, ERROR) as log:
             self._context = _ggml().gguf_init_from_file(os.fsencode(self.path), _InitParams(True, None))
         if self._context is None:
-            first = next((line for line in "".join(log).splitlines() if line.strip()), "no reason given")
+            first = next(iter(log), "no reason given")
             reason = first.split(": ", 1)[-1].strip()
             raise GGUFError(f"{self.path}: damaged GGUF file ({escaped(reason)}); download or convert it again")
         if self.data_offset > _MAX_HEADER:
@@ -348,7 +319,7 @@ class GGUFHeader(_Header):
         except OSError as error:
             raise GGUFError(f"{source.path}: cannot be read ({error.strerror})") from None
         data[8:16] = bytes(8)  # the number of tensors: the reader stops after the keys
-        with _captured_log():
+        with logged():
             self._context = _ggml().gguf_init_from_buffer(bytes(data), len(data), _InitParams(True, None))
         if self._context is None:
             raise GGUFError(f"{source.path}: changed while it was read; try again")

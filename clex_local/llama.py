@@ -8,8 +8,8 @@ import inspect
 import os
 import sys
 import warnings
-from collections.abc import Callable, Generator, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Generator, Sequence
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Concatenate, Literal, ParamSpec, TypeVar
@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Concatenate, Literal, ParamSpec, TypeVar
 import llama_cpp
 import numpy as np
 import numpy.typing as npt
-from llama_cpp._logger import llama_log_callback
+from llama_cpp import _internals
 from llama_cpp.llama import LlamaState
 from llama_cpp.llama_cache import BaseLlamaCache
 from llama_cpp.llama_speculative import LlamaDraftModel
@@ -37,7 +37,9 @@ from clex_local.completion import Completions
 from clex_local.embedding import embeddings
 from clex_local.errors import ClexError, ModelError
 from clex_local.gguf_file import GGUFFile
+from clex_local.interrupt import kept_until_return, progress
 from clex_local.lifetime import Closed, close_at_exit
+from clex_local.log import ERROR, logged
 from clex_local.lora import check_adapter
 from clex_local.memory import (
     KV_TYPES,
@@ -56,12 +58,16 @@ from clex_local.vocabulary import Tokenizer, check_tokens
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-_WARN_LEVEL, _ERROR_LEVEL = 3, 4  # GGML_LOG_LEVEL_WARN, GGML_LOG_LEVEL_ERROR
 _TYPE_NAMES = {code: name for name, (code, _, _) in KV_TYPES.items()}
 _GENERATE = inspect.signature(llama_cpp.Llama.generate)
 
 Arguments = ParamSpec("Arguments")
 Result = TypeVar("Result")
+
+# With verbose off the bindings send the whole process's output to nowhere while a model loads: also that of other
+# threads, and for good where two of them load. ``logged`` keeps llama.cpp quiet.
+for _module in (_internals, llama_cpp.llama):
+    vars(_module)["suppress_stdout_stderr"] = lambda disable=True: nullcontext()
 
 
 def _in_turn(
@@ -177,6 +183,8 @@ class Llama(Completions):
         type_v: ggml type of the value cache, in the same way.
         n_threads: threads for single tokens; None takes the physical cores.
         n_threads_batch: threads for prompts; None takes as many as for single tokens.
+        verbose: print llama.cpp's log to stderr, and what was chosen. Its debug lines take the environment's
+            ``LLAMA_CLEX_LOG_DEBUG``.
         **kwargs: every other argument of llama-cpp-python's ``Llama``, but those that rotate keys otherwise
             (``rope_freq_base``, ``yarn_ext_factor`` ...) where a file has tables.
 
@@ -209,6 +217,7 @@ class Llama(Completions):
         type_v: int | None = None,
         n_threads: int | None = None,
         n_threads_batch: int | None = None,
+        verbose: bool = False,
         **kwargs: Any,
     ) -> None:
         self.on_prefill: Callable[[int, int], None] | None = None
@@ -244,7 +253,7 @@ class Llama(Completions):
             trained = trained_context(file)
         n_threads = n_threads or default_threads()
         try:
-            with _native_errors(forward=kwargs.get("verbose", True)) as errors:
+            with kept_until_return(), logged(ERROR, forward=verbose) as errors:
                 try:
                     super().__init__(
                         model_path,
@@ -254,6 +263,7 @@ class Llama(Completions):
                         type_v=type_v,
                         n_threads=n_threads,
                         n_threads_batch=n_threads_batch or n_threads,
+                        verbose=verbose,
                         **kwargs,
                     )
                 except (ValueError, RuntimeError) as error:
@@ -295,6 +305,16 @@ class Llama(Completions):
         self._computed = np.full(len(self.input_ids), -1, np.int64)
         if self.verbose:
             print(f"clex_local: {self.settings}", file=sys.stderr)
+
+    @property
+    def model_params(self) -> llama_cpp.llama_model_params:
+        """What the model is loaded with."""
+        return self._model_params
+
+    @model_params.setter
+    def model_params(self, params: llama_cpp.llama_model_params) -> None:
+        params.progress_callback = progress
+        self._model_params = params
 
     @property
     def settings(self) -> Settings:
@@ -523,7 +543,7 @@ class Llama(Completions):
                 one may leave an empty cache.
         """
         data = (ctypes.c_uint8 * state.llama_state_size).from_buffer_copy(state.llama_state)
-        with _native_errors(forward=self.verbose) as errors:
+        with kept_until_return(), logged(ERROR, forward=self.verbose) as errors:
             size = llama_cpp.llama_state_set_data(self.ctx, data, state.llama_state_size)
         if size != state.llama_state_size:
             memory = llama_cpp.llama_get_memory(self.ctx)
@@ -600,26 +620,3 @@ def _check_classifier(file: GGUFFile, path: str) -> None:
 
 def _too_long(n_tokens: int, limit: int, place: str = "a context") -> ContextError:
     return ContextError(f"{n_tokens:,} tokens do not fit in {place} of {limit:,}")
-
-
-@contextmanager
-def _native_errors(*, forward: bool) -> Iterator[list[str]]:
-    """Collect the error lines that llama.cpp logs, which say why it refuses a model.
-
-    They and warnings are printed too if `forward`; the bindings would print warnings in any case.
-    """
-    lines: list[str] = []
-
-    @llama_cpp.llama_log_callback
-    def collect(level: int, text: bytes, user_data: Any) -> None:
-        if level == _ERROR_LEVEL:
-            lines.append(text.decode("utf-8", errors="replace").strip())
-        if not forward and level in (_WARN_LEVEL, _ERROR_LEVEL):
-            return
-        llama_log_callback(level, text, user_data)
-
-    llama_cpp.llama_log_set(collect, ctypes.c_void_p(0))
-    try:
-        yield lines
-    finally:
-        llama_cpp.llama_log_set(llama_log_callback, ctypes.c_void_p(0))

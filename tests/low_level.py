@@ -9,10 +9,11 @@ from contextlib import contextmanager
 
 import llama_cpp
 import numpy as np
-from llama_cpp._logger import llama_log_callback, set_verbose
+from llama_cpp._logger import set_verbose
 
 import clex_local  # noqa: F401, the library must be chosen before llama_cpp is imported
 from clex_local import native
+from clex_local.log import logged
 
 set_verbose(False)
 
@@ -21,23 +22,6 @@ WARN, ERROR = 3, 4
 
 # benchmarks/gpu_check.sh runs the tests with all layers on a GPU.
 GPU_LAYERS = int(os.environ.get("CLEX_TEST_GPU_LAYERS", "0"))
-
-
-@contextmanager
-def logged(level: int) -> Iterator[list[str]]:
-    """The lines of one level that the library logs inside the block."""
-    lines: list[str] = []
-
-    @llama_cpp.llama_log_callback
-    def collect(line_level, text, user_data):
-        if line_level == level:
-            lines.append(text.decode(errors="replace").strip())
-
-    llama_cpp.llama_log_set(collect, None)
-    try:
-        yield lines
-    finally:
-        llama_cpp.llama_log_set(llama_log_callback, None)
 
 
 class Model:

@@ -6,10 +6,10 @@ import llama_cpp
 import numpy as np
 import pytest
 from gguf_maker import rewrite
-from llama_cpp._logger import llama_log_callback
 
 from clex_local import native
 from clex_local.gguf_file import GGUFFile
+from clex_local.log import ERROR, logged
 
 F32 = np.float32
 INV_FREQ = np.ones(4 * 16, F32)
@@ -53,18 +53,8 @@ BROKEN = {
 
 def load(path):
     """Errors that the library logs while loading, and whether it gave a model."""
-    lines = []
-
-    @llama_cpp.llama_log_callback
-    def collect(level, text, user_data):
-        if level == 4:
-            lines.append(text.decode())
-
-    llama_cpp.llama_log_set(collect, None)
-    try:
+    with logged(ERROR) as lines:
         model = llama_cpp.llama_model_load_from_file(str(path).encode(), llama_cpp.llama_model_default_params())
-    finally:
-        llama_cpp.llama_log_set(llama_log_callback, None)
     if model:
         count = native.n_buckets(model)
         llama_cpp.llama_model_free(model)

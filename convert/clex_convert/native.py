@@ -117,6 +117,9 @@ def _end_with_parent() -> None:
     threading.Thread(target=wait, daemon=True).start()
 
 
+_kept: Any = None  # the callback must outlive the call that sets it
+
+
 def request() -> dict[str, Any]:
     """What the parent wants; from here on llama.cpp's log goes to it."""
     _end_with_parent()
@@ -125,7 +128,9 @@ def request() -> dict[str, Any]:
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     from llama_cpp import llama_cpp
 
-    llama_cpp.llama_log_set(_log_callback(llama_cpp), ctypes.c_void_p(0))
+    global _kept
+    _kept = _log_callback(llama_cpp)
+    llama_cpp.llama_log_set(_kept, ctypes.c_void_p(0))
     return wanted
 
 
@@ -141,10 +146,11 @@ def _write(text: bytes) -> None:
         os._exit(1)  # the parent is gone, so is the need for the result
 
 
-_kept: list[Any] = []  # the callback must outlive the call that sets it
-
-
 def _log_callback(llama_cpp: Any) -> Any:
-    callback = llama_cpp.llama_log_callback(lambda level, text, data: _write(text))
-    _kept.append(callback)
-    return callback
+    from clex_local.log import is_shown, level_of
+
+    def log(level: int, text: bytes, data: Any) -> None:
+        if is_shown(level_of(level)):
+            _write(text)
+
+    return llama_cpp.llama_log_callback(log)

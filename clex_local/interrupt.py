@@ -1,0 +1,63 @@
+"""Ctrl-C while llama.cpp computes.
+
+Python runs the handler of a signal as soon as it runs anything, and in a callback from C that is where ctypes prints
+the exception and drops it. So handlers run as ever, and what they raise is kept until C has returned.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+_kept: list[BaseException] = []  # by the main thread, the only one that runs handlers
+
+
+class _Keeper:
+    """Handler of a signal that keeps what the one before raises."""
+
+    def __init__(self, handler: Callable[[int, Any], Any]) -> None:
+        self.handler, self.active = handler, True
+
+    def __call__(self, number: int, frame: Any) -> None:
+        try:
+            self.handler(number, frame)
+        except BaseException as error:
+            if not self.active:
+                raise
+            _kept.append(error)
+
+
+@contextmanager
+def kept_until_return() -> Iterator[None]:
+    """Raise what a signal's handler raises inside the block, Ctrl-C's above all, when the block is left.
+
+    C that asks ``progress`` stops early. Threads that run no handlers are left alone.
+    """
+    keepers: dict[signal.Signals | int, _Keeper] = {}
+    try:
+        if threading.current_thread() is threading.main_thread():
+            for number in signal.valid_signals():
+                handler = signal.getsignal(number)
+                if callable(handler):
+                    keepers[number] = _Keeper(handler)
+                    signal.signal(number, keepers[number])
+        yield
+    finally:
+        for keeper in keepers.values():  # first, in case an interrupt keeps one of them from being replaced
+            keeper.active = False
+        for number, keeper in keepers.items():
+            signal.signal(number, keeper.handler)
+        if keepers and _kept:
+            raised = _kept[0]
+            _kept.clear()
+            raise raised from None
+
+
+@ctypes.CFUNCTYPE(ctypes.c_bool, ctypes.c_float, ctypes.c_void_p)
+def progress(part: float, data: int | None) -> bool:
+    """A ``llama_progress_callback`` that ends the loading of a model when a handler has raised something."""
+    return not (_kept and threading.current_thread() is threading.main_thread())
