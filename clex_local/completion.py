@@ -11,6 +11,7 @@ from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Se
 from contextlib import closing
 from contextvars import ContextVar
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import llama_cpp
@@ -53,8 +54,8 @@ class Completions(llama_cpp.Llama):
 
     An argument has the meaning that llama-cpp-python documents, and one that has no effect is refused. Tokens of the
     prompt count for penalties, as in llama.cpp's own programs and OpenAI's API. A completion without a seed draws one
-    from a sequence that begins with the constructor's, or is random if that is -1 or not given; calls with a seed of
-    their own do not disturb it.
+    from a sequence that begins with the constructor's, or is random if that is -1 or not given (llama-cpp-python's
+    #1809); calls with a seed of their own do not disturb it.
     """
 
     _call_seed: int | None = None
@@ -172,6 +173,7 @@ class Completions(llama_cpp.Llama):
         stream: bool,
         seed: int | None,
         model: str | None,
+        stopping_criteria: Callable[..., bool] | None,
         logits_processor: Any,
         logit_bias: Mapping[Any, float] | None,
         **options: Any,
@@ -185,6 +187,10 @@ class Completions(llama_cpp.Llama):
             raise CompletionError(f"Requested tokens ({len(tokens)}) exceed context window of {self._n_ctx}")
         if logprobs is not None and not self._logits_all:
             raise CompletionError("logprobs is not supported for models created with logits_all=False")
+        if self._chat_call is not None and stopping_criteria:
+            # Templates' handlers end at EOS that way, also at one that ends the prompt.
+            stopping_criteria = partial(_is_enough, stopping_criteria, len(tokens))
+        options["stopping_criteria"] = stopping_criteria
         options |= {"temp": temperature, "logits_processor": logits_processor}
         if logit_bias:
             # A new list: upstream's extends the caller's, and then uses neither.
@@ -438,7 +444,10 @@ class _Completion:
         return pieces
 
     def _prompt_entries(self, pieces: list[bytes]) -> list[_Entry]:
-        """The logprobs of the prompt, as OpenAI's API gives them: without BOS, and none for the first token."""
+        """The logprobs of the prompt, as OpenAI's API gives them: without BOS, and none for the first token.
+
+        Without BOS, llama-cpp-python gives each token the logprob of standing one place further (its #1983).
+        """
         if self._n_top is None:
             return []
         entries, text = [], b""
@@ -528,6 +537,10 @@ def _incomplete(data: bytearray) -> int:
             needed = 4 if lead >= 0xF0 else 3 if lead >= 0xE0 else 2 if lead >= 0xC0 else 1
             return size if needed > size else 0
     return 0
+
+
+def _is_enough(criteria: Callable[..., bool], n_prompt: int, tokens: Sequence[int], logits: Any) -> bool:
+    return len(tokens) > n_prompt and criteria(tokens, logits)
 
 
 def _stops(stop: str | Iterable[str] | None) -> list[str]:

@@ -12,6 +12,7 @@ from llama_cpp import LlamaGrammar
 from llama_cpp.llama_grammar import JSON_GBNF
 
 from clex_local.errors import ClexError
+from clex_local.log import ERROR, logged
 
 # What says of which kind a value is; a schema with none of them takes any value.
 _KINDS = {"$ref", "additionalProperties", "allOf", "anyOf", "const", "enum", "format", "items", "maxLength"} | {
@@ -69,7 +70,8 @@ def grammar_of_response_format(request: Any) -> LlamaGrammar | None:
     """The grammar that a ``response_format`` asks for, None for any text.
 
     llama-cpp-python's chat handlers ignore ``{"type": "json_schema", "json_schema": {"schema": ...}}``, which OpenAI's
-    clients send, and every type that they do not know; where they cannot convert a schema, any JSON will do.
+    clients send (llama-cpp-python's #1677), and every type that they do not know; where they cannot convert a schema,
+    any JSON will do.
 
     Raises:
         GrammarError: it is of another type, or its schema cannot be converted.
@@ -94,8 +96,8 @@ def grammar_of_response_format(request: Any) -> LlamaGrammar | None:
 def grammar_sampler(vocab: Any, grammar: Any) -> Any:
     """llama.cpp's sampler of a grammar, to be freed by the caller.
 
-    The bindings put into their chain whatever they get, which is a null pointer for an invalid grammar, and a sampler
-    that does nothing for an empty one.
+    The bindings put into their chain whatever they get, which is a null pointer for an invalid grammar (since
+    llama.cpp's #12628), and a sampler that does nothing for an empty one.
 
     Raises:
         GrammarError: it is no ``LlamaGrammar``, or llama.cpp does not take it.
@@ -120,7 +122,10 @@ def grammar_sampler(vocab: Any, grammar: Any) -> Any:
         data = text.encode()
     except UnicodeEncodeError as error:
         raise GrammarError(f"the grammar is no Unicode text: {error.reason}") from None
-    sampler = llama_cpp.llama_sampler_init_grammar(vocab, data, root.encode())
+    with logged(ERROR) as errors:
+        sampler = llama_cpp.llama_sampler_init_grammar(vocab, data, root.encode())
     if not sampler:
-        raise GrammarError("llama.cpp does not take the grammar")
+        # The first says why; what is wrong is quoted up to the end of the grammar.
+        reason = errors[0].split("error parsing grammar: ")[-1].splitlines()[0] if errors else "llama.cpp refuses it"
+        raise GrammarError(f"the grammar is not valid: {reason}")
     return sampler

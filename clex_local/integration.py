@@ -45,7 +45,7 @@ def install() -> None:
 
     from clex_local.llama import Llama
 
-    original = Llama.__bases__[0]
+    original = next(base for base in Llama.__mro__ if base.__module__ == "llama_cpp.llama")
 
     def new(cls: type, *args: Any, **kwargs: Any) -> Any:
         # Whoever imported the class before holds it still: what it makes is ours.

@@ -455,6 +455,20 @@ def test_a_grammar_can_be_used_again(llm):
         assert re.fullmatch("12*3?", complete(llm, grammar=numbers)["choices"][0]["text"])
 
 
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("root ::= nothing", "nothing"),
+        ('root ::= root "a"', "left recursion"),
+        ('start ::= "a"', "root"),
+        ('root ::= "a', "end of input"),
+    ],
+)
+def test_an_invalid_grammar_says_why(llm, text, reason):
+    with pytest.raises(ClexError, match=f"grammar is not valid: .*{reason}"):
+        llm.create_completion(PROMPT, grammar=LlamaGrammar.from_string(text, verbose=False))
+
+
 QUESTION = [{"role": "user", "content": "ab"}]
 SCHEMA = {
     "type": "object",
@@ -613,6 +627,11 @@ def test_seed_and_bias_reach_every_chat_format(make):
     texts = {llm.create_chat_completion(QUESTION, **options)["choices"][0]["message"]["content"] for _ in range(3)}
     assert len(texts) == 1
     assert chat(llm, logit_bias={"262": 1000}, max_tokens=5)["choices"][0]["message"]["content"] == name(llm, 262) * 5
+
+
+def test_a_chat_whose_prompt_ends_with_eos_is_answered(make):
+    llm = make({"tokenizer.chat_template": "{% for m in messages %}{{ m.content }}{{ eos_token }}{% endfor %}"})
+    assert chat(llm, grammar=literal("xyz"))["choices"][0]["message"]["content"] == "xyz"
 
 
 @pytest.mark.parametrize("stop", ["b", ["b"], ("b",), None])
