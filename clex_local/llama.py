@@ -51,7 +51,7 @@ from clex_local.memory import (
     trained_context,
 )
 from clex_local.prompt_cache import PromptCache
-from clex_local.tables import ContextError, named_tables
+from clex_local.tables import SUPPORTED_ARCHITECTURES, ContextError, named_tables
 from clex_local.turn import Turn
 from clex_local.vocabulary import Tokenizer, check_tokens
 
@@ -250,7 +250,7 @@ class Llama(Completions):
                 flash_attn = plan.flash_attn
                 if type_k is None and type_v is None:
                     type_k = type_v = KV_TYPES[plan.kv_type][0]
-            trained = trained_context(file)
+            trained, architecture = trained_context(file), file.get("general.architecture")
         n_threads = n_threads or default_threads()
         try:
             with kept_until_return(), logged(ERROR, forward=verbose) as errors:
@@ -288,12 +288,11 @@ class Llama(Completions):
                 # The context is padded to a multiple of 256; the base class ends a completion by this.
                 self._n_ctx = min(self._n_ctx, native.max_context(self.model))
         elif 0 < trained < n_ctx and not kwargs.get("vocab_only") and not rope_arguments(kwargs):
-            warnings.warn(
-                f"{model_path} was trained for {trained:,} tokens and has no tables for a context of {n_ctx:,}: longer "
-                f"prompts will be answered badly; `clex-convert MODEL OUT.gguf --method ntk` adds tables",
-                ContextWarning,
-                stacklevel=2,
-            )
+            advice = f"pass n_ctx={trained}, or add tables: `clex-convert MODEL OUT.gguf --method ntk`"
+            if architecture not in SUPPORTED_ARCHITECTURES:
+                advice = f"pass n_ctx={trained}"
+            trained_for = f"trained for {trained:,} tokens, without tables for a context of {n_ctx:,}"
+            warnings.warn(f"{model_path}: {trained_for}; {advice}", ContextWarning, stacklevel=2)
         # A draft model needs the logits of its guesses and not those of every token, which llama-cpp-python keeps.
         self._logits_all = bool(kwargs.get("logits_all", False))
         if type(self.tokenizer_) is LlamaTokenizer:

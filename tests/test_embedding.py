@@ -11,6 +11,7 @@ from gguf_maker import gguf_bytes
 from random_gguf import make_model, model_parts
 
 from clex_local import ClexError, Llama
+from clex_local.arguments import ContextWarning
 from clex_local.embedding import EmbeddingError
 from clex_local.errors import ModelError
 from clex_local.tables import ContextError
@@ -88,9 +89,9 @@ def test_embeddings_are_normalized_on_request(model):
 
 
 def test_more_texts_than_sequences(model, expected):
-    texts = TEXTS * 60
+    texts = TEXTS * 40
     with load(model, LAST) as llm:
-        for row, reference in zip(llm.embed(texts), expected * 60, strict=True):
+        for row, reference in zip(llm.embed(texts), expected * 40, strict=True):
             np.testing.assert_allclose(row, reference[-1], atol=2e-4, rtol=0)
         assert llm.embed([]) == []
         assert llm.create_embedding([])["data"] == []
@@ -227,13 +228,15 @@ def test_texts_of_an_encoder(tmp_path, pooling):
     with load(path, NONE, n_ctx=128) as llm:
         rows = [np.array(llm.embed(text)) for text in texts]
     assert [len(row) for row in rows] == [3, 8, 62, 7, 102]
-    with load(path, pooling, n_ctx=512, n_batch=512, n_ubatch=110) as llm:
+    with load(path, pooling, n_ctx=128, n_batch=128, n_ubatch=110) as llm:
         for row, reference in zip(llm.embed(texts), rows, strict=True):
             np.testing.assert_allclose(row, POOLED[pooling](reference), atol=2e-4, rtol=0)
         with pytest.raises(ContextError, match=r"122 tokens, a batch .* holds 110"):
             llm.embed("o" * 120)
         assert llm.embed("o" * 120, truncate=True, return_count=True)[1] == 110
-    with load(path, pooling, n_ctx=512) as llm, pytest.raises(ContextError, match="the model was trained for 128"):
+    with pytest.warns(ContextWarning, match=r"trained for 128 tokens, .* 512; pass n_ctx=128$"):
+        llm = load(path, pooling, n_ctx=512)
+    with llm, pytest.raises(ContextError, match="the model was trained for 128"):
         llm.embed("o" * 150)
     with load(path, pooling, n_ctx=128) as llm:
         for call in (lambda: llm.eval([5]), lambda: next(llm.generate([5]))):

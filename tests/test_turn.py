@@ -41,6 +41,13 @@ def text(parts) -> str:
     return "".join(part["choices"][0]["text"] for part in parts)
 
 
+def saved(llm, prompt):
+    with llm._turn.take():
+        llm.reset()
+        llm.eval(llm.tokenize(prompt.encode()))
+        return llm.save_state()
+
+
 WORK = {
     "complete": complete,
     "stream": lambda llm, prompt: text(stream(llm, prompt)),
@@ -51,6 +58,16 @@ WORK = {
     "chat": lambda llm, prompt: llm.create_chat_completion(
         [{"role": "user", "content": prompt}], temperature=0, max_tokens=12
     )["choices"][0]["message"]["content"],
+    "chat, stream": lambda llm, prompt: [
+        part["choices"][0]["delta"]
+        for part in llm.create_chat_completion(
+            [{"role": "user", "content": prompt}], temperature=0, max_tokens=12, stream=True
+        )
+    ],
+    "chat, biased": lambda llm, prompt: llm.create_chat_completion(
+        [{"role": "user", "content": prompt}], temperature=0, max_tokens=4, logit_bias={270: 1e3}
+    )["choices"][0]["message"]["content"],
+    "state": lambda llm, prompt: saved(llm, prompt).n_tokens,
 }
 
 
