@@ -450,8 +450,12 @@ class Llama(Completions):
         return super().create_chat_completion(*args, **kwargs)
 
     def _create_completion(self, *args: Any, **kwargs: Any) -> Generator[Any, None, None]:
+        with self._turn.take(
+            reading=True
+        ):  # what a chat in another thread keeps for its completion is not for this one
+            steps: Any = super()._create_completion(*args, **kwargs)
         # From the prompt cache that is looked into to the state that is put there, one text is computed.
-        return self._turn.stream(super()._create_completion(*args, **kwargs))  # pyright: ignore[reportArgumentType]
+        return self._turn.stream(steps)
 
     @_in_turn
     def embed(

@@ -26,7 +26,7 @@ class PromptCache(BaseLlamaCache):
     def __init__(self, cache: BaseLlamaCache, llm: Llama) -> None:
         super().__init__(cache.capacity_bytes if hasattr(cache, "capacity_bytes") else 0)
         self.cache = cache
-        self._llm = llm
+        self._capacity = len(llm.input_ids)
         self._first = model_number(llm) << 32
 
     @property
@@ -39,18 +39,9 @@ class PromptCache(BaseLlamaCache):
         return (tokens[0] + self._first, *tokens[1:]) if len(tokens) else ()
 
     def __getitem__(self, key: Sequence[int]) -> LlamaState:
-        from clex_local.llama import StateError
-        from clex_local.tables import ContextError
-
-        state, llm = self.cache[self._key(key)], self._llm
-        if state.n_tokens > len(llm.input_ids):
+        state = self.cache[self._key(key)]
+        if state.n_tokens > self._capacity:
             raise KeyError(f"a state of {state.n_tokens:,} tokens")
-        held, saved = llm.input_ids[: llm.n_tokens].tolist(), state.input_ids[: state.n_tokens].tolist()
-        if llm.longest_token_prefix(saved, key) > llm.longest_token_prefix(held, key):
-            try:
-                llm.load_state(state)
-            except (StateError, ContextError) as error:  # another type of cache, or a smaller one
-                raise KeyError(str(error)) from error
         return state
 
     def __contains__(self, key: Sequence[int]) -> bool:
