@@ -14,11 +14,12 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from clex_local.command import INTERRUPTED, SETTINGS, Command
-from clex_local.errors import ClexError
+from clex_local.errors import ClexError, escaped
 from clex_local.gguf_file import GGUFFile
 from clex_local.memory import KV_TYPES, ModelShape, gib, kv_bytes, plan_context, trained_context
 from clex_local.tables import named_tables
-from clex_local.terminal import Chat, Terminal, join, line_editor, plain_lines, printable, read_text
+from clex_local.terminal import Chat, Terminal, line_editor, plain_lines, printable, with_advice
+from clex_local.text_input import Piped, join, read_text
 
 if TYPE_CHECKING:
     from clex_local.llama import Llama
@@ -73,7 +74,6 @@ def open_model(
         )
 
     import llama_cpp
-    from jinja2 import TemplateError
 
     from clex_local.llama import Llama
 
@@ -104,8 +104,6 @@ def open_model(
             flash_attn=plan.flash_attn,
             verbose=verbose,
         )
-    except TemplateError as error:
-        raise ClexError(f"{path}: its chat template is not valid: {error}") from error
     except (ClexError, ValueError, RuntimeError, MemoryError) as error:
         hint = "; if it is the GPU's memory, pass fewer --n-gpu-layers" if offload and gpu_layers else ""
         raise ClexError(f"{error}{hint}") from error
@@ -139,7 +137,9 @@ def answer_once(terminal: Terminal, text: str, as_json: bool = False) -> int:
     if answer is None:  # interrupted before anything began
         return code
     if as_json:
-        sys.stdout.write(json.dumps(report(terminal.session, answer), ensure_ascii=False) + "\n")
+        text = json.dumps(report(terminal.session, answer), ensure_ascii=False)
+        # JSON itself escapes only the first 32.
+        sys.stdout.write(text.translate({code: f"\\u{code:04x}" for code in range(127, 160)}) + "\n")
     elif answer.text and not answer.text.endswith("\n"):
         sys.stdout.write("\n")
     sys.stdout.flush()
@@ -321,22 +321,27 @@ def main(
 ) -> int:
     """Chat with MODEL, a GGUF file, over contexts longer than it was trained for.
 
-    With -p, -f or input from a pipe it answers once, and prints nothing but the answer to standard output.
+    With -p, -f or input from a pipe it answers once, and prints nothing but the answer to standard output. What comes
+    from a pipe, or from a file by <, is put in front of -f and -p.
     """
     if chat_template == "plain" and system is not None:
         raise click.UsageError("--system needs a chat template, --chat-template plain has none")
-    once = prompt is not None or bool(files) or not sys.stdin.isatty()
+    asked = prompt is not None or bool(files)
+    once = asked or sys.stdin is None or not sys.stdin.isatty()
     if as_json and not once:
         raise click.UsageError("--json needs -p, -f or input from a pipe")
     message = ""
+    piped = None
     if once:
         # Read before the model is loaded, so that a wrong name costs no time.
-        message = join([read_text(file) for file in files or (() if prompt is not None else ("-",))] + [prompt or ""])
-        if not message.strip():
+        message = join([*map(read_text, files if asked else ("-",)), prompt or ""])
+        if asked and "-" not in files:
+            piped = Piped()
+        if not message and not (piped and piped.text().strip()):
             raise ClexError("the prompt is empty")
     loading = not once and sys.stderr.isatty() and not verbose
     if loading:
-        print(f"loading {model.name} ...", end="", file=sys.stderr, flush=True)
+        print(f"loading {escaped(model.name)} ...", end="", file=sys.stderr, flush=True)
     try:
         llm = open_model(
             model,
@@ -355,22 +360,30 @@ def main(
             print("\r\x1b[2K", end="", file=sys.stderr, flush=True)
 
     from clex_local.session import CHATML, PLAIN, Sampling, Session
+    from clex_local.templates import TemplateError
 
     with closing(llm):
-        session = Session(
-            llm,
-            system=system,
-            template={"chatml": CHATML, "plain": PLAIN}.get(chat_template),
-            sampling=Sampling(temp, top_k, top_p, min_p, repeat_penalty),
-        )
+        try:
+            session = Session(
+                llm,
+                system=system,
+                template={"chatml": CHATML, "plain": PLAIN}.get(chat_template),
+                sampling=Sampling(temp, top_k, top_p, min_p, repeat_penalty),
+            )
+        except TemplateError as error:
+            raise with_advice(error) from error
         terminal = Terminal(session, max_tokens, quiet=as_json)
         if chat_template == "model" and not session.has_own_template:
             terminal.note(
                 "this model has no chat template: it continues your text (--chat-template chatml tries ChatML)"
             )
+        if piped:
+            message = join([piped.text(), message])
+            if piped.unread:
+                terminal.note(f"[{piped.unread}: answered without it; -f - reads it]")
         if once:
             return answer_once(terminal, message, as_json)
-        name = llm.metadata.get("general.name") or model.name
+        name = escaped(llm.metadata.get("general.name") or model.name, 100)
         with GGUFFile(model) as file:
             shape = ModelShape.from_metadata(file)
         cache = llm.settings.type_k

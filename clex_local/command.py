@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import logging
 import sys
 from typing import Any, NoReturn
 
 import click
 
-from clex_local.errors import ClexError
+from clex_local.errors import LONGEST, ClexError, escaped, shown
 
 INTERRUPTED = 130  # what a shell reports for a command that Ctrl-C ended
 SETTINGS = {"help_option_names": ["-h", "--help"], "max_content_width": 100, "show_default": True}
@@ -23,6 +24,19 @@ def rope_scaling(context: click.Context, option: click.Parameter, text: str | No
     if value is None or isinstance(value, dict):
         return value
     raise click.BadParameter('must be a JSON object, such as {"rope_type": "yarn", "factor": 4}')
+
+
+def say(text: str, *, err: bool = False) -> None:
+    """Print a line; what controls a terminal is escaped, because it came out of a file."""
+    click.echo(shown(text), err=err)
+
+
+class Lines(logging.Formatter):
+    """Lines of a log as `say` prints them."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """Write a record."""
+        return shown(super().format(record))
 
 
 class _Interrupted(Exception):
@@ -54,7 +68,7 @@ class Command(click.Command):
 
     def fail(self, message: str, code: int = 1) -> int:
         """Print an error as every command does; returns the exit code."""
-        print(f"{self.name}: error: {message}", file=sys.stderr)
+        say(f"{self.name}: error: {escaped(message, LONGEST)}", err=True)
         return code
 
 

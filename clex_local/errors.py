@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-_LONGEST = 1000  # characters of a message; what a hostile file puts into one can be megabytes
+LONGEST = 1000  # characters of a message; what a hostile file puts into one can be megabytes
 
 
 class ClexError(Exception):
@@ -13,7 +13,7 @@ class ClexError(Exception):
     """
 
     def __str__(self) -> str:
-        return escaped(super().__str__(), _LONGEST)
+        return escaped(super().__str__(), LONGEST)
 
 
 class ModelError(ClexError, ValueError):
@@ -25,6 +25,15 @@ def escaped(text: str, longest: int = 200) -> str:
     if len(text) > longest:
         text = text[: longest - 1] + "…"
     return text if text.isprintable() else "".join(map(_escape, text))
+
+
+def shown(text: str) -> str:
+    """Text of several lines as a terminal can show it: what controls one escaped, except line ends and tabs.
+
+    Whatever a command prints goes through here or through `escaped`, because names, metadata and messages come out of
+    files; only answers are stripped of such characters instead, and only on a terminal.
+    """
+    return "".join(character if character in "\n\t" else _escape(character) for character in text)
 
 
 def _escape(character: str) -> str:

@@ -33,6 +33,7 @@ from clex_local.arguments import (
     file_path,
     rope_arguments,
 )
+from clex_local.chat_formats import ChatFormats
 from clex_local.completion import Completions
 from clex_local.embedding import embeddings
 from clex_local.errors import ClexError, ModelError
@@ -161,7 +162,7 @@ class Settings:
         return f"{flash}, {cache} cache, {threads}, {self.n_ubatch:,} tokens at once"
 
 
-class Llama(Completions):
+class Llama(Completions, ChatFormats):
     """llama-cpp-python's ``Llama``, every argument and method of it, aware of the length of the sequence.
 
     A model whose GGUF has ``clex.*`` tables uses the table of the sequence's actual length, whatever ``n_ctx``, and so

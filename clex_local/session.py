@@ -6,13 +6,14 @@ import codecs
 import time
 from collections.abc import Generator, Iterator
 from dataclasses import asdict, dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import llama_cpp
 import numpy as np
-from llama_cpp.llama_chat_format import Jinja2ChatFormatter
 
+from clex_local.chat_formats import chat_template
 from clex_local.errors import ClexError
+from clex_local.templates import ChatTemplate, TemplateError
 
 if TYPE_CHECKING:
     from clex_local.llama import Llama
@@ -103,20 +104,21 @@ class Session:
         self.totals = Answer()
         vocab = self._vocab = llm._model.vocab
         bos = llm.token_bos()
-        eos = llm.token_eos()
         self._bos = bos if llama_cpp.llama_vocab_get_add_bos(vocab) and bos >= 0 else None
-        try:
-            self._formatter = Jinja2ChatFormatter(
-                template=template or own_template(llm) or PLAIN,
-                eos_token=self._token_text(eos),
-                bos_token=self._token_text(bos),
-            )
-        except Exception as error:
-            raise ClexError(f"the model's chat template is not valid: {one_line(error)}") from error
+        own = own_template(llm) if template is None else None
+        source = template or own or PLAIN
+        self._template = ChatTemplate(
+            source,
+            llm.control_tokens,
+            {"bos_token": llm.token_text(bos), "eos_token": llm.token_text(llm.token_eos())},
+            name=f"{llm.model_path}: its chat template" if own else "the chat template",
+            foreign=source not in (CHATML, PLAIN),
+        )
+        self._template.check()
         self.reset()
         if system is not None:
             # Some templates know no system message: say so now, not after the first question.
-            self._render([*self.messages, {"role": "user", "content": "."}])
+            self._template.render([*self.messages, {"role": "user", "content": "."}])
 
     @property
     def capacity(self) -> int:
@@ -152,9 +154,9 @@ class Session:
             ClexError: the template refuses the message, or the text is not Unicode.
         """
         start = [{"role": "system", "content": self.system}] if self.system is not None else []
-        text = self._render([*start, {"role": "user", "content": message}])
+        text = self._template.render([*start, {"role": "user", "content": message}])
         if not self.has_own_template:
-            return self._whole(f"{text}\n{answer}" if answer else text)
+            return self._whole(f"{text}\n{self.llm.control_tokens.guard(answer)}" if answer else text)
         return self._whole(text) + self._tokenize(answer, special=False)
 
     def send(self, text: str, max_tokens: int | None = None) -> Generator[str, None, None]:
@@ -214,7 +216,7 @@ class Session:
             self._add_to_totals(answer)
             if generated or answer.finish_reason != "interrupted":
                 self.messages = [*messages, {"role": "assistant", "content": answer.text}]
-                self._text = prompt + answer.text
+                self._text = prompt + self.llm.control_tokens.guard(answer.text)
                 self._tokens = tokens + generated[:whole]
 
     @staticmethod
@@ -252,8 +254,14 @@ class Session:
         return min(same, len(tokens) - 1)
 
     def _prompt(self, messages: list[dict[str, str]]) -> tuple[str, list[int]]:
-        """The conversation as the template writes it, and as tokens."""
-        text = self._render(messages)
+        """The conversation as the template writes it, and as tokens.
+
+        Raises:
+            ClexError: the template refuses the conversation, or writes nothing.
+        """
+        text = self._template.render(messages)
+        if not text:
+            raise TemplateError(f"{self._template.name} makes nothing of the conversation")
         if self._text and text.startswith(self._text):
             rest = self._tokenize(text[len(self._text) :], special=True)
             # Only a control token is sure to be cut the same way with and without the text before it.
@@ -269,13 +277,6 @@ class Session:
             tokens.insert(0, self._bos)
         return tokens
 
-    def _render(self, messages: list[dict[str, str]]) -> str:
-        untyped: Any = messages
-        try:
-            return self._formatter(messages=untyped).prompt
-        except Exception as error:  # a template is foreign code and may raise anything
-            raise ClexError(f"the model's chat template refused the conversation: {one_line(error)}") from error
-
     def _tokenize(self, text: str, special: bool) -> list[int]:
         try:
             data = text.encode("utf-8")
@@ -283,14 +284,10 @@ class Session:
             raise ClexError("the message is not valid UTF-8 text") from error
         return self.llm.tokenize(data, add_bos=False, special=special) if data else []
 
-    def _token_text(self, token: int) -> str:
-        return self.llm._model.token_get_text(token) if token >= 0 else ""
-
 
 def own_template(llm: Llama) -> str | None:
     """The chat template in the model's file, or None."""
-    template = llama_cpp.llama_model_chat_template(llm.model, None)
-    return template.decode("utf-8", "replace") if template else None
+    return chat_template(llm)
 
 
 def one_line(error: BaseException) -> str:

@@ -13,15 +13,14 @@ from typing import TYPE_CHECKING, NoReturn
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.text import Text
 
-from clex_local.errors import ClexError
-from clex_local.memory import gib
+from clex_local.errors import ClexError, escaped, shown
+from clex_local.text_input import join, read_text
 
 if TYPE_CHECKING:
     from clex_local.llama import ClexState, Llama
     from clex_local.session import Answer, Session
-
-LARGEST_TEXT = 256 * 2**20  # bytes; no context holds more, and nobody waits for it to be cut into tokens
 
 HELP = """\
 /file PATH   put a text file in front of your next message
@@ -32,42 +31,14 @@ Enter sends. Alt-Enter, or a backslash at the end of a line, starts a new line.
 Ctrl-C stops an answer and keeps what was written. A space before a slash makes it text."""
 
 
-def read_text(path: str | os.PathLike[str]) -> str:
-    """Read a text file, or standard input for ``-``.
-
-    Raises:
-        ClexError: it cannot be read, is not UTF-8 text, or is larger than any context.
-    """
-    name = "standard input" if str(path) == "-" else str(path)
-    try:
-        if str(path) == "-":
-            data = sys.stdin.buffer.read(LARGEST_TEXT + 1)
-        else:
-            with open(path, "rb") as file:
-                data = file.read(LARGEST_TEXT + 1)
-    except OSError as error:
-        raise ClexError(f"{name}: {error.strerror or error}") from error
-    if len(data) > LARGEST_TEXT:
-        raise ClexError(f"{name}: more than {gib(LARGEST_TEXT)} of text, no context holds that")
-    try:
-        text = data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ClexError(f"{name}: not a UTF-8 text file (byte {error.start} is {data[error.start]:#04x})") from error
-    if "\0" in text:
-        raise ClexError(f"{name}: a binary file, not text")
-    return text
-
-
-def join(parts: list[str]) -> str:
-    """Texts and a question about them, as one message."""
-    return "\n\n".join(part.strip("\n") for part in parts if part.strip())
-
-
 CONTROLS = {code: None for code in [*range(32), *range(127, 160)] if chr(code) not in "\n\t"}
 
 
 def printable(text: str) -> str:
-    """Text without the characters that control a terminal, where one would see them."""
+    """An answer without the characters that control a terminal, where one would see them; a pipe gets all of it.
+
+    They are taken out one by one, so that a sequence of them does nothing however it is cut into pieces.
+    """
     return text.translate(CONTROLS) if sys.stdout.isatty() else text
 
 
@@ -156,7 +127,7 @@ class Terminal:
     def note(self, text: str, style: str = "dim") -> None:
         """Say something that is not the answer."""
         sys.stdout.flush()
-        self.notes.print(text, style=style, markup=False)
+        self.notes.print(Text(shown(text), style=style))
 
     def answer(self, text: str, write: Callable[[str], object]) -> Answer:
         """Send a message and write the answer piece by piece.
@@ -204,7 +175,10 @@ class Terminal:
 
     def _advised(self, error: ClexError) -> ClexError:
         from clex_local.session import PromptTooLong
+        from clex_local.templates import TemplateError
 
+        if isinstance(error, TemplateError):
+            return with_advice(error)
         if not isinstance(error, PromptTooLong):
             return error
         llm = self.session.llm
@@ -217,6 +191,11 @@ class Terminal:
         else:
             rest = f"pass --ctx {min(wanted, covered)} or shorten it"
         return ClexError(f"{error}; {rest}")
+
+
+def with_advice(error: ClexError) -> ClexError:
+    """What is wrong with a chat template, and what one can do about it here."""
+    return ClexError(f"{error}; --chat-template chatml, or plain, does without it")
 
 
 @dataclass
@@ -319,10 +298,11 @@ class Chat:
         text = read_text(file)
         if not text.strip():
             raise ClexError(f"{path}: an empty file")
-        self.attachments.append(Attachment(file.name, text, self.session.count(text)))
+        name = escaped(file.name, 60)
+        self.attachments.append(Attachment(name, text, self.session.count(text)))
         waiting = sum(attachment.tokens for attachment in self.attachments)
         left = self.session.capacity - self.session.used
-        line = f"{file.name}: {self.attachments[-1].tokens:,} tokens, sent with your next message"
+        line = f"{name}: {self.attachments[-1].tokens:,} tokens, sent with your next message"
         if waiting >= left:
             line += f"; that will not fit: {waiting:,} tokens of files, {left:,} left in the context"
         self.terminal.note(line)

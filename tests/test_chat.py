@@ -208,7 +208,7 @@ def test_seed_zero_is_a_seed(llm):
 @pytest.mark.parametrize(
     ("template", "message"),
     [
-        ("{% for %}", "the model's chat template is not valid: "),
+        ("{% for %}", "the chat template is not valid: "),
         ("{{ raise_exception('System role not supported') }}", "refused the conversation: System role not supported"),
         ("{{ ''.__class__.__mro__ }}", "refused the conversation: access to attribute '__class__'"),
         ("{{ messages.append(1) }}", "refused the conversation: "),
@@ -227,15 +227,15 @@ def test_templates_of_our_own(llm):
         {"role": "user", "content": "C"},
     ]
     turns = "<|im_start|>user\nA<|im_end|>\n<|im_start|>assistant\nB<|im_end|>\n<|im_start|>user\nC<|im_end|>\n"
-    assert Session(llm, template=CHATML)._render(messages) == turns + "<|im_start|>assistant\n"
-    assert Session(llm, template=PLAIN)._render(messages) == "AB\nC"
+    assert Session(llm, template=CHATML)._template.render(messages) == turns + "<|im_start|>assistant\n"
+    assert Session(llm, template=PLAIN)._template.render(messages) == "AB\nC"
 
 
 def test_a_model_without_template_continues_text(llm, monkeypatch):
     monkeypatch.setattr("clex_local.session.own_template", lambda llm: None)
     session = Session(llm)
     assert not session.has_own_template
-    assert session._render([{"role": "user", "content": "Once upon"}]) == "Once upon"
+    assert session._template.render([{"role": "user", "content": "Once upon"}]) == "Once upon"
 
 
 def test_text_that_is_not_unicode_is_refused(session):

@@ -23,7 +23,7 @@ from clex_convert.methods import METHODS, converter_version
 from clex_convert.output import megabytes
 from clex_convert.quantize import OUTTYPES, TENSOR_TYPES
 from clex_convert.weights import ACTIVATIONS
-from clex_local.command import rope_scaling
+from clex_local.command import Command, Lines, rope_scaling, say
 from clex_local.errors import ClexError
 
 _TENSOR_TYPE = click.Choice(TENSOR_TYPES, case_sensitive=False)
@@ -37,7 +37,9 @@ def _factors(context: click.Context, option: click.Parameter, text: str | None) 
         raise click.BadParameter("must be numbers with commas between them, such as 1,1.5,2,4") from None
 
 
-@click.command("clex-convert", context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.command(
+    "clex-convert", cls=Command, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100}
+)
 @click.argument("source", type=click.Path(path_type=Path))
 @click.argument("output", metavar="OUT.gguf", type=click.Path(path_type=Path), required=False)
 @click.option(
@@ -171,7 +173,9 @@ def main(
     if output is None and not dry_run:
         raise click.UsageError("Missing argument 'OUT.gguf'.")
     if verbose:
-        logging.basicConfig(format="%(message)s")
+        log = logging.StreamHandler()
+        log.setFormatter(Lines("%(message)s"))
+        logging.basicConfig(handlers=[log])
     errors = Console(stderr=True)
     try:
         bars = Progress(
@@ -193,7 +197,7 @@ def main(
 
         def expected(size: int) -> None:
             if errors.is_terminal:
-                errors.print(f"{output} will have {megabytes(size)}", highlight=False)
+                say(f"{output} will have {megabytes(size)}", err=True)
 
         with _stoppable(), contextlib.ExitStack() as stack:
             stack.callback(bars.stop)
@@ -211,10 +215,10 @@ def main(
                     expected=expected,
                 )
     except ClexError as error:
-        click.echo(f"clex-convert: error: {error}", err=True)
+        say(f"clex-convert: error: {error}", err=True)
         sys.exit(1)
     except KeyboardInterrupt:
-        click.echo("clex-convert: error: interrupted, nothing was written", err=True)
+        say("clex-convert: error: interrupted, nothing was written", err=True)
         sys.exit(130)
     if output is None or dry_run:
         _show_sizes(found)
@@ -252,16 +256,16 @@ def _show(result: ConversionResult) -> None:
         table.add_row(str(index + 1), f"{factor:g}", str(length))
     Console(highlight=False).print(table)
     method = tables.method if result.baked is None else f"{tables.method} baked for {result.baked} tokens"
-    click.echo(f"{result.path}: {result.outtype}, method {method}, {megabytes(result.size)}, {result.seconds:.1f} s")
-    click.echo(f"SHA-256 {result.sha256}")
+    say(f"{result.path}: {result.outtype}, method {method}, {megabytes(result.size)}, {result.seconds:.1f} s")
+    say(f"SHA-256 {result.sha256}")
     if result.divergence is not None:
         found = result.divergence
-        click.echo(
+        say(
             f"check: mean KL divergence {found.kl:.4f} from the unquantized model; the likeliest next token is the "
             f"same for {found.agreement:.1%} of {found.tokens} tokens"
         )
     for note in result.notes:
-        click.echo(f"note: {note}")
+        say(f"note: {note}")
 
 
 def _show_sizes(found: list[Size]) -> None:

@@ -20,6 +20,7 @@ from collections.abc import Callable
 from typing import Any
 
 from clex_convert.errors import one_line
+from clex_local.errors import shown
 
 _REPORT = "clex-report "
 
@@ -67,7 +68,7 @@ def run_child(
                     reported(json.loads(line[len(_REPORT) :]))
                     continue
                 if verbose:
-                    sys.stderr.write(line)
+                    sys.stderr.write(shown(line))
                 last.append(line.strip())
                 line_read(line)
             code = child.wait()

@@ -320,7 +320,7 @@ def command(
     text.
     """
     from clex_local.plot import checked_name
-    from clex_local.terminal import read_text
+    from clex_local.text_input import read_text
 
     if chunk and prefill != "growing":
         raise click.UsageError("--chunk belongs to --prefill growing")

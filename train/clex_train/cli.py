@@ -11,7 +11,7 @@ from typing import Any
 import click
 from clex_convert.weights import ACTIVATIONS
 
-from clex_local.command import rope_scaling
+from clex_local.command import Command, rope_scaling, say
 from clex_local.errors import ClexError
 from clex_train.names import ATTENTIONS, POSITIONS
 
@@ -21,7 +21,9 @@ _COUNT = click.IntRange(min=1)
 _PATH = click.Path(path_type=Path)
 
 
-@click.command("clex-train", context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.command(
+    "clex-train", cls=Command, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100}
+)
 @click.argument("model", type=_PATH)
 @click.argument("output", metavar="OUT", type=_PATH)
 @click.option("--text", multiple=True, type=_PATH, metavar="FILE", help="UTF-8 text, one document. Repeatable.")
@@ -179,15 +181,15 @@ def main(model: Path, output: Path, **options: Any) -> None:
                 "pip install 'clex-local[train]'"
             ) from None
         logging.disable_progress_bar()
-        result = train(model, output, **options, report=click.echo)
+        result = train(model, output, **options, report=say)
     except ClexError as error:
-        click.echo(f"clex-train: error: {error}", err=True)
+        say(f"clex-train: error: {error}", err=True)
         sys.exit(1)
     except KeyboardInterrupt as interrupt:
-        click.echo(f"clex-train: error: interrupted; {str(interrupt) or 'nothing was saved'}", err=True)
+        say(f"clex-train: error: interrupted; {str(interrupt) or 'nothing was saved'}", err=True)
         sys.exit(130)
     if int(os.environ.get("RANK", "0")) == 0:
-        click.echo(f"{result.path}: {result.steps} steps, loss {result.loss:.4f}, {result.seconds:.1f} s")
+        say(f"{result.path}: {result.steps} steps, loss {result.loss:.4f}, {result.seconds:.1f} s")
 
 
 if __name__ == "__main__":
