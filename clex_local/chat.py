@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import sys
@@ -13,12 +12,12 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from clex_local.command import INTERRUPTED, SETTINGS, Command
+from clex_local.command import INTERRUPTED, SETTINGS, Command, say
 from clex_local.errors import ClexError, escaped
 from clex_local.gguf_file import GGUFFile
 from clex_local.memory import KV_TYPES, ModelShape, gib, kv_bytes, plan_context, trained_context
 from clex_local.tables import named_tables
-from clex_local.terminal import Chat, Terminal, line_editor, plain_lines, printable, with_advice
+from clex_local.terminal import Chat, Terminal, json_line, line_editor, plain_lines, printable, with_advice
 from clex_local.text_input import Piped, join, read_text
 
 if TYPE_CHECKING:
@@ -137,9 +136,7 @@ def answer_once(terminal: Terminal, text: str, as_json: bool = False) -> int:
     if answer is None:  # interrupted before anything began
         return code
     if as_json:
-        text = json.dumps(report(terminal.session, answer), ensure_ascii=False)
-        # JSON itself escapes only the first 32.
-        sys.stdout.write(text.translate({code: f"\\u{code:04x}" for code in range(127, 160)}) + "\n")
+        sys.stdout.write(json_line(report(terminal.session, answer)))
     elif answer.text and not answer.text.endswith("\n"):
         sys.stdout.write("\n")
     sys.stdout.flush()
@@ -380,7 +377,7 @@ def main(
         if piped:
             message = join([piped.text(), message])
             if piped.unread:
-                terminal.note(f"[{piped.unread}: answered without it; -f - reads it]")
+                say(f"[{piped.unread}: answered without it; -f - reads it]", err=True)
         if once:
             return answer_once(terminal, message, as_json)
         name = escaped(llm.metadata.get("general.name") or model.name, 100)

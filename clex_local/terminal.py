@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 import threading
@@ -9,7 +10,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
@@ -40,6 +41,13 @@ def printable(text: str) -> str:
     They are taken out one by one, so that a sequence of them does nothing however it is cut into pieces.
     """
     return text.translate(CONTROLS) if sys.stdout.isatty() else text
+
+
+def json_line(value: Any) -> str:
+    """A line of JSON that controls no terminal either."""
+    text = json.dumps(value, ensure_ascii=False)
+    # JSON itself escapes only the first 32 of them.
+    return text.translate({code: f"\\u{code:04x}" for code in range(127, 160)}) + "\n"
 
 
 class PrefillBar:
