@@ -570,7 +570,7 @@ def test_a_chat_in_a_terminal(small_buckets, tmp_path):
         pty.prompt(" 0 of 2,048 tokens")
 
     chat.send("Write a long story about the sea.\r")
-    pty.expect(r"\n[^\x1b]{40,}")  # nothing but an answer is that long without colours
+    pty.expect(r"\n[^\x1b\r\n]{40,}")  # nothing but an answer is that long without colours
     chat.sendintr()
     pty.expect(r"\[stopped after \d+ tokens\]")
     pty.prompt(r" [1-9]\d* of 2,048 tokens")
