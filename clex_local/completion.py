@@ -7,6 +7,7 @@ import random
 import sys
 import time
 import uuid
+from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from contextvars import ContextVar
@@ -17,10 +18,11 @@ from typing import Any
 import llama_cpp
 import numpy as np
 import numpy.typing as npt
+from llama_cpp import LlamaGrammar
 from llama_cpp.llama_tokenizer import LlamaTokenizer
 
 from clex_local.errors import ClexError
-from clex_local.grammar import GrammarError, grammar_of_response_format, grammar_of_schema, plain_schema
+from clex_local.grammar import GrammarError, grammar_of_response_format, grammar_of_schema
 from clex_local.sampler import RANDOM_SEED, LogitsProcessor, Sampler, SamplerOptions, SamplingError
 from clex_local.vocabulary import check_tokens
 
@@ -42,6 +44,7 @@ class _ChatCall:
     llm: Completions | None
     seed: int | None
     logit_bias: Mapping[Any, float] | None
+    tool: LlamaGrammar | None  # of the chosen tool's arguments
     finish_reason: str | None = None
     usage: dict[str, int] = field(default_factory=dict)
 
@@ -69,6 +72,13 @@ class Completions(llama_cpp.Llama):
         self._seed = RANDOM_SEED if seed is None else seed & 0xFFFFFFFF
         self._seeds = random.Random(None if self._seed == RANDOM_SEED else self._seed)
         self._draws = random.Random(self._seeds.random())
+
+    @property
+    def eval_logits(self) -> deque[list[float]]:
+        """The logits of every cached token with ``logits_all``, else of the last; upstream's are then no logits."""
+        if self._logits_all:
+            return deque(self._scores.tolist(), maxlen=self._n_ctx)
+        return deque([] if self._requires_eval else [self._logits(self.n_tokens - 1).tolist()], maxlen=1)
 
     def sample(self, *args: Any, **kwargs: Any) -> int:
         """Draw a token from the logits of the last token, or of the one at ``idx``, as llama-cpp-python's.
@@ -178,9 +188,11 @@ class Completions(llama_cpp.Llama):
         logit_bias: Mapping[Any, float] | None,
         **options: Any,
     ) -> Iterator[dict[str, Any]]:
-        call = self._chat_call or _ChatCall(None, None, None)
+        call = self._chat_call or _ChatCall(None, None, None, None)
         seed = call.seed if seed is None else seed
         logit_bias = call.logit_bias if logit_bias is None else logit_bias
+        if call.tool is not None and options["grammar"] is not None:  # where a handler's fails, any JSON will do for it
+            options["grammar"] = call.tool
         infill = None if suffix is None else self._infill_tokens()
         tokens = self._prompt_tokens(prompt, suffix, infill)
         if len(tokens) >= self._n_ctx:
@@ -288,11 +300,11 @@ class Completions(llama_cpp.Llama):
             if grammar is not None and given.get("grammar") is not None:
                 raise GrammarError("grammar and response_format exclude each other")
             given["grammar"] = grammar or given.get("grammar")
-        _complete_tools(given)
+        tool = _complete_tools(given)
         given["stop"] = _stops(given.get("stop"))
         n_top = given.get("top_logprobs") or 0
         given["top_logprobs"] = n_top  # upstream's gives no logprobs at all without it
-        call = _ChatCall(self, given.get("seed"), given.get("logit_bias"))
+        call = _ChatCall(self, given.get("seed"), given.get("logit_bias"), tool)
         token = _CHAT_CALL.set(call)
         try:
             answer: Any = super().create_chat_completion(**given)
@@ -574,8 +586,8 @@ def _adding(biases: dict[int, float]) -> LogitsProcessor:
     return add
 
 
-def _complete_tools(given: dict[str, Any]) -> None:
-    """Check and complete the tools of a chat, for handlers that ignore what they do not know."""
+def _complete_tools(given: dict[str, Any]) -> LlamaGrammar | None:
+    """Complete the tools of a chat, for handlers that ignore what they do not know; the grammar of the one chosen."""
     functions, tools = given.get("functions"), given.get("tools")
     if functions is not None:
         given["functions"] = functions = [_complete_function(function) for function in functions]
@@ -591,12 +603,13 @@ def _complete_tools(given: dict[str, Any]) -> None:
         name = chosen.get("function", chosen).get("name")
         for function in functions or []:
             if function["name"] == name:
-                grammar_of_schema(function["parameters"], f"the parameters of the tool {name!r}")
+                return grammar_of_schema(function["parameters"], f"the parameters of the tool {name!r}")
+    return None
 
 
 def _complete_function(function: Mapping[str, Any]) -> dict[str, Any]:
     parameters = function.get("parameters") or {"type": "object", "properties": {}}
-    return {**function, "parameters": plain_schema(parameters)}
+    return {**function, "parameters": parameters}
 
 
 def _chat_answer(answer: dict[str, Any], call: _ChatCall, n_top: int) -> dict[str, Any]:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from itertools import accumulate
+from math import ceil, floor
 from typing import Any
 
 import llama_cpp
 from llama_cpp import LlamaGrammar
-from llama_cpp.llama_grammar import JSON_GBNF
+from llama_cpp.llama_grammar import PRIMITIVE_RULES, RESERVED_NAMES, BuiltinRule, SchemaConverter
 
 from clex_local.errors import ClexError
 from clex_local.log import ERROR, logged
@@ -19,48 +20,110 @@ _KINDS = {"$ref", "additionalProperties", "allOf", "anyOf", "const", "enum", "fo
     *("minLength", "oneOf", "pattern", "prefixItems", "properties", "type")
 }
 _MOST_NESTED, _MOST_RULES = 500, 10_000
-_ANY = {"anyOf": [{"type": kind} for kind in ("string", "number", "boolean", "null", "object", "array")]}
+_MOST = 10**15 - 1  # of a number, as in llama-cpp-python's rules
+_BOUNDS = {"minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum"}
+_CHARACTER = BuiltinRule(PRIMITIVE_RULES["char"].content.replace('[^"\\\\]', '[^"\\\\\\x7F\\x00-\\x1F]'))
 
 
 class GrammarError(ClexError, ValueError):
     """A grammar or a JSON schema that cannot constrain an answer."""
 
 
-def plain_schema(schema: Any, *, top: bool = True) -> Any:
-    """A JSON schema without what llama-cpp-python's converter fails on: values, and lists of values, of any kind."""
-    if schema is True:
-        return _ANY
-    if not isinstance(schema, dict):
-        return schema
-    if not top and not _KINDS & schema.keys():
-        return _ANY
-    plain = dict(schema)
-    if plain.get("items") in ({}, True):
-        del plain["items"]
-        plain.setdefault("type", "array")
-    for key in ("items", "additionalProperties"):
-        if isinstance(plain.get(key), dict):
-            plain[key] = plain_schema(plain[key], top=False)
-    for key in ("allOf", "anyOf", "oneOf", "prefixItems"):
-        if isinstance(plain.get(key), list):
-            plain[key] = [plain_schema(part, top=False) for part in plain[key]]
-    for key in ("properties", "$defs", "definitions"):
-        if isinstance(plain.get(key), dict):
-            plain[key] = {name: plain_schema(part, top=False) for name, part in plain[key].items()}
-    return plain
+class _Converter(SchemaConverter):
+    """llama-cpp-python's, without what it takes for something else or lets through."""
+
+    def __init__(self) -> None:
+        super().__init__(prop_order={}, allow_fetch=False, dotall=False, raw_pattern=False)
+        self._names: dict[str, str] = {}  # rules of references
+
+    def visit(self, schema: Any, name: str) -> str:
+        schema = {} if schema is True else schema
+        if not isinstance(schema, dict):
+            raise TypeError(f"{schema!r} is no schema")
+        if schema.get("items") in ({}, True):
+            schema = {"type": "array", **{key: value for key, value in schema.items() if key != "items"}}
+        parts = schema.get("allOf")
+        if isinstance(parts, list) and len(parts) == 1 and "properties" not in schema:
+            return self.visit({**{key: value for key, value in schema.items() if key != "allOf"}, **parts[0]}, name)
+        if name and not _KINDS & schema.keys():
+            return self._add_primitive("value", PRIMITIVE_RULES["value"])
+        if schema.get("type") == "integer" and _BOUNDS & schema.keys() and not {"const", "enum"} & schema.keys():
+            return self._add_rule(f"{name}-" if name in RESERVED_NAMES else name or "root", _integers(schema))
+        return super().visit(schema, name)
+
+    def _format_literal(self, literal: str) -> str:
+        text = json.dumps(json.loads(literal), ensure_ascii=False)
+        return '"' + text.replace("\\", "\\\\").replace('"', '\\"') + '"'
+
+    def _add_primitive(self, name: str, rule: BuiltinRule) -> str:
+        # A string with a raw line break is no JSON.
+        return super()._add_primitive(name, _CHARACTER if name == "char" else rule)
+
+    def _resolve_ref(self, ref: str) -> str:
+        # Upstream's takes a rule of the same name, such as that of a property, for the definition.
+        if ref not in self._names:
+            self._names[ref] = f"definition-{len(self._names)}-of-schema"
+            self._names[ref] = self.visit(self._refs[ref], self._names[ref])
+        return self._names[ref]
+
+
+def _integers(schema: dict[str, Any]) -> str:
+    """The rule of the whole numbers between the bounds of a schema."""
+    low = max(ceil(schema.get("minimum", -_MOST)), floor(schema.get("exclusiveMinimum", -_MOST - 1)) + 1)
+    high = min(floor(schema.get("maximum", _MOST)), ceil(schema.get("exclusiveMaximum", _MOST + 1)) - 1)
+    if low > high:
+        raise ValueError(f"no whole number lies between {low} and {high}")
+    alternatives = []
+    if low < 0:
+        alternatives.append(f'"-" ({_naturals(max(1, -high), -low)})')
+    if high >= 0:
+        alternatives.append(_naturals(max(0, low), high))
+    return f"({' | '.join(alternatives)}) space"
+
+
+def _naturals(low: int, high: int) -> str:
+    lengths = range(len(str(low)), len(str(high)) + 1)
+    return " | ".join(
+        _digits(str(low) if n == lengths[0] else "1" + "0" * (n - 1), str(high) if n == lengths[-1] else "9" * n)
+        for n in lengths
+    )
+
+
+def _digits(low: str, high: str) -> str:
+    """The rule of the numbers between two of as many digits."""
+    if not low:
+        return '""'
+    rest = len(low) - 1
+    if low == "0" * len(low) and high == "9" * len(high):
+        return f"[0-9]{{{len(low)}}}"
+    if low[0] == high[0]:
+        return f'"{low[0]}" ({_digits(low[1:], high[1:])})' if rest else f'"{low[0]}"'
+    if not rest:
+        return f"[{low}-{high}]"
+    first, last = int(low[0]), int(high[0])
+    alternatives = [f'"{first}" ({_digits(low[1:], "9" * rest)})', f'"{last}" ({_digits("0" * rest, high[1:])})']
+    if last - first > 1:
+        alternatives.append(f"[{first + 1}-{last - 1}] [0-9]{{{rest}}}")
+    return " | ".join(alternatives)
 
 
 def grammar_of_schema(schema: Any, what: str) -> LlamaGrammar:
     """The grammar of the JSON texts that a schema describes, a dict or its JSON.
 
+    Bounds of numbers that are not whole, and what a grammar cannot say (``uniqueItems`` ...), do not constrain.
+
     Raises:
-        GrammarError: the schema is none, or asks for what a grammar cannot say; the message begins with `what`.
+        GrammarError: the schema is none, or of a kind that is not known; the message begins with `what`.
     """
     try:
-        schema = json.loads(schema) if isinstance(schema, str) else schema
+        schema = json.loads(schema if isinstance(schema, str) else json.dumps(schema))  # a copy, it will be changed
         if not isinstance(schema, dict):
             raise ValueError(f"it is {type(schema).__name__}, not an object")
-        return LlamaGrammar.from_json_schema(json.dumps(plain_schema(schema)), verbose=False)
+        if "$ref" in schema:  # what stands beside a reference is not looked at
+            schema["allOf"] = [{"$ref": schema.pop("$ref")}]
+        converter = _Converter()
+        converter.visit(converter.resolve_refs(schema, "schema"), "")
+        return LlamaGrammar.from_string(converter.format_grammar(), verbose=False)
     except Exception as error:  # the converter raises what it happens to run into, AssertionError among others
         reason = " ".join(str(error).split()) or type(error).__name__
         raise GrammarError(f"{what} cannot be made a grammar: {reason}") from error
@@ -81,8 +144,7 @@ def grammar_of_response_format(request: Any) -> LlamaGrammar | None:
         return None
     if kind == "json_object":
         schema = request.get("schema")
-        if schema is None:
-            return LlamaGrammar.from_string(JSON_GBNF, verbose=False)
+        schema = {"type": "object"} if schema is None else schema
     elif kind == "json_schema":
         inner = request.get("json_schema")
         schema = inner.get("schema") if isinstance(inner, Mapping) else None

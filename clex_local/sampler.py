@@ -57,6 +57,8 @@ class SamplerOptions:
             raise SamplingError("tfs_z must be 1.0: llama.cpp has no tail-free sampling any more")
         if not self.penalize_nl:
             raise SamplingError("penalize_nl must be True: llama.cpp's penalties know no exception any more")
+        if not self.repeat_penalty > 0:
+            raise SamplingError(f"repeat_penalty must be more than 0, not {self.repeat_penalty!r}")
         if self.mirostat_mode not in (0, 1, 2):
             raise SamplingError(f"mirostat_mode must be 0, 1 or 2, not {self.mirostat_mode!r}")
 
@@ -88,8 +90,13 @@ class Sampler:
     def __init__(self, vocab: Any, options: SamplerOptions, *, seed: int, last_n: int, history: Iterable[int]) -> None:
         self._options = options
         n_vocab = llama_cpp.llama_vocab_n_tokens(vocab)
-        self._ids = np.arange(n_vocab, dtype=np.int32)
-        self._candidates = np.zeros(n_vocab, _CANDIDATE)
+        self._blank = np.zeros(n_vocab, _CANDIDATE)
+        self._blank["id"] = np.arange(n_vocab)
+        self._candidates = self._blank.copy()
+        # Plain numbers are copied several times as fast as structures.
+        self._words, self._blank_words = self._candidates.view(np.int32), self._blank.view(np.int32)
+        self._logits = self._candidates.view(np.float32).reshape(n_vocab, -1)[:, 1]
+        self._excludes = bool(options.processors or options.grammar or _takes_logarithms(options))
         stack = ExitStack()
         self._free = weakref.finalize(self, stack.close)
 
@@ -125,18 +132,20 @@ class Sampler:
         Raises:
             SamplingError: the logits are no numbers, or leave no token.
         """
-        scores = np.array(logits, np.single)
+        scores = np.array(logits, np.single) if self._options.processors else logits
         for processor in self._options.processors:
             scores = np.asarray(processor(tokens, scores))
             if scores.shape != logits.shape:
                 raise SamplingError(f"a logits processor returned the shape {scores.shape}, not {logits.shape}")
         candidates = self._candidates
-        candidates["id"], candidates["logit"], candidates["p"] = self._ids, scores, 0
+        self._words[:] = self._blank_words
+        self._logits[:] = scores
         data = candidates.ctypes.data_as(llama_cpp.llama_token_data_p)
         array = llama_cpp.llama_token_data_array(data=data, size=len(candidates), selected=-1, sorted=False)
         pointer = cast(Any, ctypes.byref(array))
         llama_cpp.llama_sampler_apply(self._constrain, pointer)
-        array.size = _leave_possible(candidates, self._options)
+        if self._excludes or not np.isfinite(scores.max()):
+            array.size = _leave_possible(candidates, self._options)
         llama_cpp.llama_sampler_apply(self._choose, pointer)
         token = int(array.data[array.selected].id)
         llama_cpp.llama_sampler_accept(self._constrain, token)
@@ -144,12 +153,13 @@ class Sampler:
         return token
 
 
-def _leave_possible(candidates: npt.NDArray[Any], options: SamplerOptions) -> int:
-    """Move the tokens that can be drawn to the beginning, and return how many there are.
+def _takes_logarithms(options: SamplerOptions) -> bool:
+    """Whether a sampler takes the logarithm of each probability, and sorts by NaN where one is 0."""
+    return options.typical_p < 1 or options.mirostat_mode == 1
 
-    llama.cpp's typical and first mirostat sampler take the logarithm of each probability, and sort by NaN where one
-    is 0.
-    """
+
+def _leave_possible(candidates: npt.NDArray[Any], options: SamplerOptions) -> int:
+    """Move the tokens that can be drawn to the beginning, and return how many there are."""
     logits = candidates["logit"]
     best = logits.max()
     if np.isnan(best):
@@ -159,8 +169,7 @@ def _leave_possible(candidates: npt.NDArray[Any], options: SamplerOptions) -> in
     if best == np.inf:  # inf - inf would be NaN
         logits[:] = np.where(logits == np.inf, 0, -np.inf)
         best = 0
-    logarithms = options.typical_p < 1 or options.mirostat_mode == 1
-    possible = np.flatnonzero(logits > (best - _LEAST if logarithms else -np.inf))
+    possible = np.flatnonzero(logits > (best - _LEAST if _takes_logarithms(options) else -np.inf))
     if len(possible) < len(candidates):
         candidates[: len(possible)] = candidates[possible]
     return len(possible)

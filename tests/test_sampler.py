@@ -265,6 +265,7 @@ def test_single_samples(llm):
     assert share == pytest.approx(softmax(row / 2)[likely].sum(), abs=0.1)
     assert llm.sample(temp=0, repeat_penalty=3.0) == penalized(row, PROMPT, 3.0).argmax()
     assert llm.sample(temp=0, idx=2) == llm.scores[2].argmax()
+    np.testing.assert_array_equal(llm.eval_logits, llm.scores[: len(PROMPT)])
     for index in (-1, len(PROMPT), 10**6):
         with pytest.raises(ClexError, match="logits"):
             llm.sample(idx=index)
@@ -276,6 +277,10 @@ def test_only_kept_logits_can_be_sampled(path):
     assert isinstance(llm.sample(idx=len(PROMPT) - 1), int)
     with pytest.raises(ClexError, match="logits_all"):
         llm.sample(idx=1)
+    (row,) = llm.eval_logits
+    assert llm.sample(temp=0) == np.argmax(row)
+    llm.reset()
+    assert not llm.eval_logits
     llm.close()
 
 
@@ -298,7 +303,7 @@ def test_tokens_sent_to_the_generator_are_continued(llm):
         ({"logits_processor": [lambda tokens, logits: logits[:-1]]}, "shape"),
         ({"logits_processor": [lambda tokens, logits: logits * np.nan]}, "NaN"),
         ({"logits_processor": [lambda tokens, logits: logits - np.inf]}, "no token is left"),
-        ({"repeat_penalty": 0.0, "logits_processor": [lambda tokens, logits: logits - np.inf]}, "NaN"),
+        ({"repeat_penalty": 0.0}, "repeat_penalty"),
     ],
 )
 def test_what_cannot_be_sampled_is_one_error(llm, options, message):
