@@ -33,6 +33,19 @@ def test_nothing_is_logged_unless_asked(model):
     assert (done.stdout, done.stderr) == ("!\n", "")
 
 
+def test_the_example_of_the_readme_prints_the_answer_and_no_log(tmp_path):
+    readme = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
+    example = next(part for part in readme.split("```python\n")[1:] if "report.txt" in part).split("```")[0]
+    make_model(tmp_path / "long.gguf", original=128)
+    (tmp_path / "report.txt").write_text("Nothing happened.")
+    done = run(f"import os; os.chdir({str(tmp_path)!r})\n{example}", PYTHONIOENCODING="utf-8:replace")
+    assert (done.returncode, done.stderr) == (0, "")
+    settings, *answer, state = done.stdout.rstrip("\n").split("\n")
+    assert "tokens at once" in settings
+    assert state.startswith("ClexState(")
+    assert "".join(answer).strip()
+
+
 def test_verbose_shows_information_but_no_debug_lines(model):
     shown = run(LOAD.format(verbose=True), model)
     assert "print_info: " in shown.stderr
