@@ -126,7 +126,7 @@ class ChatFormats(llama_cpp.Llama):
                 prompt = template.render(messages, **variables)
             except TemplateError as error:
                 raise TemplateError(f"{error}; chat_format='chatml' does without it") from error
-            if not prompt:
+            if not prompt.strip():
                 raise TemplateError(f"{template.name} makes nothing of the messages; chat_format='chatml' may")
             return llama_chat_format.ChatFormatterResponse(
                 prompt=prompt,

@@ -260,7 +260,7 @@ class Session:
             ClexError: the template refuses the conversation, or writes nothing.
         """
         text = self._template.render(messages)
-        if not text:
+        if not text.strip() and any(str(message["content"]).strip() for message in messages):
             raise TemplateError(f"{self._template.name} makes nothing of the conversation")
         if self._text and text.startswith(self._text):
             rest = self._tokenize(text[len(self._text) :], special=True)

@@ -234,6 +234,22 @@ class ChatTemplate:
         Raises:
             TemplateError: the template is not valid, refuses the conversation, or takes too much time or memory.
         """
+        try:
+            prompt = self._write(messages, variables)
+        except TemplateError:
+            texts = [_with_text(message) for message in messages]
+            if texts == list(messages):
+                raise
+            return self._write(texts, variables)
+        if _is_lost(messages, prompt):
+            # Templates of models that see take contents as lists of parts, and find no part in a text.
+            with suppress(TemplateError):
+                other = self._write([_with_parts(message) for message in messages], variables)
+                if not _is_lost(messages, other):
+                    return other
+        return prompt
+
+    def _write(self, messages: Sequence[Any], variables: Mapping[str, Any]) -> str:
         given = {"messages": messages, **variables}
         own = {"add_generation_prompt": True, **self.tokens}
         contexts = [{**own, **self.control.guard(given)}]
@@ -259,6 +275,36 @@ class ChatTemplate:
                 "time": "is not usable: it takes too much time",
             }
             raise TemplateError(f"{self.name} {message[error.kind]}") from error
+
+
+def _content(message: Any) -> Any:
+    return message.get("content") if isinstance(message, Mapping) else None
+
+
+def _with_parts(message: Any) -> Any:
+    """A message whose content is a list of parts, where it was a text."""
+    content = _content(message)
+    return {**message, "content": [{"type": "text", "text": content}]} if isinstance(content, str) else message
+
+
+def _with_text(message: Any) -> Any:
+    """A message whose content is a text, where it was a list of texts."""
+    parts = _content(message)
+    if not isinstance(parts, Sequence) or isinstance(parts, str):
+        return message
+    texts = [part.get("text") for part in parts if isinstance(part, Mapping) and part.get("type") == "text"]
+    whole = len(texts) == len(parts) and all(isinstance(text, str) for text in texts)
+    return {**message, "content": "\n".join(map(str, texts))} if whole else message
+
+
+def _is_lost(messages: Sequence[Any], prompt: str) -> bool:
+    """Whether a prompt has nothing of the first or the last message; others a template may leave out."""
+    for message in {id(message): message for message in (*messages[:1], *messages[-1:])}.values():
+        content = _content(message)
+        word = max(re.findall(r"\w+", content[:10_000]), key=len, default="") if isinstance(content, str) else ""
+        if word not in prompt and word.casefold() not in prompt.casefold():
+            return True
+    return False
 
 
 def _rendered(source: str, contexts: list[dict[str, Any]], *, foreign: bool) -> list[str]:

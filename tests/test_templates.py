@@ -221,7 +221,8 @@ REFUSING = [
         "refused the conversation: maximum recursion",
     ),
     ("", "makes nothing of the"),
-    ("{% for m in messages %}{% for p in m.content %}{{ p['text'] }}{% endfor %}{% endfor %}", "makes nothing of the"),
+    ("{% for m in messages %}{% for p in m.content %}{{ p['image'] }}{% endfor %}{% endfor %}", "makes nothing of the"),
+    ("\n{# #}\n", "makes nothing of the"),
 ]
 
 
@@ -290,6 +291,22 @@ def test_what_templates_find(with_template):
     assert template.render(messages, tools=None) == expected
     with pytest.raises(TemplateError, match="access to attribute 'append'"):
         ChatTemplate("{{ messages.append(1) }}{{ messages.append(2) }}", CONTROL, {}).render(messages)
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "{% for m in messages %}[{{ m.role }}]{% for p in m.content %}{% if p.type == 'text' %}"
+        "{{ p['text'] }}{% endif %}{% endfor %}{% endfor %}",
+        "{% for m in messages %}{{ '[' + m.role + ']' + m.content }}{% endfor %}",
+    ],
+)
+@pytest.mark.parametrize("content", ["Hi <s> there", [{"type": "text", "text": "Hi <s> there"}]])
+def test_contents_as_texts_and_as_parts(source, content):
+    messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": content}]
+    prompt = ChatTemplate(source, CONTROL, {}).render(messages)
+    assert prompt.replace(MARK, "") == "[system]Be brief.[user]Hi <s> there"
+    assert CONTROL.controls(prompt) == []
 
 
 # What they cost
