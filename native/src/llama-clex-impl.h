@@ -9,6 +9,7 @@
 
 #include <cstdint>
 #include <functional>
+#include <map>
 #include <string>
 #include <vector>
 
@@ -23,6 +24,7 @@ struct llama_model_loader;
 struct llama_ubatch;
 struct llm_graph_context;
 
+class clex_state_reader;
 class llama_batch_allocr;
 class llama_io_read_i;
 class llama_io_write_i;
@@ -102,7 +104,7 @@ struct llama_clex_cache {
         std::vector<int32_t> pos_new;
     };
 
-    // a state that is being read: its cells are removed again unless finish() was reached
+    // a state that is being read: its cells are removed and zeroed unless finish() was reached
     class state_guard {
     public:
         state_guard(llama_kv_cache & kv, llama_seq_id seq_id, std::vector<int64_t> declared);
@@ -110,7 +112,7 @@ struct llama_clex_cache {
 
         state_guard(const state_guard &) = delete;
 
-        void finish(); // throws if a cell is in a bucket that does not exist
+        void finish();
 
     private:
         llama_kv_cache & kv;
@@ -158,13 +160,24 @@ struct llama_clex_cache {
     // positions cannot be divided without leaving the length that the table was chosen for: logged
     bool refuse_div() const;
 
-    // Saved states name the model, the tables and the layout that they belong to.
-    // state_read() throws where they differ, before anything in the cache has changed.
+    // Saved states name the model, the tables and the layout that they belong to; state_read() throws where they differ.
     void        state_write(const llama_kv_cache & kv, llama_io_write_i & io, llama_seq_id seq_id) const;
     state_guard state_read (      llama_kv_cache & kv, llama_io_read_i  & io, llama_seq_id seq_id) const;
 
+    // Throws unless every word of the state is one that state_write() of the cache could have written and that fits into
+    // this cache; nothing is changed. Of any model; one without tables has llama.cpp's format.
+    // has_data: keys and values are part of it; returns their size in bytes, whether they are or not
+    static size_t state_check(const llama_kv_cache & kv, clex_state_reader & io, llama_seq_id seq_id, bool has_data);
+
+    // states whose keys and values are kept on the device: the serial number of the last one of each sequence
+    std::map<llama_seq_id, uint64_t> on_device;
+    uint64_t                         n_on_device = 0;
+
 private:
     clex_state_tag state_tag(const llama_kv_cache & kv, llama_seq_id seq_id) const;
+
+    // the part of a state that only models with tables have; throws where it does not belong here
+    clex_state_tag read_tag(const llama_kv_cache & kv, llama_io_read_i & io, llama_seq_id seq_id, std::vector<int64_t> & declared) const;
 
     // rotate the cells of inp in every layer
     static void build_rotate(const llama_kv_cache & kv, llm_graph_input_clex_rotate & inp, ggml_context * ctx, ggml_cgraph * gf);
