@@ -24,6 +24,7 @@ from llama_cpp.llama_tokenizer import LlamaTokenizer
 from clex_local.errors import ClexError
 from clex_local.grammar import GrammarError, grammar_of_response_format, grammar_of_schema
 from clex_local.sampler import RANDOM_SEED, LogitsProcessor, Sampler, SamplerOptions, SamplingError
+from clex_local.tables import ContextError
 from clex_local.vocabulary import check_tokens
 
 _GENERATE = inspect.signature(llama_cpp.Llama.generate)
@@ -196,7 +197,7 @@ class Completions(llama_cpp.Llama):
         infill = None if suffix is None else self._infill_tokens()
         tokens = self._prompt_tokens(prompt, suffix, infill)
         if len(tokens) >= self._n_ctx:
-            raise CompletionError(f"Requested tokens ({len(tokens)}) exceed context window of {self._n_ctx}")
+            raise ContextError(f"Requested tokens ({len(tokens)}) exceed context window of {self._n_ctx}")
         if logprobs is not None and not self._logits_all:
             raise CompletionError("logprobs is not supported for models created with logits_all=False")
         if self._chat_call is not None and stopping_criteria:

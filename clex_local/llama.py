@@ -52,6 +52,7 @@ from clex_local.memory import (
     trained_context,
 )
 from clex_local.prompt_cache import PromptCache
+from clex_local.saved_state import fault, seal
 from clex_local.tables import SUPPORTED_ARCHITECTURES, ContextError, named_tables
 from clex_local.turn import Turn
 from clex_local.vocabulary import Tokenizer, check_tokens
@@ -285,9 +286,6 @@ class Llama(Completions, ChatFormats):
         if self._has_tables:
             fixed = native.Policy.FIXED if policy == "fixed" else native.Policy.BY_LENGTH
             native.set_policy(self.ctx, fixed, clamp)
-            if not clamp:
-                # The context is padded to a multiple of 256; the base class ends a completion by this.
-                self._n_ctx = min(self._n_ctx, native.max_context(self.model))
         elif 0 < trained < n_ctx and not kwargs.get("vocab_only") and not rope_arguments(kwargs):
             advice = f"pass n_ctx={trained}, or add tables: `clex-convert MODEL OUT.gguf --method ntk`"
             if architecture not in SUPPORTED_ARCHITECTURES:
@@ -367,6 +365,12 @@ class Llama(Completions, ChatFormats):
         # Python calls it even where the constructor was never reached.
         if stack := self.__dict__.get("_stack"):
             stack.close()
+
+    def n_ctx(self) -> int:
+        """Tokens that the context holds."""
+        # llama.cpp rounds up to a multiple of 256, the buffers of the bindings have the size that was asked for: what
+        # lies between would be computed and lost.
+        return min(super().n_ctx(), self.context_params.n_ctx)
 
     def tokenizer(self) -> LlamaTokenizer:
         """The model's own tokenizer."""
@@ -513,7 +517,9 @@ class Llama(Completions, ChatFormats):
     @property
     def draft_model(self) -> LlamaDraftModel | None:
         """Guesses the next tokens; with tables, only as many as leave the sequence in the table of its own length."""
-        return None if self._draft is None else _ClippedDraft(self._draft, self)
+        if self._draft is None or self.n_tokens >= self._n_ctx:  # the bindings write guesses behind the context
+            return None
+        return _ClippedDraft(self._draft, self)
 
     @draft_model.setter
     def draft_model(self, model: LlamaDraftModel | None) -> None:
@@ -536,6 +542,7 @@ class Llama(Completions, ChatFormats):
         """As llama-cpp-python's; for ``load_state`` of the same file and the same kind of cache."""
         state = super().save_state()
         state.clex_computed = self._computed[: self.n_tokens].copy()  # pyright: ignore[reportAttributeAccessIssue]
+        seal(state, scores=self._logits_all)
         return state
 
     @_in_turn
@@ -543,9 +550,14 @@ class Llama(Completions, ChatFormats):
         """Take back a state; one that is refused leaves what was there.
 
         Raises:
-            StateError: the state is of another model, of other tables, of another type of cache, or damaged; a damaged
-                one may leave an empty cache.
+            ContextError: the state has more tokens than the context holds.
+            StateError: the state is of another model, of other tables, of another type of cache, or damaged. Of models
+                that keep more than a KV cache (recurrent ones) a damaged one may leave an empty cache.
         """
+        if state.n_tokens > self._n_ctx:
+            raise _too_long(state.n_tokens, self._n_ctx)
+        if wrong := fault(state, self._n_vocab):
+            raise StateError(f"{self.model_path}: cannot load the saved state: {wrong}")
         data = (ctypes.c_uint8 * state.llama_state_size).from_buffer_copy(state.llama_state)
         with kept_until_return(), logged(ERROR, forward=self.verbose) as errors:
             size = llama_cpp.llama_state_set_data(self.ctx, data, state.llama_state_size)

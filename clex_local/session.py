@@ -123,8 +123,7 @@ class Session:
     @property
     def capacity(self) -> int:
         """Tokens the context holds."""
-        # llama.cpp rounds the context up, the bindings' buffers keep the number that was asked for.
-        return min(self.llm.n_ctx(), len(self.llm.input_ids))
+        return self.llm.n_ctx()
 
     @property
     def used(self) -> int:

@@ -59,8 +59,8 @@ class NewerVersionError(TablesError):
     """Tables of a version that only a newer clex-local reads."""
 
 
-class ContextError(ClexError):
-    """More tokens than the last table covers."""
+class ContextError(ClexError, ValueError):
+    """More tokens than the last table covers, or the context holds; a ValueError too, as llama-cpp-python raises."""
 
 
 @dataclass(frozen=True, eq=False)
