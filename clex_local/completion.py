@@ -196,6 +196,7 @@ class Completions(llama_cpp.Llama):
             options["grammar"] = call.tool
         infill = None if suffix is None else self._infill_tokens()
         tokens = self._prompt_tokens(prompt, suffix, infill)
+        check_tokens(tokens, self._n_vocab, self.model_path)
         if len(tokens) >= self._n_ctx:
             raise ContextError(f"Requested tokens ({len(tokens)}) exceed context window of {self._n_ctx}")
         if logprobs is not None and not self._logits_all:
