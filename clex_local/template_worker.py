@@ -30,7 +30,9 @@ FRAME = struct.Struct("<Q")
 
 
 class Unusable(Exception):
-    """``kind`` is ``invalid`` (the template cannot be compiled), ``refused`` (it raised), ``memory`` or ``long``."""
+    """``kind`` is ``invalid`` (the template cannot be compiled), ``refused`` (it raised), ``memory``, ``long``
+    or ``text`` (what it wrote is not Unicode).
+    """
 
     def __init__(self, kind: str, reason: str = ""):
         super().__init__(reason)
@@ -179,7 +181,7 @@ def main() -> None:
         except MemoryError:  # while the request was read
             answer = {"kind": "memory", "reason": ""}
         except UnicodeEncodeError:
-            answer = {"kind": "refused", "reason": "the conversation is not valid UTF-8 text"}
+            answer = {"kind": "text", "reason": ""}
         limit(0, 2**62)
         for part in (json.dumps(answer).encode(), *texts):
             write_frame(replies, part)

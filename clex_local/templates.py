@@ -56,6 +56,10 @@ class TemplateError(ClexError, ValueError):
     """
 
 
+class TextError(ClexError, ValueError):
+    """Contents of a message that are not Unicode; a ValueError too, as Python raises."""
+
+
 class ControlTokens:
     """The control tokens of a vocabulary, and the texts of conversations without them.
 
@@ -233,6 +237,7 @@ class ChatTemplate:
 
         Raises:
             TemplateError: the template is not valid, refuses the conversation, or takes too much time or memory.
+            TextError: contents are not Unicode.
         """
         try:
             prompt = self._write(messages, variables)
@@ -267,6 +272,8 @@ class ChatTemplate:
         try:
             return _rendered(self.source, contexts, foreign=self.foreign)
         except template_worker.Unusable as error:
+            if error.kind == "text":
+                raise TextError("the message is not valid UTF-8 text") from error
             message = {
                 "invalid": f"is not valid: {error.reason}",
                 "refused": f"refused the conversation: {error.reason}",
