@@ -12,35 +12,14 @@ from typing import Any
 from clex_convert.errors import ConvertError, one_line
 from clex_convert.gguf_parts import first_parts
 from clex_convert.lora import Adapter, Merge
+from clex_convert.model_config import ModelConfig, read_model_config
 from clex_convert.model_files import read_config, read_headers, read_tensor
+from clex_convert.model_tensors import check_tensors
 from clex_convert.scaling import Scaling, kind_of, read_scaling
 from clex_convert.weights import OdeSettings, OdeWeights, find_names, settings_from
-from clex_local.tables import SUPPORTED_ARCHITECTURES, Tables
+from clex_local.tables import Tables
 
 CLEX_LAYER = ".clex_layer."
-# What llama.cpp's conversion and the tables cannot do without.
-_NEEDED = ("hidden_size", "num_attention_heads", "num_hidden_layers", "vocab_size", "max_position_embeddings")
-# Keys of the rotary embedding, by the names that some architectures have for them.
-_RENAMED = {"rotary_emb_base": "rope_theta", "rotary_pct": "partial_rotary_factor", "rope_pct": "partial_rotary_factor"}
-# What transformers takes for a key that a config leaves out, where configs do leave it out.
-_DEFAULTS: dict[str, dict[str, Any]] = {
-    "FalconForCausalLM": {"max_position_embeddings": 2048, "rope_theta": 10000.0, "tie_word_embeddings": True},
-    "GPTNeoXForCausalLM": {"rope_theta": 10000, "partial_rotary_factor": 0.25},
-    "Phi3ForCausalLM": {"original_max_position_embeddings": 4096},
-    "PhiForCausalLM": {"partial_rotary_factor": 0.5},
-    "StableLmForCausalLM": {"partial_rotary_factor": 0.25},
-}
-
-# The embedding and the output matrix, which are one tensor where the config ties them.
-_EMBEDDING = {
-    "GPTNeoXForCausalLM": "gpt_neox.embed_in.weight",
-    "FalconForCausalLM": "transformer.word_embeddings.weight",
-}
-_OUTPUT = {"GPTNeoXForCausalLM": "embed_out.weight"}
-# The runtime takes the embedding for an output matrix that is not there, but not for these.
-_OUTPUT_NEEDED = {
-    *("GPTNeoXForCausalLM", "Olmo2ForCausalLM", "PhiForCausalLM", "Qwen2MoeForCausalLM", "StableLmForCausalLM"),
-}
 
 
 @dataclass(frozen=True)
@@ -92,31 +71,16 @@ class Checkpoint:
         """
         self.path = folder
         self.adapter = adapter
-        self.config = self._read_config()
-        if adapter is not None:
-            said = adapter.rope_config
-            if "rope_scaling" in said or "rope_parameters" in said:
-                self._replace_scaling({})  # which the base model may have by the other name
-            self.config.update(said)
-        if rope_scaling is not None:
-            self._replace_scaling(rope_scaling)
-        architectures = self.config.get("architectures")
-        if not isinstance(architectures, list) or not architectures or not isinstance(architectures[0], str):
-            raise self._missing("architectures")
-        self.architecture: str = architectures[0]
-        for old, new in _RENAMED.items():
-            if old in self.config:
-                self.config.setdefault(new, self.config[old])
-        for key, value in _DEFAULTS.get(self.architecture, {}).items():
-            self.config.setdefault(key, value)
+        self.model = self._read_model(rope_scaling)
+        self.architecture = self.model.architecture
         self.rope = self._read_rope()
-        self._check_architecture()
         self.parts = self._find_parts()
         # Name of every tensor: its file, its type, its shape.
         self.tensors: dict[str, tuple[Path, str, tuple[int, ...]]] = {}
         for part in self.parts:
             self.tensors.update({name: (part, *header) for name, header in read_headers(part).items()})
         self._check_index()
+        self._check_tensors()
         self.merges: dict[str, Merge] = {}
         if adapter is not None:
             self.rope.facts["lora"] = adapter.facts
@@ -124,89 +88,51 @@ class Checkpoint:
 
     # config.json
 
-    def _read_config(self) -> dict[str, Any]:
+    def _read_model(self, rope_scaling: Mapping[str, Any] | None) -> ModelConfig:
         path = self.path / "config.json"
         if not path.is_file():
             models = [model.name for model in first_parts(self.path)]
             hint = f"; convert {self.path / models[0]} in it" if len(models) == 1 else ""
             raise ConvertError(f"{self.path}: not a model folder, it has no config.json{hint}")
-        return read_config(path)
-
-    def _replace_scaling(self, scaling: Mapping[str, Any]) -> None:
-        said = self.config.pop("rope_parameters", None)
-        if isinstance(said, dict):
-            for key in ("rope_theta", "partial_rotary_factor"):
-                if key in said:
-                    self.config[key] = said[key]
-        self.config["rope_scaling"] = dict(scaling)
-
-    def _missing(self, key: str) -> ConvertError:
-        return ConvertError(f"{self.path / 'config.json'}: the key {key} is missing or unusable; add it")
-
-    def _integer(self, key: str) -> int:
-        value = self.config.get(key)
-        if isinstance(value, bool) or not isinstance(value, int) or value <= 0:
-            raise self._missing(key)
-        return value
+        changes = [] if self.adapter is None else [self.adapter.rope_config]
+        return read_model_config(read_config(path), str(path), *changes, scaling=rope_scaling)
 
     def _read_rope(self) -> Rope:
-        config = self.config
-        for key in _NEEDED:
-            self._integer(key)
-        # Newer releases of transformers write rope_parameters, with rope_theta inside.
-        name = "rope_parameters" if isinstance(config.get("rope_parameters"), dict) else "rope_scaling"
-        scaling = config.get(name) or {}
-        if not isinstance(scaling, dict):
-            raise self._missing(name)
-        base = scaling.get("rope_theta", config.get("rope_theta"))
-        if isinstance(base, bool) or not isinstance(base, (int, float)) or not base > 1:
-            raise self._missing("rope_theta")
-        head_dim = config.get("head_dim")
-        if head_dim is None:
-            head_dim = self._integer("hidden_size") // self._integer("num_attention_heads")
-        elif isinstance(head_dim, bool) or not isinstance(head_dim, int) or head_dim <= 0:
-            raise self._missing("head_dim")
-        partial = scaling.get("partial_rotary_factor", config.get("partial_rotary_factor", 1.0))
-        if isinstance(partial, bool) or not isinstance(partial, (int, float)) or not 0 < partial <= 1:
-            raise self._missing("partial_rotary_factor")
-        facts: dict[str, Any] = {"architecture": self.architecture, "rope_theta": base}
-        dim, context, where = int(partial * head_dim), config["max_position_embeddings"], self.path / "config.json"
+        model, values, scaling = self.model, self.model.values, self.model.scaling
+        where, context, dim = f"{model.path}: {model.scaling_key}", values["max_position_embeddings"], model.rotary_dim
+        facts: dict[str, Any] = {"architecture": model.architecture, "rope_theta": values["rope_theta"]}
         settings, own = OdeSettings(), Scaling()
-        if scaling.get("rope_type", scaling.get("type")) == "clex":
-            settings = settings_from({**scaling, "log_scale": config.get("log_scale")}, f"{where}: {name}")
+        clex = kind_of(scaling) == "clex"
+        if clex:
+            settings = settings_from({**scaling, "log_scale": values.get("log_scale")}, where)
         else:
-            own = self._own_scaling(scaling, f"{where}: {name}", context, dim)
-        if scaling.get("rope_type", scaling.get("type")) == "clex" or own.kind != "default":
-            facts["rope_scaling"] = {key: value for key, value in scaling.items() if key != "rope_theta"}
+            own = self._own_scaling(scaling, where, context, dim)
+        if clex or own.kind != "default":
+            facts["rope_scaling"] = dict(scaling)
         facts["max_position_embeddings"] = context
-        return Rope(dim, head_dim, float(base), context, settings, facts, own)
+        return Rope(dim, values["head_dim"], float(values["rope_theta"]), context, settings, facts, own)
 
-    def _own_scaling(self, values: dict[str, Any], where: str, context: int, dim: int) -> Scaling:
-        original = 0
-        if self.architecture == "Phi3ForCausalLM":
-            original = self._integer("original_max_position_embeddings")
+    def _own_scaling(self, said: Mapping[str, Any], where: str, context: int, dim: int) -> Scaling:
+        kind, key = kind_of(said), "original_max_position_embeddings"
+        if self.architecture == "Phi3ForCausalLM" and "short_factor" in said and kind == "yarn":
             # Its first releases say yarn or su where transformers takes the factors as those of LongRoPE.
-            if "short_factor" in values and kind_of(values) == "yarn":
-                values = {**values, "rope_type": "longrope"}
-        elif kind_of(values) == "longrope" and "original_max_position_embeddings" in self.config:
-            original = self._integer("original_max_position_embeddings")
-        return read_scaling(values, where, context=context, dim=dim, longrope_original=original)
-
-    def _check_architecture(self) -> None:
-        classes = [name for names in SUPPORTED_ARCHITECTURES.values() for name in names]
-        if self.architecture not in classes:
-            raise ConvertError(
-                f"{self.path}: the architecture {self.architecture} is not supported; supported: {', '.join(classes)}"
-            )
-        if self.config.get("alibi"):
-            raise ConvertError(
-                f"{self.path}: the model has ALiBi in place of a rotary embedding; tables need the latter"
-            )
+            said, kind = {**said, "rope_type": "longrope"}, "longrope"
+        outside = self.model.values.get(key)
+        if outside is None or kind not in ("longrope", "yarn", "llama3"):
+            return read_scaling(said, where, context=context, dim=dim)
+        if isinstance(outside, bool) or not isinstance(outside, int) or outside <= 0:
+            raise ConvertError(f"{self.model.path}: the key {key} is missing or unusable; add it")
+        if kind == "longrope":
+            return read_scaling(said, where, context=context, dim=dim, longrope_original=outside)
+        # Here release 5 prefers the one outside, and release 4 does not read it.
+        if said.get(key) not in (None, outside):
+            raise ConvertError(f"{where}: {key} is {said[key]!r} here and {outside} beside it; leave the wrong one out")
+        return read_scaling({**said, key: outside}, where, context=context, dim=dim)
 
     @property
     def gguf_architecture(self) -> str:
         """Name of the model's architecture in GGUF."""
-        return next(name for name, classes in SUPPORTED_ARCHITECTURES.items() if self.architecture in classes)
+        return self.model.gguf_architecture
 
     # weights
 
@@ -246,10 +172,11 @@ class Checkpoint:
     @property
     def tied(self) -> tuple[str, str] | None:
         """Names of the embedding and of the output matrix, where the config says that they are one tensor."""
-        embedding = _EMBEDDING.get(self.architecture, "model.embed_tokens.weight")
-        if not self.config.get("tie_word_embeddings") or embedding not in self.tensors:
+        known = self.model.model_class
+        embedding = known.tensors.split()[0]
+        if not self.model.values["tie_word_embeddings"] or embedding not in self.tensors:
             return None
-        return embedding, _OUTPUT.get(self.architecture, "lm_head.weight")
+        return embedding, known.output
 
     @property
     def needs_output(self) -> bool:
@@ -257,7 +184,26 @@ class Checkpoint:
         if self.tied is None:
             return False
         embedding, output = (self.merges.get(name) for name in self.tied)
-        return embedding is not output or self.architecture in _OUTPUT_NEEDED
+        return embedding is not output or self.model.model_class.output_needed
+
+    def _check_tensors(self) -> None:
+        ignored = {name for name in self.tensors if CLEX_LAYER in name}
+        if self.tied is not None:
+            embedding, output = self.tied
+            ignored.add(output)
+            if output in self.tensors and not self._same(embedding, output):
+                raise ConvertError(
+                    f"{self.path}: config.json ties {output} to {embedding}, but the weights hold both, and they differ: "
+                    "transformers 4 takes the latter for both, transformers 5 does not; correct tie_word_embeddings"
+                )
+        check_tensors(self.model, {name: header[2] for name, header in self.tensors.items()}, ignored)
+
+    def _same(self, left: str, right: str) -> bool:
+        """Whether two tensors of the model are equal."""
+        if self.tensors[left][1:] != self.tensors[right][1:]:
+            return False
+        a, b = (read_tensor(self.tensors[name][0], name) for name in (left, right))
+        return bool((a == b).all())
 
     def ode_weights(self) -> OdeWeights | None:
         """The matrices of the CLEX layer, an adapter's before the folder's; None if neither has one.

@@ -30,9 +30,6 @@ from clex_convert.model_files import read_tensor
 
 PRECISIONS = {"f32": "ALL_F32", "f16": "MOSTLY_F16", "bf16": "MOSTLY_BF16"}
 
-# The scripts write four times the width for these architectures, which only the released sizes have.
-_FEED_FORWARD = {"PhiForCausalLM": "intermediate_size", "FalconForCausalLM": "ffn_hidden_size"}
-
 _lock = threading.Lock()
 _loaded: dict[str, ModuleType] = {}
 
@@ -204,17 +201,20 @@ def _model_class(
 
         def set_gguf_parameters(self) -> None:
             super().set_gguf_parameters()
-            # The scripts leave the base out for some architectures, and write a fixed context or width for others.
+            # The scripts leave the base out for some architectures, and write a fixed context, width or number of heads
+            # for others.
+            values, rope = checkpoint.model.values, checkpoint.rope
+            width = values.get("ffn_hidden_size", values.get("intermediate_size"))
             replaced = {
                 keys.LLM.CONTEXT_LENGTH: np.uint32(contents.context_length),
-                keys.Rope.FREQ_BASE: np.float32(checkpoint.rope.base),
+                keys.LLM.FEED_FORWARD_LENGTH: np.uint32(width),
+                keys.Rope.FREQ_BASE: np.float32(rope.base),
             }
-            width = self.hparams.get(_FEED_FORWARD.get(checkpoint.architecture))
-            if width is not None:
-                replaced[keys.LLM.FEED_FORWARD_LENGTH] = np.uint32(width)
             # The scripts multiply and round in another order than transformers.
             if keys.Rope.DIMENSION_COUNT.format(arch=self.gguf_writer.arch) in self.gguf_writer.kv_data[0]:
-                replaced[keys.Rope.DIMENSION_COUNT] = np.uint32(checkpoint.rope.dim)
+                replaced[keys.Rope.DIMENSION_COUNT] = np.uint32(rope.dim)
+            if "num_key_value_heads" in checkpoint.model.model_class.defaults:
+                replaced[keys.Attention.HEAD_COUNT_KV] = np.uint32(values["num_key_value_heads"])
             for key, value in replaced.items():
                 name = key.format(arch=self.gguf_writer.arch)
                 self.gguf_writer.remove_key(name)
@@ -248,23 +248,6 @@ def _add_key(writer: Any, key: str, value: Any) -> None:
         writer.add_float32(key, float(value))
     else:
         writer.add_uint32(key, int(value))
-
-
-def _hparams(conversion: ModuleType, checkpoint: Checkpoint, context: int) -> dict[str, Any]:
-    """The config as the scripts read it, with the plain RoPE of the first bucket."""
-    hparams = conversion.ModelBase.load_hparams(checkpoint.path, is_mistral_format=False)
-    for key in ("rope_scaling", "rope_parameters"):
-        hparams.pop(key, None)
-    # transformers knows nothing of a base inside rope_parameters before its release 5, and would put its default.
-    hparams["rope_theta"] = checkpoint.rope.base
-    # Since release 5 it keeps them inside rope_parameters; the scripts want one or the other name.
-    hparams["partial_rotary_factor"] = hparams["rotary_pct"] = checkpoint.rope.dim / checkpoint.rope.head_dim
-    hparams["max_position_embeddings"] = context
-    if hparams.get("multi_query") and not hparams.get("new_decoder_architecture"):
-        hparams["num_kv_heads"] = 1  # transformers' Falcon ignores the number in this case, the scripts do not
-    if "original_max_position_embeddings" in hparams:
-        hparams["original_max_position_embeddings"] = context
-    return hparams
 
 
 def write_checkpoint(
@@ -304,7 +287,7 @@ def write_checkpoint(
                 checkpoint.path,
                 gguf.LlamaFileType[PRECISIONS[precision]],
                 target.with_name("unused.gguf"),  # they would take braces in a name for fields to fill in
-                hparams=_hparams(conversion, checkpoint, contents.context_length),
+                hparams=checkpoint.model.for_scripts(contents.context_length),
             )
             model.prepare_tensors()
             with named_card(checkpoint.path) as card:
