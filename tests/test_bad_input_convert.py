@@ -116,12 +116,17 @@ def test_a_config_that_is_no_config(capfd: Any, tmp_path: Path, out: Path, text:
         "num_attention_heads",
         "num_hidden_layers",
         "vocab_size",
-        "max_position_embeddings",
-        "rope_theta",
     ],
 )
 @pytest.mark.parametrize("value", [None, "many", -5])
 def test_a_config_without_a_needed_key(capfd: Any, tmp_path: Path, out: Path, key: str, value: Any) -> None:
+    line = refused(capfd, folder(tmp_path, **{key: value}), out)
+    assert f"config.json: the key {key} is missing or unusable" in line
+
+
+@pytest.mark.parametrize("key", ["max_position_embeddings", "rope_theta", "head_dim", "num_key_value_heads"])
+@pytest.mark.parametrize("value", ["many", -5, 0, True])
+def test_a_config_with_an_unusable_value(capfd: Any, tmp_path: Path, out: Path, key: str, value: Any) -> None:
     line = refused(capfd, folder(tmp_path, **{key: value}), out)
     assert f"config.json: the key {key} is missing or unusable" in line
 
@@ -152,7 +157,9 @@ def test_an_unsupported_folder(capfd: Any, tmp_path: Path, out: Path) -> None:
 
 
 def test_a_folder_without_a_rotary_embedding(capfd: Any, tmp_path: Path, out: Path) -> None:
-    assert "ALiBi" in refused(capfd, folder(tmp_path, architectures=["FalconForCausalLM"], alibi=True), out)
+    assert "ALiBi" in refused(
+        capfd, folder(tmp_path, architectures=["FalconForCausalLM"], model_type="falcon", alibi=True), out
+    )
 
 
 def test_an_unsupported_gguf(capfd: Any, tmp_path: Path, out: Path) -> None:
@@ -293,21 +300,29 @@ def test_a_missing_shard(capfd: Any, tmp_path: Path, out: Path) -> None:
     assert "index.json: cannot be read" in refused(capfd, path, out)
 
 
-def test_a_folder_that_llama_cpp_cannot_read(capfd: Any, tmp_path: Path, out: Path) -> None:
-    tensors = {**load_file(LLAMA / "model.safetensors"), "model.layers.0.odd.weight": torch.zeros(2, 2)}
-    path = folder(tmp_path, tensors=tensors)
-    line = refused(capfd, path, out, "--outtype", "f32")
-    assert "llama.cpp's conversion cannot read it (ValueError: Can not map tensor" in line
-    save_file(load_file(LLAMA / "model.safetensors"), path / "model.safetensors")
-    (path / "tokenizer.model").write_bytes(b"nonsense")
-    assert "llama.cpp's conversion cannot read it" in refused(capfd, path, out, "--outtype", "f32")
+@pytest.mark.parametrize("kept", ["tokenizer.model", None])
+def test_a_tokenizer_that_llama_cpp_cannot_read(capfd: Any, tmp_path: Path, out: Path, kept: str | None) -> None:
+    path = folder(tmp_path)
+    (path / "tokenizer.model").unlink()
+    if kept is None:
+        assert f"{path}: holds no tokenizer (tokenizer.json or tokenizer.model)" in refused(capfd, path, out)
+    else:
+        (path / kept).write_bytes(b"nonsense")
+        line = refused(capfd, path, out, "--outtype", "f32")
+        assert f"{path}: llama.cpp's conversion of LlamaForCausalLM cannot read the tokenizer (" in line
 
 
-def test_tables_that_the_result_cannot_use(capfd: Any, tmp_path: Path, out: Path) -> None:
-    # llama.cpp's conversion knows no partial rotation for this architecture, so the rows would be too short.
-    tensors = {**load_file(LLAMA / "model.safetensors"), UP: torch.zeros(8, 16), DOWN: torch.zeros(16, 8)}
-    path = folder(tmp_path, tensors=tensors, partial_rotary_factor=0.5)
-    assert "clex.inv_freq" in refused(capfd, path, out, "--outtype", "f32")
+def test_a_tokenizer_of_another_model(capfd: Any, tmp_path: Path, out: Path) -> None:
+    """An assertion of llama.cpp's scripts, whose text is empty."""
+    path = folder(tmp_path)
+    (path / "tokenizer.model").unlink()
+    shutil.copy(DATA / "phi2" / "tokenizer.json", path)
+    config = json.loads((path / "tokenizer.json").read_text())
+    config["model"]["vocab"]["surplus"] = 600
+    (path / "tokenizer.json").write_text(json.dumps(config))
+    line = refused(capfd, path, out, "--pre-tokenizer", "gpt-2")
+    assert "cannot read the tokenizer (AssertionError: base.py, line" in line
+    assert "those of another model" in line
 
 
 def test_weights_beyond_f16(capfd: Any, tmp_path: Path, out: Path) -> None:

@@ -249,7 +249,8 @@ def test_configs_are_read_in_every_spelling(tmp_path, golden_dir):
     folder = tmp_path / "llama"
     shutil.copytree(golden_dir("llama"), folder)
     newer = {**LLAMA3, "rope_theta": 5e5}
-    scaling = own_scaling(folder, rope_scaling=None, rope_parameters=newer, max_position_embeddings=LONG)
+    changes = dict(rope_scaling=None, rope_theta=None, max_position_embeddings=LONG)
+    scaling = own_scaling(folder, **changes, rope_parameters=newer)
     assert (scaling.kind, scaling.factor, scaling.original) == ("llama3", 8, LENGTH)
     assert Checkpoint(folder).rope.base == 5e5
     # A length outside of the mapping is that of LongRoPE alone.

@@ -96,9 +96,22 @@ def test_tied_embeddings_are_the_output(golden_dir, golden_npz, tmp_path: Path, 
     assert_growing(model, path, golden_npz("llama")["ids"], 62, 66, tolerance(name))
 
 
-def test_an_output_that_transformers_does_not_look_at_is_left_out(folder: Path) -> None:
+@pytest.mark.parametrize("layout", ["safetensors", "bin"])
+def test_an_output_beside_the_embedding_that_it_is_tied_to(folder: Path, layout: str) -> None:
+    """The same matrix twice is written once; of two different ones transformers 4 takes one, transformers 5 both."""
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, "tie_word_embeddings": True}))
+    weights = load_file(folder / "model.safetensors")
+    if layout == "bin":
+        (folder / "model.safetensors").unlink()
+        torch.save(weights, folder / "pytorch_model.bin")
+    with pytest.raises(clex_convert.ConvertError, match=r"ties lm_head\.weight .* they differ: transformers 4"):
+        converted(folder)
+    weights["lm_head.weight"] = weights["model.embed_tokens.weight"].clone()
+    if layout == "bin":
+        torch.save(weights, folder / "pytorch_model.bin")
+    else:
+        save_file(weights, folder / "model.safetensors")
     assert "output.weight" not in tensors(converted(folder))
 
 

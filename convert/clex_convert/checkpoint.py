@@ -193,8 +193,9 @@ class Checkpoint:
             ignored.add(output)
             if output in self.tensors and not self._same(embedding, output):
                 raise ConvertError(
-                    f"{self.path}: config.json ties {output} to {embedding}, but the weights hold both, and they differ: "
-                    "transformers 4 takes the latter for both, transformers 5 does not; correct tie_word_embeddings"
+                    f"{self.path}: config.json ties {output} to {embedding}, but the weights hold both, and they "
+                    "differ: transformers 4 takes the latter for both, transformers 5 does not; correct "
+                    "tie_word_embeddings"
                 )
         check_tensors(self.model, {name: header[2] for name, header in self.tensors.items()}, ignored)
 

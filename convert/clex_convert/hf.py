@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import itertools
 import logging
 import os
 import sys
 import threading
+import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
@@ -151,8 +153,18 @@ def _model_class(
                 return None
             return super().filter_tensors((name, merged(name)))
 
+        # The scripts return StableLM's stacked norms of heads out of a generator, where they are lost.
+        def _stack_qk_norm(self, *arguments: Any) -> Iterator[tuple[str, Any]]:
+            self._stacked += super()._stack_qk_norm(*arguments)
+            return iter(())
+
+        # They would make a classifier, without the output matrix, of what is named as one.
+        def _is_qwen3_reranker(self) -> bool:
+            return False
+
         def modify_tensors(self, data_torch: Any, name: str, bid: int | None) -> Iterator[tuple[str, Any]]:
-            for new_name, tensor in super().modify_tensors(data_torch, name, bid):
+            self._stacked: list[tuple[str, Any]] = []
+            for new_name, tensor in itertools.chain(super().modify_tensors(data_torch, name, bid), self._stacked):
                 if isinstance(tensor, gguf.LazyBase) and len(tensor.shape) > 1:
                     tensor = gguf.LazyChunkedTensor(pieces.pieces(tensor), tensor.shape, np.float32)
                 yield new_name, tensor
@@ -172,7 +184,8 @@ def _model_class(
                 raise FileNotFoundError("the vocabulary is a byte-level BPE")  # what the scripts go on from
 
         def set_vocab(self) -> None:
-            super().set_vocab()
+            with _step(checkpoint, "the tokenizer"):
+                super().set_vocab()
             templates = _chat_templates(checkpoint.path)
             if templates is not None:
                 for key in [key for key in self.gguf_writer.kv_data[0] if key.startswith("tokenizer.chat_template")]:
@@ -280,32 +293,59 @@ def write_checkpoint(
 
     Source: ``ModelBase.write`` of llama.cpp's conversion/base.py.
     """
-    with conversion_scripts() as (conversion, gguf), _quiet(verbose), offline():
-        model = None
-        try:
+    with conversion_scripts() as (conversion, gguf), _quiet(verbose), offline(), contextlib.ExitStack() as stack:
+        with _step(checkpoint, "the config"):
             model = _model_class(conversion, gguf, checkpoint, contents, pre_tokenizer)(
                 checkpoint.path,
                 gguf.LlamaFileType[PRECISIONS[precision]],
                 target.with_name("unused.gguf"),  # they would take braces in a name for fields to fill in
                 hparams=checkpoint.model.for_scripts(contents.context_length),
             )
+        stack.callback(_close, model.gguf_writer)
+        with _step(checkpoint, "the weights"):
             model.prepare_tensors()
-            with named_card(checkpoint.path) as card:
-                model.dir_model_card = card
-                model.prepare_metadata(vocab_only=False)
+        with _step(checkpoint, "the description"), named_card(checkpoint.path) as card:
+            model.dir_model_card = card
+            model.prepare_metadata(vocab_only=False)
+        with _step(checkpoint, "the weights"):
             _write(model.gguf_writer, target, shown, progress, planned)
-        except ConvertError:
-            raise
-        except FloatingPointError:
-            raise ConvertError(f"{checkpoint.path}: some weights are too large for f16; use --outtype bf16") from None
-        except Exception as error:
-            # The scripts raise whatever meets an odd file: KeyError, AssertionError, ValueError ...
-            reason = f"{type(error).__name__}: {one_line(error)}"
-            raise ConvertError(f"{checkpoint.path}: llama.cpp's conversion cannot read it ({reason})") from None
-        finally:
-            if model is not None:
-                with contextlib.suppress(OSError):
-                    model.gguf_writer.close()
+
+
+@contextlib.contextmanager
+def _step(checkpoint: Checkpoint, part: str) -> Iterator[None]:
+    """Words what llama.cpp's scripts raise while they read a part of the model."""
+    try:
+        yield
+    except ConvertError:
+        raise
+    except FloatingPointError:
+        raise ConvertError(f"{checkpoint.path}: some weights are too large for f16; use --outtype bf16") from None
+    except Exception as error:
+        # Whatever meets an odd file: KeyError, AssertionError, ValueError ...
+        name, folder = type(error).__name__, checkpoint.path
+        if part == "the tokenizer" and not _has_tokenizer(folder):
+            raise ConvertError(
+                f"{folder}: holds no tokenizer (tokenizer.json or tokenizer.model); copy the one that the model was "
+                "trained with into the folder"
+            ) from None
+        said = one_line(error)
+        if not said:  # an assertion says no more than where it is
+            frame = traceback.extract_tb(error.__traceback__)[-1]
+            said = f"{Path(frame.filename).name}, line {frame.lineno}: {one_line(frame.line)}"
+        hint = "; its files are damaged or those of another model" if part == "the tokenizer" else ""
+        raise ConvertError(
+            f"{folder}: llama.cpp's conversion of {checkpoint.architecture} cannot read {part} ({name}: {said}){hint}"
+        ) from None
+
+
+def _has_tokenizer(folder: Path) -> bool:
+    names = ("tokenizer.json", "tokenizer.model", "vocab.json", "tekken.json")
+    return any((folder / name).is_file() for name in names) or any(folder.glob("*.tiktoken"))
+
+
+def _close(writer: Any) -> None:
+    with contextlib.suppress(OSError):
+        writer.close()
 
 
 def _write(
