@@ -21,6 +21,7 @@ from clex_convert.model_classes import MODEL_CLASSES
 from clex_convert.model_config import ModelConfig, read_model_config
 from clex_convert.model_tensors import check_tensors, expected_tensors
 from clex_convert.scaling import Scaling
+from gguf_maker import MODEL, gguf_bytes
 from low_level import Context, Model
 from safetensors.torch import load_file, save_file
 from test_architectures import EXPERTS, MODELS, tolerance
@@ -44,7 +45,10 @@ VARIANTS = {
 }
 # One model of each class, for what all have in common.
 ONE_EACH = {kind: {**MODELS, **VARIANTS}[kind] for kind in (*{kind_of(name): 0 for name in MODELS}, "Mixtral")}
-INSIDE = ("rope_theta", "partial_rotary_factor", "rope_scaling", "rotary_pct", "rotary_emb_base")
+INSIDE = (
+    *("rope_theta", "partial_rotary_factor", "rope_scaling", "rope_parameters"),
+    *("rotary_pct", "rotary_emb_base"),
+)
 
 Change = Callable[..., Path]
 
@@ -142,9 +146,9 @@ def test_rope_parameters_say_all_of_the_rotary_embedding(made, ids, changed, nam
     """As transformers 5 saves it: base and rotated part inside, and nowhere else."""
     model, folder = made(name)
     config = json.loads((folder / "config.json").read_text())
-    inside = {"rope_type": "default", "rope_theta": config["rope_theta"]}
-    if "partial_rotary_factor" in config:
-        inside["partial_rotary_factor"] = config["partial_rotary_factor"]
+    said = {**config, **(config.get("rope_parameters") or {})}
+    inside = {key: said[key] for key in ("rope_theta", "partial_rotary_factor") if key in said}
+    inside["rope_type"] = "default"
     assert_same(name, model, changed(name, without=INSIDE, rope_parameters=inside), ids, bake=bake)
 
 
@@ -152,7 +156,7 @@ def test_rope_parameters_say_all_of_the_rotary_embedding(made, ids, changed, nam
 def test_a_base_that_is_not_said_is_the_class_default(made, ids, changed, name: str) -> None:
     kind, (changes, _) = kind_of(name), ONE_EACH[name]
     changes = {key: value for key, value in changes.items() if key not in INSIDE}
-    folder = changed(name, without=(*INSIDE, "rope_parameters"))
+    folder = changed(name, without=INSIDE)
     config = getattr(transformers, f"{kind}Config")(**{**SIZES, **changes}, attn_implementation="eager")
     model = getattr(transformers, f"{kind}ForCausalLM")(config).eval()
     model.load_state_dict(made(name)[0].state_dict())
@@ -377,6 +381,27 @@ def test_a_window_that_the_context_would_show_is_refused(changed, tmp_path, name
     window(LENGTH, max_factor=1)
 
 
+@pytest.mark.parametrize("architecture", ["phi3", "llama", "olmo2"])
+def test_a_window_that_a_gguf_file_names(tmp_path: Path, architecture: str) -> None:
+    keys = {key.replace("llama.", f"{architecture}."): value for key, value in MODEL.items()}
+    context = int(keys[f"{architecture}.context_length"])
+
+    def window(tokens: int, **options: Any) -> None:
+        named = {"general.architecture": architecture, f"{architecture}.attention.sliding_window": np.uint32(tokens)}
+        (tmp_path / "in.gguf").write_bytes(gguf_bytes({**keys, **named}))
+        convert(tmp_path / "in.gguf", tmp_path / "out.gguf", method="ntk", check="none", overwrite=True, **options)
+
+    with pytest.raises(ConvertError, match=rf"in\.gguf: layers attend to the last {2 * context - 1} tokens only"):
+        window(2 * context - 1, max_factor=2)
+    window(0, max_factor=2)
+    if architecture == "olmo2":  # those layers have frequencies of their own
+        with pytest.raises(ConvertError, match="layers attend"):
+            window(2 * context, max_factor=2)
+    else:
+        window(2 * context, max_factor=2)
+        window(context, max_factor=1)
+
+
 def test_a_window_that_is_not_in_use_is_none() -> None:
     assert read("Qwen2ForCausalLM", sliding_window=8).window is None
     assert read("Qwen2ForCausalLM", sliding_window=8, use_sliding_window=True).window is None  # from layer 28 on
@@ -487,3 +512,22 @@ def test_the_architecture_is_looked_at_before_its_keys(tmp_path: Path, kind: str
     (tmp_path / "config.json").write_text(json.dumps({**config, "architectures": [name]}, default=str))
     with pytest.raises(ConvertError, match=f"config.json: the architecture {name} is not supported; supported: Llama"):
         Checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("file", "said"),
+    [
+        ("adapter_config.json", "it is a LoRA adapter: .* --lora"),
+        ("params.json", "in the format of the model's authors"),
+        ("model_index.json", "a model of diffusers"),
+    ],
+)
+def test_a_folder_of_another_kind_is_called_that(tmp_path: Path, file: str, said: str) -> None:
+    (tmp_path / file).write_text("{}")
+    with pytest.raises(ConvertError, match=f"not a model folder, it has no config.json; {said}"):
+        convert(tmp_path, tmp_path.parent / "out.gguf")
+
+
+def test_a_config_without_its_architecture_is_told_which() -> None:
+    with pytest.raises(ConvertError, match=r'architectures is missing or unusable; add it: \["LlamaForCausalLM"\]'):
+        read_model_config({"model_type": "llama"}, "config.json")

@@ -91,11 +91,21 @@ class Checkpoint:
     def _read_model(self, rope_scaling: Mapping[str, Any] | None) -> ModelConfig:
         path = self.path / "config.json"
         if not path.is_file():
-            models = [model.name for model in first_parts(self.path)]
-            hint = f"; convert {self.path / models[0]} in it" if len(models) == 1 else ""
-            raise ConvertError(f"{self.path}: not a model folder, it has no config.json{hint}")
+            raise ConvertError(f"{self.path}: not a model folder, it has no config.json{self._other_kind()}")
         changes = [] if self.adapter is None else [self.adapter.rope_config]
         return read_model_config(read_config(path), str(path), *changes, scaling=rope_scaling)
+
+    def _other_kind(self) -> str:
+        """What the folder is instead, where that can be told."""
+        models = [model.name for model in first_parts(self.path)]
+        if len(models) == 1:
+            return f"; convert {self.path / models[0]} in it"
+        kinds = {
+            "adapter_config.json": "it is a LoRA adapter: convert the model that it was trained on, with --lora",
+            "params.json": "it is in the format of the model's authors: take the one of transformers",
+            "model_index.json": "it is a model of diffusers",
+        }
+        return next((f"; {kind}" for name, kind in kinds.items() if (self.path / name).is_file()), "")
 
     def _read_rope(self) -> Rope:
         model, values, scaling = self.model, self.model.values, self.model.scaling
@@ -128,6 +138,10 @@ class Checkpoint:
         if said.get(key) not in (None, outside):
             raise ConvertError(f"{where}: {key} is {said[key]!r} here and {outside} beside it; leave the wrong one out")
         return read_scaling({**said, key: outside}, where, context=context, dim=dim)
+
+    def check_window(self, context: int) -> None:
+        """Refuses a sliding window that a context of so many tokens would show; see `ModelConfig.check_window`."""
+        self.model.check_window(context)
 
     @property
     def gguf_architecture(self) -> str:
@@ -201,10 +215,10 @@ class Checkpoint:
 
     def _same(self, left: str, right: str) -> bool:
         """Whether two tensors of the model are equal."""
-        if self.tensors[left][1:] != self.tensors[right][1:]:
+        if self.tensors[left][2] != self.tensors[right][2]:
             return False
         a, b = (read_tensor(self.tensors[name][0], name) for name in (left, right))
-        return bool((a == b).all())
+        return a.equal(b) if a.dtype == b.dtype else bool((a == b).all())
 
     def ode_weights(self) -> OdeWeights | None:
         """The matrices of the CLEX layer, an adapter's before the folder's; None if neither has one.

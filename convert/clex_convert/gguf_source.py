@@ -155,6 +155,21 @@ class GGUFSource:
         length, width, heads = map(self._number, ("attention.key_length", "embedding_length", "attention.head_count"))
         return int(length or (width // heads if width and heads else 0))
 
+    def check_window(self, context: int) -> None:
+        """Refuses a window that a context of so many tokens would show.
+
+        Raises:
+            ConvertError: the file names one that llama.cpp does not compute, or with frequencies of their own for the
+                layers that have it.
+        """
+        window = self._number("attention.sliding_window") or 0
+        if 0 < window < context or (window and self.architecture == "olmo2"):
+            raise ConvertError(
+                f"{self.path}: layers attend to the last {window:g} tokens only "
+                f"({self.architecture}.attention.sliding_window), which cannot be combined with tables, and the result "
+                f"is to have {context} tokens"
+            )
+
     def own_tables(self) -> Tables | None:
         """The tables that the file has already; None if it has none.
 

@@ -224,8 +224,7 @@ class Job:
             self.contents = with_tables(self.tables, architecture, model.rope)
         else:
             self.contents = baked(self.tables, self.bake, architecture, model.rope)
-        if isinstance(model, Checkpoint):
-            model.model.check_window(self.contents.context_length if self.bake else self.tables.max_context_length)
+        model.check_window(self.bake or self.tables.max_context_length)
         self.notes = list(self.contents.notes)
 
     def _expect(self, recipe: Recipe | None) -> bool:

@@ -154,15 +154,17 @@ def _missing(key: str, path: str) -> ConvertError:
 
 def _architecture(said: Mapping[str, Any], path: str) -> str:
     classes = said.get("architectures")
+    others = {model_class.model_type: other for other, model_class in MODEL_CLASSES.items()}
     if not isinstance(classes, list) or not classes or not isinstance(classes[0], str):
-        raise _missing("architectures", path)
+        missing = str(_missing("architectures", path))
+        known = others.get(str(said.get("model_type")))
+        raise ConvertError(missing if known is None else f'{missing}: ["{known}"]')
     name = classes[0]
     if name not in MODEL_CLASSES:
         raise ConvertError(
             f"{path}: the architecture {one_line(name, 60)} is not supported; supported: {', '.join(MODEL_CLASSES)}"
         )
     # transformers goes by model_type.
-    others = {model_class.model_type: other for other, model_class in MODEL_CLASSES.items()}
     other = others.get(str(said.get("model_type")), name)
     if other != name:
         raise ConvertError(
