@@ -517,14 +517,14 @@ def test_the_architecture_is_looked_at_before_its_keys(tmp_path: Path, kind: str
 @pytest.mark.parametrize(
     ("file", "said"),
     [
-        ("adapter_config.json", "it is a LoRA adapter: .* --lora"),
+        ("adapter_config.json", "a LoRA adapter: .* --lora"),
         ("params.json", "in the format of the model's authors"),
         ("model_index.json", "a model of diffusers"),
     ],
 )
 def test_a_folder_of_another_kind_is_called_that(tmp_path: Path, file: str, said: str) -> None:
     (tmp_path / file).write_text("{}")
-    with pytest.raises(ConvertError, match=f"not a model folder, it has no config.json; {said}"):
+    with pytest.raises(ConvertError, match=f"not a model folder, it has no config.json; it is {said}"):
         convert(tmp_path, tmp_path.parent / "out.gguf")
 
 
