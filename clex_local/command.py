@@ -55,6 +55,8 @@ class Command(click.Command):
             code = self.fail(f"{error.format_message()} (--help lists the options)", error.exit_code)
         except (ClexError, click.ClickException) as error:
             code = self.fail(str(error))
+        except MemoryError:
+            code = self.fail("there is not enough memory")
         except (_Interrupted, KeyboardInterrupt, click.Abort):
             code = self.fail("interrupted", INTERRUPTED)
         sys.exit(code)

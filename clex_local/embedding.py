@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from clex_local import native
+from clex_local.decoding import NOT_FINITE, DecodeError, decode_errors
 from clex_local.errors import ClexError
 from clex_local.tables import ContextError
 
@@ -40,6 +41,7 @@ def embeddings(llm: Llama, texts: Sequence[str], truncate: bool = False) -> tupl
 
     Raises:
         ContextError: a text is longer than the context, unless `truncate` cuts it there.
+        DecodeError: there is not enough memory, or the model computes values that are no numbers.
         EmbeddingError: a text has no tokens, or the model was not loaded for embeddings.
     """
     if not llm.context_params.embeddings:
@@ -47,11 +49,15 @@ def embeddings(llm: Llama, texts: Sequence[str], truncate: bool = False) -> tupl
     sequences = _tokenized(llm, texts, truncate)
     rows: list[npt.NDArray[np.float32]] = []
     try:
-        for group in _groups(sequences, llm.context_params.n_ubatch, llm.context_params.n_seq_max):
-            rows += _together(llm, group) if len(group) > 1 else [_alone(llm, group[0])]
+        with decode_errors(llm.model_path):
+            for group in _groups(sequences, llm.context_params.n_ubatch, llm.context_params.n_seq_max):
+                rows += _together(llm, group) if len(group) > 1 else [_alone(llm, group[0])]
     finally:
         llm._ctx.kv_cache_clear()
         llm.reset()
+    # llama_decode looks at the last only, and at none of an encoder.
+    if not all(np.isfinite(row).all() for row in rows):
+        raise DecodeError(llm.model_path, NOT_FINITE)
     return rows, sum(map(len, sequences))
 
 

@@ -35,6 +35,7 @@ from clex_local.arguments import (
 )
 from clex_local.chat_formats import ChatFormats
 from clex_local.completion import Completions
+from clex_local.decoding import NOT_FINITE, DecodeError, decode_errors
 from clex_local.embedding import embeddings
 from clex_local.errors import ClexError, ModelError
 from clex_local.gguf_file import GGUFFile
@@ -394,6 +395,8 @@ class Llama(Completions, ChatFormats):
         Raises:
             ContextError: the sequence would be longer than the context, or than the last bucket covers.
             TokenError: a number is no token.
+            DecodeError: there is not enough memory, or the model computes values that are no numbers; what was cached
+                is forgotten then.
         """
         if self._ctx.memory is None:
             raise ModelError(f"{self.model_path}: an encoder, which continues no text; `embed` is for it")
@@ -419,7 +422,14 @@ class Llama(Completions, ChatFormats):
         """Compute one batch, and logits of its last token; of all where they are kept or `guesses` are compared."""
         end = self.n_tokens + len(tokens)
         self._batch.set_batch(batch=tokens, n_past=self.n_tokens, logits_all=self._logits_all or guesses)
-        self._ctx.decode(self._batch)
+        try:
+            with decode_errors(self.model_path):
+                self._ctx.decode(self._batch)
+        except DecodeError as error:
+            if error.status == NOT_FINITE:  # it would reach whatever is computed next
+                self._ctx.kv_cache_clear()
+                self.n_tokens = 0
+            raise
         self.input_ids[self.n_tokens : end] = tokens
         if self._logits_all:
             logits = np.ctypeslib.as_array(self._ctx.get_logits(), shape=(len(tokens), self._n_vocab))

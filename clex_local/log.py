@@ -73,7 +73,8 @@ def is_shown(level: int) -> bool:
 def _log(level: int, text: bytes, data: int | None) -> None:
     level = level_of(level)
     if _thread.lines is not None and level in _thread.levels:
-        _thread.lines.append(text.decode("utf-8", errors="replace").strip())
+        line = text.decode("utf-8", errors="replace").strip()
+        _thread.lines.append(line.replace("std::bad_alloc", "there is not enough memory"))
     if _others is not None:
         _others(level, text, _others_data)
         return

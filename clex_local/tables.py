@@ -36,6 +36,11 @@ SUPPORTED_ARCHITECTURES: dict[str, tuple[str, ...]] = {
 
 _MAX_TOKENS = 2**31 - 1  # positions are 32-bit numbers
 
+# Beyond these a value has no use, and angles, factors or scores overflow somewhere. native/src/llama-clex.cpp has the
+# same. The smallest frequency is the smallest whose inverse is a number, the largest turns once for each position.
+INV_FREQ_RANGE = (np.finfo(np.float32).tiny, np.float32(2 * np.pi))
+ATTN_SCALE_RANGE = (np.float32(1e-3), np.float32(1e3))
+
 FloatArray = npt.NDArray[np.float32]
 
 _KINDS = {
@@ -118,11 +123,11 @@ class Tables:
             raise TablesError(f"clex.scaling_factors must not cover more than {_MAX_TOKENS} tokens")
         if inv_freq.ndim != 2 or inv_freq.shape[0] != factors.size or inv_freq.shape[1] == 0:
             raise TablesError(f"clex.inv_freq must hold {factors.size} rows of equal length, not {inv_freq.shape}")
-        _check_positive("clex.inv_freq", inv_freq)
+        _check_range("clex.inv_freq", inv_freq, INV_FREQ_RANGE)
         if self.attn_scale is not None:
             if self.attn_scale.shape != factors.shape:
                 raise TablesError(f"clex.attn_scale must hold {factors.size} values, not {self.attn_scale.size}")
-            _check_positive("clex.attn_scale", self.attn_scale)
+            _check_range("clex.attn_scale", self.attn_scale, ATTN_SCALE_RANGE)
         if self.log_scale and length == 1:
             raise TablesError("clex.log_scale needs a clex.original_context_length above 1")
 
@@ -178,11 +183,13 @@ def _first(values: np.ndarray[Any, Any], wrong: np.ndarray[Any, Any]) -> Any:
     return values[wrong][0]
 
 
-def _check_positive(key: str, values: FloatArray) -> None:
-    wrong = ~(np.isfinite(values) & (values > 0))
+def _check_range(key: str, values: FloatArray, limits: tuple[np.float32, np.float32]) -> None:
+    least, most = limits
+    wrong = ~((values >= least) & (values <= most))
     if wrong.any():
-        row = int(np.argwhere(wrong)[0][0])
-        raise TablesError(f"{key} must be finite and above 0, but bucket {row} holds {_first(values, wrong)}")
+        row, value = int(np.argwhere(wrong)[0][0]), _first(values, wrong)
+        rule = f"from {least:.3g} to {most:.3g}" if np.isfinite(value) and value > 0 else "finite and above 0"
+        raise TablesError(f"{key} must be {rule}, but bucket {row} holds {value}")
 
 
 def rope_dimension_count(file: GGUFFile) -> int | None:

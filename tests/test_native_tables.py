@@ -6,10 +6,12 @@ import llama_cpp
 import numpy as np
 import pytest
 from gguf_maker import rewrite
+from low_level import Context, Model
 
 from clex_local import native
 from clex_local.gguf_file import GGUFFile
 from clex_local.log import ERROR, logged
+from clex_local.tables import ATTN_SCALE_RANGE, INV_FREQ_RANGE, TablesError, read_tables
 
 F32 = np.float32
 INV_FREQ = np.ones(4 * 16, F32)
@@ -35,12 +37,14 @@ BROKEN = {
     "frequencies type": ({"clex.inv_freq": INV_FREQ.astype(np.float64)}, "clex.inv_freq must be of type f32 array"),
     "frequencies few": ({"clex.inv_freq": INV_FREQ[:-1]}, "clex.inv_freq has 63 values, 4 buckets of 16 are needed"),
     "frequencies many": ({"clex.inv_freq": np.ones(80, F32)}, "clex.inv_freq has 80 values"),
-    "frequency zero": ({"clex.inv_freq": INV_FREQ * np.r_[0, np.ones(63)].astype(F32)}, "clex.inv_freq holds a value"),
-    "frequency below": ({"clex.inv_freq": -INV_FREQ}, "clex.inv_freq holds a value"),
-    "frequency nan": ({"clex.inv_freq": INV_FREQ * F32(np.nan)}, "clex.inv_freq holds a value"),
+    "frequency zero": ({"clex.inv_freq": INV_FREQ * np.r_[0, np.ones(63)].astype(F32)}, "clex.inv_freq holds"),
+    "frequency below": ({"clex.inv_freq": -INV_FREQ}, "clex.inv_freq holds"),
+    "frequency nan": ({"clex.inv_freq": INV_FREQ * F32(np.nan)}, "clex.inv_freq holds"),
     "scale count": ({"clex.attn_scale": np.ones(3, F32)}, "clex.attn_scale has 3 values for 4 buckets"),
     "scale empty": ({"clex.attn_scale": np.array([], F32)}, "clex.attn_scale has 0 values for 4 buckets"),
-    "scale zero": ({"clex.attn_scale": np.zeros(4, F32)}, "clex.attn_scale holds a value"),
+    "scale zero": ({"clex.attn_scale": np.zeros(4, F32)}, "clex.attn_scale holds"),
+    "frequency huge": ({"clex.inv_freq": INV_FREQ * F32(1e38)}, "clex.inv_freq holds 1e+38, its values are from"),
+    "scale huge": ({"clex.attn_scale": np.full(4, 1e38, F32)}, "clex.attn_scale holds 1e+38, its values are from"),
     "scale type": ({"clex.attn_scale": np.ones(4)}, "clex.attn_scale must be of type f32 array"),
     "log scale type": ({"clex.log_scale": np.uint8(1)}, "clex.log_scale must be of type bool"),
     "log scale of one token": (
@@ -70,6 +74,30 @@ def test_broken_rule_is_a_failed_load_that_names_the_key(golden_gguf, tmp_path, 
     assert any(message in line for line in lines), lines
 
 
+@pytest.mark.parametrize(("key", "limits"), [("clex.inv_freq", INV_FREQ_RANGE), ("clex.attn_scale", ATTN_SCALE_RANGE)])
+def test_library_and_python_draw_the_same_limits(golden_gguf, tmp_path, key, limits):
+    """The values at the limits are computed with; those beyond are refused by both."""
+    with GGUFFile(golden_gguf("llama")) as file:
+        size = {"clex.inv_freq": file.get("clex.inv_freq").size, "clex.attn_scale": 4}[key]
+    least, most = limits
+    values = {F32(1e-45): False, np.nextafter(least, F32(0)): False, least: True, most: True}
+    values |= {np.nextafter(most, F32(np.inf)): False, F32(1e38): False}
+    for value, good in values.items():
+        array = np.ones(size, F32)
+        array[-1] = value
+        path = rewrite(golden_gguf("llama"), tmp_path / "m.gguf", {key: array})
+        assert (load(path)[0] is not None) == good, value
+        if good:
+            assert read_tables(path) is not None
+            model = Model(path)
+            with Context(model) as context:
+                assert np.isfinite(context.feed(range(3, 203), 0)).all()
+            model.close()
+        else:
+            with pytest.raises(TablesError, match=key):
+                read_tables(path)
+
+
 def test_intact_tables_load_and_so_does_a_model_without(golden_gguf, tmp_path):
     source = golden_gguf("llama")
     assert load(rewrite(source, tmp_path / "same.gguf", {})) == (4, [])
@@ -96,8 +124,6 @@ def test_architecture_without_hooks_is_refused_by_name(golden_gguf, tmp_path):
 
 def test_attention_scale_of_a_bucket_scales_the_logits_before_softmax(golden_gguf, golden_npz, tmp_path):
     """A scale of 1 changes nothing; another changes only its bucket."""
-    from low_level import Context, Model
-
     ids = golden_npz("llama")["ids"]
     results = []
     for scale in ([1, 1, 1, 1], [1, 1.5, 1, 1]):

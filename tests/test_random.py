@@ -40,9 +40,21 @@ class Sequence:
     """What was done to a sequence since it was empty; cells have no other past."""
 
     history: list[Any] = field(default_factory=list)
-    length: int = 0
+    cells: list[object] = field(default_factory=list)  # one for each position; sequences may have some in common
     declared: int = 0
-    shares: set[int] = field(default_factory=set)  # sequences that it may have cells in common with
+
+    @property
+    def length(self) -> int:
+        return len(self.cells)
+
+    @property
+    def wanted(self) -> int:
+        """The length that it would choose its table by if it shared no cell."""
+        return max(self.length, self.declared)
+
+
+def new_cells(count: int) -> list[object]:
+    return [object() for _ in range(count)]
 
 
 class Machine:
@@ -87,23 +99,29 @@ class Machine:
             ends[s] = len(items) - 1
         self.context.decode(items)
         for s, tokens in batch.items():
-            self.fed(s, tokens, self.context.logits(ends[s]), self.sequences[s].declared)
+            self.sequences[s].cells += new_cells(len(tokens))
+        for s, tokens in batch.items():
+            self.fed(s, tokens, self.context.logits(ends[s]))
 
-    def fed(self, s: int, tokens: list[int], logits: np.ndarray, declared: int) -> None:
-        sequence = self.sequences[s]
-        sequence.history.append(("feed", tokens, sequence.length, declared, logits))
-        sequence.length += len(tokens)
-        assert self.context.bucket(s) == (max(sequence.length, declared) - 1) // 64
+    def fed(self, s: int, tokens: list[int], logits: np.ndarray) -> None:
+        sequence, wanted = self.sequences[s], self.agreed(s)
+        sequence.history.append(("feed", tokens, sequence.length - len(tokens), wanted, logits))
+        assert self.context.bucket(s) == (wanted - 1) // 64
+
+    def agreed(self, s: int) -> int:
+        """The length that decides for a sequence: that of the longest it shares cells with, directly or not."""
+        group, cells = {s}, set(self.sequences[s].cells)
+        while True:
+            more = {i for i, other in enumerate(self.sequences) if not cells.isdisjoint(other.cells)}
+            if more <= group:
+                return max(self.sequences[i].wanted for i in group)
+            group |= more
+            cells.update(*(self.sequences[i].cells for i in group))
 
     def forget(self, s: int) -> None:
         self.check(s)
         llama_cpp.llama_memory_seq_rm(self.context.memory, s, -1, -1)
-        self.replace(s, Sequence(declared=self.sequences[s].declared))
-
-    def replace(self, s: int, sequence: Sequence) -> None:
-        for other in self.sequences:
-            other.shares.discard(s)
-        self.sequences[s] = sequence
+        self.sequences[s] = Sequence(declared=self.sequences[s].declared)
 
     def step(self, a: int, b: int, c: int) -> None:
         chosen = [s for s in range(N_SEQ) if (a >> s) & 1 and self.sequences[s].length < LIMIT]
@@ -120,15 +138,14 @@ class Machine:
         one, two = self.sequences[first], self.sequences[second]
         # one token is computed once: it must see the same cells in both, which streams of their own never share
         same = len(one.history) == len(two.history) and all(map(operator.is_, one.history, two.history))
-        shared = self.unified and (second in one.shares or one.length == 0)
-        if first != second and shared and same and one.length < LIMIT:
+        if first != second and self.unified and same and one.cells == two.cells and one.length < LIMIT:
             token = 3 + c % (N_VOCAB - 3)
             self.context.decode([(token, one.length, [first, second], True)])
-            declared = max(one.declared, two.declared)
-            self.fed(first, [token], self.context.logits(0), declared)
-            self.fed(second, [token], self.context.logits(0), declared)
-            one.shares.add(second)
-            two.shares.add(first)
+            cell = new_cells(1)
+            one.cells += cell
+            two.cells += cell
+            self.fed(first, [token], self.context.logits(0))
+            self.fed(second, [token], self.context.logits(0))
 
     def declare(self, a: int, b: int, c: int) -> None:
         s, length = a % N_SEQ, (0 if b % 2 else c % (LIMIT + 1))
@@ -141,11 +158,8 @@ class Machine:
             self.forget(target)
             llama_cpp.llama_memory_seq_cp(self.context.memory, source, target, -1, -1)
             original, declared = self.sequences[source], self.sequences[target].declared
-            self.replace(target, Sequence(list(original.history), original.length, declared))
-            if self.unified:
-                for other in {source, *original.shares}:
-                    self.sequences[other].shares.add(target)
-                    self.sequences[target].shares.add(other)
+            cells = list(original.cells) if self.unified else new_cells(original.length)
+            self.sequences[target] = Sequence(list(original.history), cells, max(original.declared, declared))
 
     def cut(self, a: int, b: int, c: int) -> None:
         s = a % N_SEQ
@@ -153,17 +167,20 @@ class Machine:
         if length:
             llama_cpp.llama_memory_seq_rm(self.context.memory, s, length, -1)
             self.sequences[s].history.append(("cut", length))
-            self.sequences[s].length = length
+            del self.sequences[s].cells[length:]
 
     def shift(self, a: int, b: int, c: int) -> None:
         s = a % N_SEQ
         sequence, count = self.sequences[s], 1 + b % 80
         # a cell has one position for all of its sequences
-        if not sequence.shares and sequence.length > count:
+        shares = any(
+            not set(sequence.cells).isdisjoint(other.cells) for other in self.sequences if other is not sequence
+        )
+        if not shares and sequence.length > count:
             llama_cpp.llama_memory_seq_rm(self.context.memory, s, 0, count)
             llama_cpp.llama_memory_seq_add(self.context.memory, s, count, -1, -count)
             sequence.history.append(("shift", count))
-            sequence.length -= count
+            del sequence.cells[:count]
 
     def drop(self, a: int, b: int, c: int) -> None:
         self.forget(a % N_SEQ)
@@ -179,7 +196,7 @@ class Machine:
             state, sequence = self.slots[a % len(self.slots)]
             self.check(s)
             assert self.context.load_sequence(state, s)
-            self.replace(s, Sequence(list(sequence.history), sequence.length, sequence.declared))
+            self.sequences[s] = Sequence(list(sequence.history), new_cells(sequence.length), sequence.declared)
 
     def save_all(self, a: int, b: int, c: int) -> None:
         sequences = copy.deepcopy(self.sequences)

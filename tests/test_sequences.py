@@ -7,6 +7,8 @@ import numpy as np
 import pytest
 from low_level import F16, F32, Q8_0, Context, Model
 
+from clex_local import native
+
 STARTS = (60, 30, 126)
 STEPS = 20
 
@@ -73,10 +75,9 @@ def test_one_decodes_while_another_prefills(model, streams, alone):
         np.testing.assert_allclose(context.logits(126), alone[2][0], atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize("unified", [False, True])
-def test_shared_prefix_serves_sequences_in_two_buckets(model, golden, unified):
+def test_copy_in_a_stream_of_its_own_keeps_its_own_bucket(model, golden):
     ids, steps = golden["ids"], golden["steps"]
-    with Context(model, n_seq=2, unified=unified) as context:
+    with Context(model, n_seq=2) as context:
         context.feed(ids[:60], 0, 0)
         llama_cpp.llama_memory_seq_cp(context.memory, 0, 1, -1, -1)
         first = [context.feed(ids[60 + i : 61 + i], 60 + i, 0) for i in range(10)]
@@ -88,6 +89,124 @@ def test_shared_prefix_serves_sequences_in_two_buckets(model, golden, unified):
         context.decode([(ids[71], 71, [0], True), (ids[61], 61, [1], True)])
         np.testing.assert_allclose(context.logits(0), steps[12], atol=5e-4, rtol=0)
         np.testing.assert_allclose(context.logits(1), steps[2], atol=5e-4, rtol=0)
+
+
+def copy(context, source, target, first=-1, end=-1):
+    llama_cpp.llama_memory_seq_cp(context.memory, source, target, first, end)
+
+
+def declared_alone(model, pieces):
+    """Logits of the last token of each piece (tokens, declared length) of a sequence in a context of its own."""
+    out, position = [], 0
+    with Context(model) as context:
+        for tokens, declared in pieces:
+            assert native.seq_reserve(context.pointer, 0, declared)
+            out.append(context.feed(tokens, position))
+            position += len(tokens)
+    return out
+
+
+@pytest.mark.parametrize("longest", ["decoding", "idle", "declared"])
+def test_sequences_that_share_cells_agree_on_the_bucket_of_the_longest(model, golden, longest):
+    """Also one that shares with the longest through a third only, and whether or not the longest is in the batch."""
+    ids = golden["ids"]
+    with Context(model, n_seq=4, unified=True) as context:
+        context.feed(ids[:40], 0, 0)
+        copy(context, 0, 1)
+        context.feed(ids[40:50], 40, 1)
+        copy(context, 1, 2, 40, 50)  # nothing that sequence 0 has
+        if longest == "declared":
+            assert native.seq_reserve(context.pointer, 0, 90)
+            context.feed(ids[40:41], 40, 0)
+        else:
+            context.feed(ids[40:90], 40, 0)
+        assert context.bucket(0) == 1
+        items = [(ids[50], 50, [1], True), (ids[50], 50, [2], True)]
+        if longest == "decoding":
+            items.append((ids[90], 90, [0], True))
+        context.decode(items)
+        assert (context.bucket(1), context.bucket(2)) == (1, 1)
+        want = declared_alone(model, [(ids[:40], 0), (ids[40:50], 0), (ids[50:51], 90)])[-1]
+        np.testing.assert_allclose(context.logits(0), want, atol=1e-5, rtol=0)
+
+        # nothing is re-rotated any more, whoever is decoded
+        cells = context.rerotated_cells
+        for i in range(51, 54):
+            for s in (1, 2):
+                context.feed(ids[i : i + 1], i, s)
+            if longest == "decoding":
+                context.feed(ids[i + 40 : i + 41], i + 40, 0)
+        assert context.rerotated_cells == cells
+
+        # without the longest, each has a table by its own length again
+        llama_cpp.llama_memory_seq_rm(context.memory, 0, -1, -1)
+        context.feed(ids[54:55], 54, 1)
+        assert context.bucket(1) == 0
+        pieces = [(ids[:40], 0), (ids[40:50], 0), *((ids[i : i + 1], 90) for i in range(50, 54)), (ids[54:55], 0)]
+        np.testing.assert_allclose(context.logits(0), declared_alone(model, pieces)[-1], atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("cut", ["removed", "kept", "shifted away"])
+def test_sequences_that_share_no_cell_any_more_go_separate_ways(model, golden, cut):
+    ids = golden["ids"]
+    with Context(model, n_seq=2, unified=True) as context:
+        context.feed(ids[:30], 0, 0)
+        copy(context, 0, 1)
+        context.feed(ids[30:90], 30, 0)
+        context.feed(ids[30:50], 30, 1)
+        assert context.bucket(1) == 1
+        if cut == "removed":
+            llama_cpp.llama_memory_seq_rm(context.memory, 0, 0, 30)
+        elif cut == "kept":
+            llama_cpp.llama_memory_seq_keep(context.memory, 1)
+        else:
+            llama_cpp.llama_memory_seq_rm(context.memory, 0, 0, 30)
+            llama_cpp.llama_memory_seq_add(context.memory, 0, 30, -1, -30)
+        context.feed(ids[50:51], 50, 1)
+        assert context.bucket(1) == 0
+
+
+@pytest.mark.parametrize("unified", [False, True])
+def test_copy_of_a_whole_sequence_has_its_declared_length(model, golden, unified):
+    ids = golden["ids"]
+    pieces = [(ids[:40], 100), (ids[40:50], 100)]
+    with Context(model, n_seq=3, unified=unified) as context:
+        assert native.seq_reserve(context.pointer, 0, 100)
+        assert native.seq_reserve(context.pointer, 2, 150)
+        context.feed(ids[:40], 0, 0)
+        copy(context, 0, 1)
+        copy(context, 0, 2)
+        if unified:  # so that what sequence 1 has is its own
+            llama_cpp.llama_memory_seq_rm(context.memory, 0, -1, -1)
+            llama_cpp.llama_memory_seq_rm(context.memory, 2, -1, -1)
+            copy(context, 1, 0, 0, 30)
+            llama_cpp.llama_memory_seq_rm(context.memory, 1, 50, -1)
+        logits = context.feed(ids[40:50], 40, 1)
+        np.testing.assert_allclose(logits, declared_alone(model, pieces)[-1], atol=1e-5, rtol=0)
+        assert context.bucket(1) == 1
+        if not unified:
+            context.feed(ids[40:50], 40, 2)
+            assert context.bucket(2) == 2  # the longer of the two lengths
+        # what is removed in part keeps it, clearing forgets it
+        llama_cpp.llama_memory_seq_rm(context.memory, 1, 20, -1)
+        context.feed(ids[20:21], 20, 1)
+        assert context.bucket(1) == 1
+        llama_cpp.llama_memory_clear(context.memory, True)
+        context.feed(ids[:20], 0, 1)
+        assert context.bucket(1) == 0
+
+
+def test_copy_of_a_part_does_not_have_the_declared_length(model, golden):
+    ids = golden["ids"]
+    with Context(model, n_seq=2, unified=True) as context:
+        assert native.seq_reserve(context.pointer, 0, 100)
+        context.feed(ids[:40], 0, 0)
+        copy(context, 0, 1, 0, 20)
+        context.feed(ids[20:21], 20, 1)
+        assert context.bucket(1) == 1  # it shares cells
+        llama_cpp.llama_memory_seq_rm(context.memory, 0, -1, -1)
+        context.feed(ids[21:22], 21, 1)
+        assert context.bucket(1) == 0
 
 
 def test_token_of_two_sequences_takes_the_longer_ones_table(model, golden):

@@ -87,6 +87,14 @@ BROKEN: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "frequency nan": ({"clex.inv_freq": np.r_[np.ones(11), np.nan].astype(F32)}, "clex.inv_freq must be finite"),
     "frequency infinite": ({"clex.inv_freq": np.r_[np.inf, np.ones(11)].astype(F32)}, "clex.inv_freq must be finite"),
+    "frequency huge": (
+        {"clex.inv_freq": np.r_[np.ones(11), 1e38].astype(F32)},
+        "clex.inv_freq must be from 1.18e-38 to 6.28, but bucket 2 holds",
+    ),
+    "attention scale huge": (
+        {"clex.attn_scale": np.array([1, 1e38, 1], F32)},
+        "clex.attn_scale must be from 0.001 to 1e+03, but bucket 1 holds",
+    ),
     "attention scales too few": ({"clex.attn_scale": np.ones(2, F32)}, "clex.attn_scale must hold 3 values, not 2"),
     "attention scale zero": ({"clex.attn_scale": np.array([1, 0, 1], F32)}, "clex.attn_scale must be finite and above"),
     "attention scale nan": ({"clex.attn_scale": np.array([1, np.nan, 1], F32)}, "clex.attn_scale must be finite"),

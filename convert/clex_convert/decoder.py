@@ -17,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from clex_local import native
+from clex_local.decoding import decode_failure
 from clex_local.memory import default_threads
 
 _RESIDENT = 256 << 20  # bytes of the file that may be in this process' memory, or not much more
@@ -117,6 +118,6 @@ class Decoder:
             batch.logits[i] = True
         status = llama_cpp.llama_decode(self.context, batch)
         if status:
-            raise SystemExit(f"llama.cpp failed to decode {len(tokens)} tokens (status {status})")
+            raise SystemExit(f"cannot compute {len(tokens)} tokens: {decode_failure(status)}")
         logits = ctypes.cast(llama_cpp.llama_get_logits(self.context), ctypes.POINTER(ctypes.c_float))
         return np.ctypeslib.as_array(logits, (len(tokens), self.n_vocab))

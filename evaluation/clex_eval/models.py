@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from clex_local import inspect
+from clex_local.decoding import decode_failure
 from clex_local.errors import ClexError
 
 Prefill = Literal["one-shot", "growing"]
@@ -396,7 +397,7 @@ class GGUFModel:
         array(batch.logits)[:] = np.arange(position, position + count) >= first
         status = llama_cpp.llama_decode(self._llm.ctx, batch)
         if status:
-            raise ClexError(f"{self.path}: llama.cpp failed to decode {count} tokens at {position} (status {status})")
+            raise ClexError(f"{self.path}: cannot compute {count} tokens at {position}: {decode_failure(status)}")
 
     def _logits(self, rows: int) -> npt.NDArray[np.float32]:
         import llama_cpp

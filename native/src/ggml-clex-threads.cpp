@@ -9,6 +9,10 @@
 #include <cstdlib>
 #include <mutex>
 
+#if !defined(_WIN32)
+#include <unistd.h>
+#endif
+
 #if defined(__linux__)
 #include <sys/resource.h> // RUSAGE_THREAD, which only Linux has
 #endif
@@ -283,12 +287,34 @@ static void report(const ggml_clex_graph *) {
 
 #endif
 
+bool ggml_clex_may_start_threads(void) {
+#if defined(GGML_USE_OPENMP) && !defined(_WIN32)
+    static std::atomic<pid_t> owner(0);
+
+    const pid_t self = getpid();
+
+    pid_t found = 0;
+    return owner.compare_exchange_strong(found, self) || found == self;
+#else
+    return true;
+#endif
+}
+
 int ggml_clex_graph_begin(ggml_clex_graph * graph, const ggml_cgraph * cgraph, int n_planned) {
     *graph = {};
     graph->n_planned = n_planned;
     graph->n_threads = n_planned;
     graph->n_nodes   = cgraph->n_nodes;
-    if (fixed_threads > 0) {
+    if (n_planned > 1 && !ggml_clex_may_start_threads()) {
+        static std::atomic<bool> said(false);
+        if (!said.exchange(true)) {
+            // an error, although it goes on: it costs most of the speed, and warnings are not shown unless asked for
+            GGML_LOG_ERROR("%s: this process was forked from one that computes with OpenMP threads, which do not follow:"
+                " it uses one thread; fork before the first model is loaded, or start the process anew"
+                " (multiprocessing: spawn)\n", __func__);
+        }
+        graph->n_threads = 1;
+    } else if (fixed_threads > 0) {
         graph->n_threads = std::min<int>(fixed_threads, n_planned);
         graph->alone     = fixed_nodes;
     } else if (n_planned > 1) {

@@ -43,6 +43,10 @@ bool ggml_clex_graph_give_up(struct ggml_clex_graph * graph, int n_done);
 // nodes, unless that is 0. n_threads = 0: decide.
 GGML_BACKEND_API void ggml_clex_threads_fix(int n_threads, int n_nodes);
 
+// Called before the first of OpenMP's threads is needed. False in a process that was forked from one that has such
+// threads: GCC's library waits for them for ever there.
+bool ggml_clex_may_start_threads(void);
+
 // What the node's kernels divide their work by where that decides how sums are rounded: the planned number.
 int ggml_clex_planned_threads(const struct ggml_threadpool * threadpool);
 

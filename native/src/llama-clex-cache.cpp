@@ -14,79 +14,24 @@
 static const size_t LLAMA_CLEX_CHUNK = 1024;
 
 //
-// choice of the bucket
-//
-
-llama_clex_cache::llama_clex_cache(const llama_model & model) : tables(model.clex), seqs(LLAMA_MAX_SEQ) {}
-
-void llama_clex_cache::clear() {
-    std::fill(seqs.begin(), seqs.end(), seq_state {});
-}
-
-int32_t llama_clex_cache::bucket(int64_t n_tokens) const {
-    const int64_t n_max = tables.n_ctx_max();
-    if (n_tokens > n_max && !clamp) {
-        return -1;
-    }
-    return tables.bucket(std::min(policy == LLAMA_CLEX_POLICY_FIXED ? n_ctx : n_tokens, n_max));
-}
-
-bool llama_clex_cache::select(llama_batch_allocr & balloc) {
-    const llama_batch & batch = balloc.get_batch();
-
-    std::vector<llama_seq_id> present;
-    for (llama_seq_id s = 0; s < LLAMA_MAX_SEQ; ++s) {
-        const llama_pos pos_max = balloc.seq_pos_max(s);
-        if (pos_max >= 0) {
-            present.push_back(s);
-            seqs[s].n_tokens = std::max<int64_t>((int64_t) pos_max + 1, seqs[s].n_declared);
-        }
-    }
-
-    // a token of several sequences is rotated once: they all take the length of the longest
-    for (bool changed = true; changed;) {
-        changed = false;
-        for (int32_t i = 0; i < batch.n_tokens; ++i) {
-            int64_t n_tokens = 0;
-            for (int32_t k = 0; k < batch.n_seq_id[i]; ++k) {
-                n_tokens = std::max(n_tokens, seqs[batch.seq_id[i][k]].n_tokens);
-            }
-            for (int32_t k = 0; k < batch.n_seq_id[i]; ++k) {
-                auto & cur = seqs[batch.seq_id[i][k]].n_tokens;
-                changed = changed || cur != n_tokens;
-                cur = n_tokens;
-            }
-        }
-    }
-
-    std::vector<int32_t> classes(LLAMA_MAX_SEQ, -1);
-    for (const llama_seq_id s : present) {
-        classes[s] = bucket(seqs[s].n_tokens);
-        if (classes[s] < 0) {
-            LLAMA_LOG_ERROR("%s: sequence %d would have %lld tokens, the tables of the model cover %lld\n", __func__,
-                    s, (long long) seqs[s].n_tokens, (long long) tables.n_ctx_max());
-            return false;
-        }
-    }
-    for (const llama_seq_id s : present) {
-        seqs[s].bucket = classes[s];
-    }
-
-    balloc.set_seq_class(std::move(classes));
-
-    return true;
-}
-
-int32_t llama_clex_cache::bucket(const llama_ubatch & ubatch) const {
-    return std::max(seqs[ubatch.seq_id[0][0]].bucket, 0);
-}
-
-//
 // re-rotation
 //
 
-std::vector<llama_clex_cache::rotation> llama_clex_cache::pending(const llama_kv_cache & kv, const llama_ubatch * ubatch) const {
-    std::vector<rotation> res;
+// group the keys that one graph can rotate
+static void clex_add(std::vector<llama_clex_rotation> & rotations, const llama_clex_rotation & kind,
+        int32_t row, llama_pos pos_old, llama_pos pos_new) {
+    auto it = std::find_if(rotations.begin(), rotations.end(), [&](const llama_clex_rotation & r) { return r.is_like(kind); });
+    if (it == rotations.end()) {
+        it = rotations.insert(rotations.end(), kind);
+    }
+
+    it->rows   .push_back(row);
+    it->pos_old.push_back(pos_old);
+    it->pos_new.push_back(pos_new);
+}
+
+std::vector<llama_clex_rotation> llama_clex_cache::pending(const llama_kv_cache & kv, const llama_ubatch * ubatch) const {
+    std::vector<llama_clex_rotation> res;
 
     std::vector<bool> streams(kv.n_stream, ubatch == nullptr);
     if (ubatch) {
@@ -128,16 +73,55 @@ std::vector<llama_clex_cache::rotation> llama_clex_cache::pending(const llama_kv
                 continue;
             }
 
-            const int32_t to = ubatch ? wanted : from;
+            const int32_t   row     = s*cells.size() + i;
+            const llama_pos pos_new = cells.pos_get(i);
 
-            auto it = std::find_if(res.begin(), res.end(), [&](const rotation & r) { return r.from == from && r.to == to; });
-            if (it == res.end()) {
-                it = res.insert(res.end(), { from, to, {}, {}, {} });
+            llama_clex_rotation kind;
+            kind.to      = ubatch ? wanted : from;
+            kind.crosses = kind.to != from;
+
+            const auto * key = kept.find(row);
+
+            kind.source = !kept.enabled() ? LLAMA_CLEX_FROM_CACHE : key ? LLAMA_CLEX_FROM_KEPT : LLAMA_CLEX_FROM_CACHE_KEEP;
+            kind.from   = key ? key->bucket : from;
+
+            const llama_pos pos_old = key ? key->pos : pos_new - shift;
+
+            kind.still = kind.from == kind.to && pos_old == pos_new;
+
+            clex_add(res, kind, row, pos_old, pos_new);
+        }
+    }
+
+    return res;
+}
+
+std::vector<llama_clex_rotation> llama_clex_cache::pending_restore(const llama_kv_cache & kv, llama_seq_id seq_id) const {
+    std::vector<llama_clex_rotation> res;
+
+    for (uint32_t s = 0; kept.enabled() && s < kv.n_stream; ++s) {
+        const auto & cells = kv.v_cells[s];
+
+        for (uint32_t i = cells.used_min(); i < cells.used_max_p1(); ++i) {
+            if (cells.is_empty(i) || (seq_id != -1 && !cells.seq_has(i, seq_id))) {
+                continue;
             }
 
-            it->rows   .push_back(s*cells.size() + i);
-            it->pos_old.push_back(cells.pos_get(i) - shift);
-            it->pos_new.push_back(cells.pos_get(i));
+            const int32_t   row = s*cells.size() + i;
+            const llama_pos pos = cells.pos_get(i);
+
+            const auto * key = kept.find(row);
+            if (!key || key->bucket == cells.ext_get(i).clex || key->pos != pos || cells.get_shift(i) != 0) {
+                continue;
+            }
+
+            llama_clex_rotation kind;
+            kind.source = LLAMA_CLEX_FROM_KEPT;
+            kind.from   = key->bucket;
+            kind.to     = key->bucket;
+            kind.still  = true;
+
+            clex_add(res, kind, row, pos, pos);
         }
     }
 
@@ -147,7 +131,7 @@ std::vector<llama_clex_cache::rotation> llama_clex_cache::pending(const llama_kv
 // inputs of the graph that rotates one chunk of cells
 class llm_graph_input_clex_rotate : public llm_graph_input_i {
 public:
-    llm_graph_input_clex_rotate(const llama_kv_cache & kv, const llama_clex_cache::rotation & rot, size_t i0, size_t n) :
+    llm_graph_input_clex_rotate(const llama_kv_cache & kv, const llama_clex_rotation & rot, size_t i0, size_t n) :
         kv(kv),
         factors_old(kv.clex.tables.freq_factors(rot.from)),
         factors_new(kv.clex.tables.freq_factors(rot.to)),
@@ -220,15 +204,17 @@ private:
 };
 
 // rows of every layer: read as F32, rotate back with the old table and forth with the new one, write in place
-void llama_clex_cache::build_rotate(
-        const llama_kv_cache & kv, llm_graph_input_clex_rotate & inp, ggml_context * ctx, ggml_cgraph * gf) {
+void llama_clex_cache::build_rotate(const llama_kv_cache & kv, const llama_clex_rotation & rot,
+        llm_graph_input_clex_rotate & inp, ggml_context * ctx, ggml_cgraph * gf) const {
     const auto & hparams = kv.hparams;
 
     inp.build(ctx);
 
     const int64_t n = inp.t_rows->ne[0];
 
-    for (const auto & layer : kv.layers) {
+    for (size_t i = 0; i < kv.layers.size(); ++i) {
+        const auto & layer = kv.layers[i];
+
         const uint32_t il = layer.il;
 
         if (!hparams.has_rope(il)) {
@@ -243,17 +229,23 @@ void llama_clex_cache::build_rotate(
 
         ggml_tensor * k = ggml_reshape_2d(ctx, layer.k, n_embd_k, ggml_nelements(layer.k)/n_embd_k);
 
-        ggml_tensor * cur = ggml_get_rows(ctx, k, inp.t_rows);
+        ggml_tensor * cur = ggml_get_rows(ctx, rot.source == LLAMA_CLEX_FROM_KEPT ? kept.k[i] : k, inp.t_rows);
+
+        if (rot.source == LLAMA_CLEX_FROM_CACHE_KEEP) {
+            ggml_build_forward_expand(gf, ggml_set_rows(ctx, kept.k[i], cur, inp.t_rows64));
+        }
 
         cur = ggml_reshape_3d(ctx, cur, hparams.n_embd_head_k(il), hparams.n_head_kv(il), n);
 
-        if (inp.t_k_rot) {
-            cur = llama_mul_mat_hadamard(ctx, cur, inp.t_k_rot);
-        }
-        cur = rope(cur, inp.t_pos_old, inp.t_factors_old);
-        cur = rope(cur, inp.t_pos_new, inp.t_factors_new);
-        if (inp.t_k_rot) {
-            cur = llama_mul_mat_hadamard(ctx, cur, inp.t_k_rot);
+        if (!rot.still) {
+            if (inp.t_k_rot) {
+                cur = llama_mul_mat_hadamard(ctx, cur, inp.t_k_rot);
+            }
+            cur = rope(cur, inp.t_pos_old, inp.t_factors_old);
+            cur = rope(cur, inp.t_pos_new, inp.t_factors_new);
+            if (inp.t_k_rot) {
+                cur = llama_mul_mat_hadamard(ctx, cur, inp.t_k_rot);
+            }
         }
 
         cur = ggml_set_rows(ctx, k, ggml_reshape_2d(ctx, cur, n_embd_k, n), inp.t_rows64);
@@ -263,7 +255,7 @@ void llama_clex_cache::build_rotate(
 }
 
 ggml_status llama_clex_cache::rotate(
-        llama_kv_cache & kv, llama_context * lctx, const std::vector<rotation> & rotations, const std::function<bool()> & abort) {
+        llama_kv_cache & kv, llama_context * lctx, const std::vector<llama_clex_rotation> & rotations, const std::function<bool()> & abort) {
     auto * sched = lctx->get_sched();
 
     // graphs in flight still read the keys
@@ -282,7 +274,7 @@ ggml_status llama_clex_cache::rotate(
             res->reset();
 
             auto inp = std::make_unique<llm_graph_input_clex_rotate>(kv, rot, i0, n);
-            build_rotate(kv, *inp, res->get_ctx(), res->get_gf());
+            build_rotate(kv, rot, *inp, res->get_ctx(), res->get_gf());
             res->add_input(std::move(inp));
 
             ggml_backend_sched_reset(sched);
@@ -310,9 +302,13 @@ ggml_status llama_clex_cache::rotate(
                 ext.clex = rot.to;
                 cells.ext_set(i, ext);
                 cells.shift_done(i);
+
+                if (rot.source == LLAMA_CLEX_FROM_CACHE_KEEP) {
+                    kept.keys[rot.rows[j]] = { rot.from, rot.pos_old[j] };
+                }
             }
 
-            stats.n_cells += rot.from != rot.to ? n : 0;
+            stats.n_cells += rot.crosses ? n : 0;
         }
     }
 
@@ -352,6 +348,7 @@ void llama_clex_init_context(const llama_model & model, llama_cparams & cparams,
     }
 
     kv->clex.n_ctx = cparams.n_ctx_seq;
+    kv->clex.kept.init(*kv);
 
     if (cparams.rope_freq_base  != model.hparams.rope_freq_base_train ||
         cparams.rope_freq_scale != model.hparams.rope_freq_scale_train) {
@@ -373,7 +370,7 @@ llama_kv_cache * llama_context::clex_kv() {
 bool llama_context::clex_select() {
     auto * kv = clex_kv();
 
-    return !kv || kv->clex.select(*balloc);
+    return !kv || kv->clex.select(*kv, *balloc);
 }
 
 void llama_context::clex_flush() {
@@ -383,16 +380,26 @@ void llama_context::clex_flush() {
     }
 }
 
+void llama_context::clex_restore(llama_seq_id seq_id) {
+    auto * kv = clex_kv();
+    if (kv) {
+        clex_rotate(kv->clex.pending_restore(*kv, seq_id), true);
+    }
+}
+
 ggml_status llama_context::clex_update(const llama_ubatch * ubatch) {
     auto * kv = clex_kv();
-    if (!kv) {
-        return GGML_STATUS_SUCCESS;
-    }
 
-    const auto rotations = kv->clex.pending(*kv, ubatch);
+    // a shift comes from memory_update(), which reserves the worst-case graph itself
+    return kv ? clex_rotate(kv->clex.pending(*kv, ubatch), ubatch != nullptr) : GGML_STATUS_SUCCESS;
+}
+
+ggml_status llama_context::clex_rotate(const std::vector<llama_clex_rotation> & rotations, bool reserve) {
     if (rotations.empty()) {
         return GGML_STATUS_SUCCESS;
     }
+
+    auto * kv = clex_kv();
 
     auto & stats = kv->clex.stats;
 
@@ -415,8 +422,7 @@ ggml_status llama_context::clex_update(const llama_ubatch * ubatch) {
     const auto status = kv->clex.rotate(*kv, this, rotations, [&] { return callback && callback(callback_data); });
     set_abort_callback(callback, callback_data);
 
-    // a shift comes from memory_update(), which does this itself
-    if (ubatch) {
+    if (reserve) {
         const uint32_t n_tokens = std::min(cparams.n_ctx, cparams.n_ubatch);
         const auto     mctx     = memory->init_full();
         if (!graph_reserve(n_tokens, cparams.n_seq_max, std::min(n_tokens, cparams.n_outputs_max), mctx.get())) {

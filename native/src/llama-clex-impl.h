@@ -6,6 +6,7 @@
 #include "llama-clex.h"
 
 #include "ggml.h"
+#include "ggml-cpp.h"
 
 #include <cstdint>
 #include <functional>
@@ -87,21 +88,70 @@ private:
 // the bucket that each cached key was rotated with is in llama_kv_cell_ext
 //
 
+// where the keys to rotate are read
+enum llama_clex_source {
+    LLAMA_CLEX_FROM_CACHE,      // the cache
+    LLAMA_CLEX_FROM_CACHE_KEEP, // the cache, and they are kept as they are
+    LLAMA_CLEX_FROM_KEPT,       // those that were kept
+};
+
+// keys to bring from one table to another, and from one position to another after a shift
+struct llama_clex_rotation {
+    int32_t from    = 0;
+    int32_t to      = 0;
+    bool    still   = false; // neither the table nor the position is another one: to be copied
+    bool    crosses = false; // the cells enter another bucket
+
+    llama_clex_source source = LLAMA_CLEX_FROM_CACHE;
+
+    std::vector<int32_t> rows; // cell indices over all streams
+    std::vector<int32_t> pos_old;
+    std::vector<int32_t> pos_new;
+
+    bool is_like(const llama_clex_rotation & other) const {
+        return from == other.from && to == other.to && still == other.still && crosses == other.crosses && source == other.source;
+    }
+};
+
+// Keys of a quantized cache as they were computed, from the first time that they are rotated on. Every later rotation
+// starts from them: however often a sequence changes its table, a key has been rounded twice. Rounding it each time adds
+// up: to 40 times the Kullback-Leibler divergence of a q4_0 cache after 46 tables.
+struct llama_clex_kept {
+    struct key {
+        int32_t   bucket = -1; // table of the kept key, -1 where none is kept
+        llama_pos pos    =  0;
+    };
+
+    std::vector<key>           keys; // of each cell of all streams; empty where keys are not kept
+    std::vector<ggml_tensor *> k;    // [n_embd_k, cells] of each layer of the cache, null without RoPE
+
+    // memory as large as the keys of the cache, where they are quantized and the context reaches a second bucket; on a CPU
+    // the system provides it when a row is first written
+    void init(const llama_kv_cache & kv);
+
+    bool enabled() const { return !keys.empty(); }
+
+    const key * find(int32_t row) const { return enabled() && keys[row].bucket >= 0 ? &keys[row] : nullptr; }
+
+    void clear();
+
+    // the cell gets another key
+    void drop(uint32_t row);
+
+    // the cells of a stream were copied to another one
+    void copy_stream(uint32_t src, uint32_t dst, uint32_t n_cells);
+
+    void add_memory(std::map<ggml_backend_buffer_type_t, size_t> & memory) const;
+
+private:
+    std::vector<std::pair<ggml_context_ptr, ggml_backend_buffer_ptr>> ctxs_bufs;
+};
+
 struct llama_clex_cache {
     struct seq_state {
         int64_t n_declared =  0; // length declared by the host
         int64_t n_tokens   =  0; // length in the current decode
         int32_t bucket     = -1; // bucket in the current decode
-    };
-
-    // keys to bring from one table to another, and from one position to another after a shift
-    struct rotation {
-        int32_t from;
-        int32_t to;
-
-        std::vector<int32_t> rows; // cell indices over all streams
-        std::vector<int32_t> pos_old;
-        std::vector<int32_t> pos_new;
     };
 
     // a state that is being read: its cells are removed and zeroed unless finish() was reached
@@ -135,6 +185,8 @@ struct llama_clex_cache {
 
     std::vector<seq_state> seqs; // [LLAMA_MAX_SEQ]
 
+    llama_clex_kept kept;
+
     llama_clex_stats stats = {};
 
     void clear();
@@ -143,18 +195,27 @@ struct llama_clex_cache {
     int32_t bucket(int64_t n_tokens) const;
 
     // choose the bucket of every sequence of the batch, and tell the batch to keep buckets apart
+    // Sequences that have cells or tokens in common, or that both have some in common with a third, take the bucket of the
+    // longest of them, in the batch or not: a cell has one key.
     // false: a sequence is longer than the last bucket covers
-    bool select(llama_batch_allocr & balloc);
+    bool select(const llama_kv_cache & kv, llama_batch_allocr & balloc);
+
+    // a copy of a whole sequence has its declared length too
+    void seq_cp(const llama_kv_cache & kv, llama_seq_id src, llama_seq_id dst, llama_pos p0, llama_pos p1);
 
     // bucket of the sequences of a ubatch, 0 for one that was not selected (a restored state sets its buckets itself)
     int32_t bucket(const llama_ubatch & ubatch) const;
 
     // cells to rotate: shifted ones where ubatch is null, otherwise those of its sequences that are not as it needs them
-    std::vector<rotation> pending(const llama_kv_cache & kv, const llama_ubatch * ubatch) const;
+    std::vector<llama_clex_rotation> pending(const llama_kv_cache & kv, const llama_ubatch * ubatch) const;
+
+    // cells of a sequence, or of all for -1, to bring back to the keys that were kept of them: a saved state has those
+    // and their tables, so that it is rounded no more often than the cache
+    std::vector<llama_clex_rotation> pending_restore(const llama_kv_cache & kv, llama_seq_id seq_id) const;
 
     // carry out the rotations in place, chunk by chunk; each chunk is recorded in its cells when it is complete, so
     // that a failure and an abort, which is asked for before each chunk, leave every cell in a table that is known
-    ggml_status rotate(llama_kv_cache & kv, llama_context * lctx, const std::vector<rotation> & rotations,
+    ggml_status rotate(llama_kv_cache & kv, llama_context * lctx, const std::vector<llama_clex_rotation> & rotations,
             const std::function<bool()> & abort);
 
     // positions cannot be divided without leaving the length that the table was chosen for: logged
@@ -180,7 +241,8 @@ private:
     clex_state_tag read_tag(const llama_kv_cache & kv, llama_io_read_i & io, llama_seq_id seq_id, std::vector<int64_t> & declared) const;
 
     // rotate the cells of inp in every layer
-    static void build_rotate(const llama_kv_cache & kv, llm_graph_input_clex_rotate & inp, ggml_context * ctx, ggml_cgraph * gf);
+    void build_rotate(const llama_kv_cache & kv, const llama_clex_rotation & rot,
+            llm_graph_input_clex_rotate & inp, ggml_context * ctx, ggml_cgraph * gf) const;
 };
 
 // throws if rows of these cache types cannot hold the heads of a model with tables; stock aborts or computes NaN

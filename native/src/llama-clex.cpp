@@ -20,6 +20,12 @@ static const uint32_t LLAMA_CLEX_VERSION = 1;
 static const size_t   LLAMA_CLEX_MAX_BUCKETS = 4096;
 static const uint32_t LLAMA_CLEX_MAX_FREQS   = 32768; // n_rot/2
 
+// Beyond these a value has no use, and angles, factors or scores overflow somewhere; clex_local/tables.py has the same.
+static const float LLAMA_CLEX_MIN_INV_FREQ   = 1.1754944e-38f; // the smallest whose inverse is a number
+static const float LLAMA_CLEX_MAX_INV_FREQ   = 6.2831855f;     // a whole turn for each position
+static const float LLAMA_CLEX_MIN_ATTN_SCALE = 1e-3f;
+static const float LLAMA_CLEX_MAX_ATTN_SCALE = 1e3f;
+
 // rope call sites of these architectures use llama_clex_inputs
 static const llm_arch LLAMA_CLEX_ARCHS[] = {
     LLM_ARCH_LLAMA,
@@ -65,8 +71,8 @@ static uint32_t clex_u32(const gguf_context * meta, const char * key) {
     return gguf_get_val_u32(meta, id);
 }
 
-// every value is finite and > 0
-static std::vector<float> clex_f32s(const gguf_context * meta, const char * key, bool required) {
+// every value is a number between two limits
+static std::vector<float> clex_f32s(const gguf_context * meta, const char * key, bool required, float min, float max) {
     const int64_t id = clex_find(meta, key, GGUF_TYPE_ARRAY, "f32 array");
     if (id < 0) {
         if (required) {
@@ -82,8 +88,8 @@ static std::vector<float> clex_f32s(const gguf_context * meta, const char * key,
     const std::vector<float> res(data, data + gguf_get_arr_n(meta, id));
 
     for (const float v : res) {
-        if (!std::isfinite(v) || v <= 0.0f) {
-            clex_fail(key, "holds a value that is not finite or not above 0");
+        if (!(v >= min && v <= max)) {
+            clex_fail(key, format("holds %g, its values are from %g to %g", v, min, max));
         }
     }
     return res;
@@ -150,7 +156,7 @@ void llama_clex_tables::load_longrope(const llama_model_loader & ml, llm_arch ar
             const double base = std::pow((double) hparams.rope_freq_base_train, -2.0*i/hparams.n_rot_full);
 
             rows.push_back((float) (base*hparams.rope_freq_scale_train/factors[i]));
-            if (!std::isfinite(rows.back()) || rows.back() <= 0.0f) {
+            if (!(rows.back() >= LLAMA_CLEX_MIN_INV_FREQ && rows.back() <= LLAMA_CLEX_MAX_INV_FREQ)) {
                 LLAMA_LOG_WARN("%s: %s holds a factor that is of no use, the choice of the factors is left to n_ctx\n", __func__, name);
                 return;
             }
@@ -225,7 +231,8 @@ void llama_clex_tables::load(const llama_model_loader & ml, llm_arch arch, llama
         clex_fail("clex.original_context_length", "must be above 0");
     }
 
-    scaling_factors = clex_f32s(meta, "clex.scaling_factors", true);
+    scaling_factors = clex_f32s(meta, "clex.scaling_factors", true,
+            std::numeric_limits<float>::min(), std::numeric_limits<float>::max());
     if (scaling_factors.empty() || scaling_factors[0] != 1.0f) {
         clex_fail("clex.scaling_factors", "must start with 1.0");
     }
@@ -242,13 +249,13 @@ void llama_clex_tables::load(const llama_model_loader & ml, llm_arch arch, llama
     }
 
     n_freq   = hparams.n_rot_full/2;
-    inv_freq = clex_f32s(meta, "clex.inv_freq", true);
+    inv_freq = clex_f32s(meta, "clex.inv_freq", true, LLAMA_CLEX_MIN_INV_FREQ, LLAMA_CLEX_MAX_INV_FREQ);
     if (n_freq == 0 || inv_freq.size() != scaling_factors.size()*n_freq) {
         clex_fail("clex.inv_freq", format("has %zu values, %zu buckets of %u are needed",
                     inv_freq.size(), scaling_factors.size(), n_freq));
     }
 
-    attn_scale = clex_f32s(meta, "clex.attn_scale", false);
+    attn_scale = clex_f32s(meta, "clex.attn_scale", false, LLAMA_CLEX_MIN_ATTN_SCALE, LLAMA_CLEX_MAX_ATTN_SCALE);
     if (gguf_find_key(meta, "clex.attn_scale") >= 0 && attn_scale.size() != scaling_factors.size()) {
         clex_fail("clex.attn_scale", format("has %zu values for %zu buckets", attn_scale.size(), scaling_factors.size()));
     }

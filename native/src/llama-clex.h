@@ -6,6 +6,16 @@
 // the first bucket whose scaling factor t satisfies t*L >= n, L being the original context length. The library picks
 // the table at every decode and re-rotates the cached keys of a sequence that enters another bucket.
 //
+// A cell of the cache has one key, so sequences that share cells (llama_memory_seq_cp in a unified cache, tokens of
+// several sequences) use one bucket: that of the longest of them, in the batch or not, and also where two share with a
+// third only. A short prompt that shares a system prompt with a long conversation thus gets the table of that
+// conversation, as if its length had been declared, until one of them has none of those cells any more. Copies between
+// streams (kv_unified = false) have cells of their own, and so has a state that is loaded: each goes by its own length.
+//
+// Keys of a quantized cache are kept as they were computed from the first re-rotation or shift on, where the context
+// reaches a second bucket: every later one starts from them, so that a key has been rounded twice however often it is
+// moved. They take as much memory as the keys of the cache, on a CPU only for cells that were re-rotated.
+//
 // A model with LongRoPE factors and without clex.* keys gets two buckets: the original context with the short factors,
 // everything up to the model's context with the long ones. With LLAMA_CLEX_LONGROPE_DISABLE in the environment the size
 // of the context decides, as in stock llama.cpp.
@@ -60,6 +70,11 @@ LLAMA_API bool llama_clex_log_scale(const struct llama_model * model);
 // bucket of a sequence of n_tokens; -1 without tables or beyond the last bucket
 LLAMA_API int32_t llama_clex_bucket(const struct llama_model * model, int64_t n_tokens);
 
+// What llama_decode returns where an output is no number: the model is damaged, or its values are too large for the types
+// that it is computed with. The last row of the logits is looked at, or of the embeddings. What is in the cache then is
+// to be cleared with its data, since values that are no numbers reach every later token.
+#define LLAMA_CLEX_NOT_FINITE (-4)
+
 //
 // the sequences of a context
 //
@@ -71,8 +86,9 @@ LLAMA_API bool llama_clex_set_policy(struct llama_context * ctx, enum llama_clex
 
 // Declare the length that a sequence will have once its prompt is processed, so that every batch of a long prompt uses
 // the table of the whole prompt. The longer of this and the actual length counts. 0 forgets it, and so does clearing
-// the memory. Returns false without tables, for an invalid sequence and for a length beyond the last bucket, unless
-// clamped. A saved state carries it.
+// the memory; removing tokens, all of them too, does not. A copy of a whole sequence has the longer of both lengths, a
+// copy of a part has its own. Returns false without tables, for an invalid sequence and for a length beyond the last
+// bucket, unless clamped. A saved state carries it.
 LLAMA_API bool llama_clex_seq_reserve(struct llama_context * ctx, llama_seq_id seq_id, int32_t n_tokens);
 
 // bucket that the sequence used in the last decode that held it; -1 if there was none since its state was loaded

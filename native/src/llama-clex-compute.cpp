@@ -1,0 +1,65 @@
+#include "llama-clex-compute.h"
+
+#include "llama-impl.h"
+
+#include <cstring>
+#include <exception>
+#include <new>
+
+// What a thread needs to throw is allocated at its first throw, and glibc ends the process where there is no memory for
+// it: throw once while the library is loaded.
+static const bool clex_can_throw = [] {
+    try {
+        throw std::bad_alloc();
+    } catch (const std::bad_alloc &) {
+        return true;
+    }
+}();
+
+static ggml_status clex_thrown() {
+    GGML_UNUSED(clex_can_throw);
+
+    try {
+        throw;
+    } catch (const std::bad_alloc &) {
+        LLAMA_LOG_ERROR("%s: not enough memory to process the batch\n", __func__);
+        return GGML_STATUS_ALLOC_FAILED;
+    } catch (const std::exception & err) {
+        LLAMA_LOG_ERROR("%s: failed to process the batch: %s\n", __func__, err.what());
+        return GGML_STATUS_FAILED;
+    }
+}
+
+llm_graph_result * llama_clex_compute(ggml_status & status, const std::function<llm_graph_result *()> & compute) {
+    try {
+        return compute();
+    } catch (...) {
+        status = clex_thrown();
+        return nullptr;
+    }
+}
+
+int32_t llama_clex_process(const std::function<int32_t()> & process) {
+    try {
+        return process();
+    } catch (...) {
+        return clex_thrown() == GGML_STATUS_ALLOC_FAILED ? -2 : -3;
+    }
+}
+
+bool llama_clex_finite(const float * values, int64_t n) {
+    // -inf is what some models give to tokens that they rule out
+    const uint32_t inf = 0x7f800000u;
+
+    uint32_t n_bad = 0;
+    for (int64_t i = 0; values && i < n; ++i) {
+        uint32_t bits;
+        memcpy(&bits, values + i, sizeof(bits));
+        n_bad += bits == inf || (bits & 0x7fffffffu) > inf;
+    }
+    if (n_bad > 0) {
+        LLAMA_LOG_ERROR("%s: %u of %lld output values of the last token are no numbers: the model is damaged, or its values are too large"
+                " for the types that it is computed with\n", __func__, n_bad, (long long) n);
+    }
+    return n_bad == 0;
+}

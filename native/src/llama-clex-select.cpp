@@ -1,0 +1,157 @@
+#include "llama-clex-impl.h"
+
+#include "llama-batch.h"
+#include "llama-impl.h"
+#include "llama-kv-cache.h"
+#include "llama-model.h"
+
+#include <algorithm>
+#include <numeric>
+
+// sequences that must use one table, each group under the first of its members
+struct clex_groups {
+    std::vector<llama_seq_id> parent = std::vector<llama_seq_id>(LLAMA_MAX_SEQ);
+
+    clex_groups() { std::iota(parent.begin(), parent.end(), 0); }
+
+    llama_seq_id find(llama_seq_id s) {
+        while (parent[s] != s) {
+            s = parent[s] = parent[parent[s]];
+        }
+        return s;
+    }
+
+    void join(llama_seq_id a, llama_seq_id b) {
+        const auto [first, second] = std::minmax({ find(a), find(b) });
+        parent[second] = first;
+    }
+
+    // the largest value among the sequences of each group, for all of them
+    std::vector<int64_t> largest(const std::vector<int64_t> & values) {
+        std::vector<int64_t> res(LLAMA_MAX_SEQ, 0);
+        for (llama_seq_id s = 0; s < LLAMA_MAX_SEQ; ++s) {
+            res[find(s)] = std::max(res[find(s)], values[s]);
+        }
+        for (llama_seq_id s = 0; s < LLAMA_MAX_SEQ; ++s) {
+            res[s] = res[find(s)];
+        }
+        return res;
+    }
+};
+
+// Join the sequences that have cells in common. Nothing is remembered between decodes that an operation could make wrong;
+// where no cell is shared, which the sizes tell, no cell is looked at.
+static void clex_join_sharers(const llama_kv_cells & cells, clex_groups & groups) {
+    size_t n = 0;
+    for (llama_seq_id s = 0; s < LLAMA_MAX_SEQ; ++s) {
+        n += cells.seq_pos_get(s).size();
+    }
+    if (n == cells.get_used()) {
+        return;
+    }
+
+    const llama_kv_cells::seq_set_t * last = nullptr;
+
+    for (uint32_t i = cells.used_min(); i < cells.used_max_p1(); ++i) {
+        const auto & seqs = cells.seq_get_all(i);
+
+        // neighbours are mostly alike
+        if (last && *last == seqs) {
+            continue;
+        }
+        last = &seqs;
+
+        llama_seq_id first = -1;
+        for (llama_seq_id s = 0; s < LLAMA_MAX_SEQ && seqs.count() > 1; ++s) {
+            if (seqs.test(s)) {
+                groups.join(first < 0 ? s : first, s);
+                first = s;
+            }
+        }
+    }
+}
+
+llama_clex_cache::llama_clex_cache(const llama_model & model) : tables(model.clex), seqs(LLAMA_MAX_SEQ) {}
+
+void llama_clex_cache::clear() {
+    std::fill(seqs.begin(), seqs.end(), seq_state {});
+    kept.clear();
+}
+
+int32_t llama_clex_cache::bucket(int64_t n_tokens) const {
+    const int64_t n_max = tables.n_ctx_max();
+    if (n_tokens > n_max && !clamp) {
+        return -1;
+    }
+    return tables.bucket(std::min(policy == LLAMA_CLEX_POLICY_FIXED ? n_ctx : n_tokens, n_max));
+}
+
+bool llama_clex_cache::select(const llama_kv_cache & kv, llama_batch_allocr & balloc) {
+    const llama_batch & batch = balloc.get_batch();
+
+    std::vector<llama_seq_id> present;
+    std::vector<int64_t>      lengths(LLAMA_MAX_SEQ, 0);
+
+    for (llama_seq_id s = 0; s < LLAMA_MAX_SEQ; ++s) {
+        const llama_pos pos_max = balloc.seq_pos_max(s);
+        if (pos_max >= 0) {
+            present.push_back(s);
+            lengths[s] = std::max<int64_t>((int64_t) pos_max + 1, seqs[s].n_declared);
+        }
+    }
+
+    clex_groups groups;
+
+    // the query of a token of several sequences is computed once: they all take the length of the longest
+    for (int32_t i = 0; i < batch.n_tokens; ++i) {
+        for (int32_t k = 1; k < batch.n_seq_id[i]; ++k) {
+            groups.join(batch.seq_id[i][0], batch.seq_id[i][k]);
+        }
+    }
+    lengths = groups.largest(lengths);
+    for (const llama_seq_id s : present) {
+        seqs[s].n_tokens = lengths[s];
+    }
+
+    // so is the key of a cell of several sequences: those that are not in the batch count too, or their next decode
+    // would take it back to their table
+    if (kv.n_stream == 1) {
+        const auto & cells = kv.v_cells[0];
+
+        clex_join_sharers(cells, groups);
+
+        for (llama_seq_id s = 0; s < LLAMA_MAX_SEQ; ++s) {
+            if (lengths[s] == 0 && cells.seq_pos_max(s) >= 0) {
+                lengths[s] = std::max<int64_t>((int64_t) cells.seq_pos_max(s) + 1, seqs[s].n_declared);
+            }
+        }
+        lengths = groups.largest(lengths);
+    }
+
+    std::vector<int32_t> classes(LLAMA_MAX_SEQ, -1);
+    for (const llama_seq_id s : present) {
+        classes[s] = bucket(lengths[s]);
+        if (classes[s] < 0) {
+            LLAMA_LOG_ERROR("%s: sequence %d would have %lld tokens, the tables of the model cover %lld\n", __func__,
+                    s, (long long) lengths[s], (long long) tables.n_ctx_max());
+            return false;
+        }
+    }
+    for (const llama_seq_id s : present) {
+        seqs[s].bucket = classes[s];
+    }
+
+    balloc.set_seq_class(std::move(classes));
+
+    return true;
+}
+
+int32_t llama_clex_cache::bucket(const llama_ubatch & ubatch) const {
+    return std::max(seqs[ubatch.seq_id[0][0]].bucket, 0);
+}
+
+void llama_clex_cache::seq_cp(const llama_kv_cache & kv, llama_seq_id src, llama_seq_id dst, llama_pos p0, llama_pos p1) {
+    if (tables.enabled() && p0 <= std::max(kv.seq_pos_min(src), 0) && (p1 < 0 || p1 > kv.seq_pos_max(src))) {
+        seqs[dst].n_declared = std::max(seqs[dst].n_declared, seqs[src].n_declared);
+    }
+}
