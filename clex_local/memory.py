@@ -11,6 +11,7 @@ from typing import Any
 
 import psutil
 
+from clex_local.cache_kinds import first_table, has_plain_cache
 from clex_local.errors import ClexError
 from clex_local.gguf_file import GGUFFile
 
@@ -34,7 +35,8 @@ CELLS = 256  # llama.cpp rounds a context up to a multiple of this
 class ModelShape:
     """What decides how much memory a context takes, from a GGUF file's metadata.
 
-    ``heads_kv``, one number per layer, is zero for layers without a cache.
+    ``heads_kv``, one number per layer, is zero for layers without a cache. ``first_table`` is the tokens that the first
+    of several RoPE tables covers, None where there is only one.
     """
 
     layers: int
@@ -45,20 +47,17 @@ class ModelShape:
     embedding: int
     feed_forward: int
     vocabulary: int
+    first_table: int | None = None
 
     @classmethod
     def from_metadata(cls, metadata: Mapping[str, Any] | GGUFFile) -> ModelShape | None:
-        """Read the shape; None where the cache is of a kind this estimate does not cover.
-
-        Those are models without attention heads (Mamba), with compressed keys (DeepSeek) or with a sliding window.
-        """
+        """Read the shape; None where the cache is of a kind this estimate does not cover, see ``has_plain_cache``."""
         arch = metadata.get("general.architecture")
 
         def number(key: str, default: Any = None) -> Any:
             return metadata.get(f"{arch}.{key}", default)
 
-        other_caches = ("attention.sliding_window", "attention.kv_lora_rank", "ssm.state_size", "wkv.head_size")
-        if any(is_list(value) or value for value in map(number, other_caches)):
+        if not has_plain_cache(metadata):
             return None
         try:
             layers, embedding = int(number("block_count")), int(number("embedding_length"))
@@ -77,6 +76,7 @@ class ModelShape:
                 # The experts of a token are computed side by side.
                 feed_forward=feed_forward * int(number("expert_used_count") or 1),
                 vocabulary=int(number("vocab_size") or array_size(metadata, "tokenizer.ggml.tokens")),
+                first_table=first_table(metadata),
             )
         except (TypeError, ValueError, OverflowError):  # a key is missing or no number
             return None
@@ -94,7 +94,10 @@ def trained_context(metadata: Mapping[str, Any] | GGUFFile) -> int:
 
 def array_size(metadata: Mapping[str, Any] | GGUFFile, key: str) -> int:
     """Elements of an array in a model's metadata."""
-    return metadata.array_size(key) if isinstance(metadata, GGUFFile) else len(metadata.get(key) or [])
+    if isinstance(metadata, GGUFFile):
+        return metadata.array_size(key)
+    value: Any = metadata.get(key)
+    return len(value) if is_list(value) else 0
 
 
 def is_list(value: Any) -> bool:
@@ -108,11 +111,20 @@ def largest(value: Any) -> int:
 
 
 def kv_bytes(shape: ModelShape, n_ctx: int, kv_type: str = "f16", layers: int | None = None) -> int:
-    """Bytes of a key and value cache for ``n_ctx`` tokens, of the first ``layers`` layers or all."""
+    """Bytes of a key and value cache for ``n_ctx`` tokens, of the first ``layers`` layers or all.
+
+    A quantized cache that reaches a second RoPE table keeps keys twice: in the table in use and as they were computed.
+    """
     _, per_block, block_bytes = KV_TYPES[kv_type]
     cells = -(-n_ctx // CELLS) * CELLS
     heads = sum(shape.heads_kv[:layers])
-    return cells * heads * (shape.key_length + shape.value_length) * block_bytes // per_block
+    keys = 2 if is_quantized(kv_type) and reaches_second_table(shape, n_ctx) else 1
+    return cells * heads * (keys * shape.key_length + shape.value_length) * block_bytes // per_block
+
+
+def reaches_second_table(shape: ModelShape, n_ctx: int) -> bool:
+    """Whether a sequence can outgrow the first of several RoPE tables."""
+    return shape.first_table is not None and n_ctx > shape.first_table
 
 
 def kv_type_fits(shape: ModelShape, kv_type: str) -> bool:
@@ -170,7 +182,8 @@ def cache_choices(
 ) -> list[tuple[str, bool]]:
     """Types of the cache, each with or without flash attention, the best first; what is given is kept.
 
-    F16 comes first because its keys lose nothing when they are re-rotated. q8_0 is as fast and takes half the memory.
+    F16 comes first because its keys lose nothing when they are re-rotated. q8_0 is as fast and takes about half the
+    memory, or four fifths where keys can be re-rotated.
     With flash attention llama.cpp makes an F16 copy of an F32 cache for every batch (llama-graph.cpp, build_attn_mha).
     """
     if flash_attn is None and (n_gpu_layers or (kv_type != "f32" and has_fast_flash_attention(shape))):
@@ -300,7 +313,9 @@ def plan_context(
     if (fits := largest_plan(available, choices[-1])) is not None:
         advice.append(f"--ctx {fits.n_ctx}")
     if flash_attn is not False:
-        smaller = [plan(wanted, (name, True)) for name in ("q8_0", "q4_0") if kv_type_fits(shape, name)]
+        # The roundings of q4_0 count twice for keys that were re-rotated.
+        names = ["q8_0"] if reaches_second_table(shape, wanted) else ["q8_0", "q4_0"]
+        smaller = [plan(wanted, (name, True)) for name in names if kv_type_fits(shape, name)]
         advice += [f"--kv-type {found.kv_type}" for found in smaller if found.needed <= available][:1]
     least = plan(wanted, choices[-1])
     raise ClexError(

@@ -260,7 +260,7 @@ def test_memory_of_a_context():
 def test_metadata_with_a_number_per_layer_or_another_cache():
     keys = LLAMA_7B | {"llama.attention.head_count_kv": np.array([8] * 31 + [0], dtype=np.uint32)}
     assert kv_bytes(ModelShape.from_metadata(keys), 256) == 256 * 31 * 8 * 256 * 2
-    assert ModelShape.from_metadata(LLAMA_7B | {"llama.attention.sliding_window": 4096}) is None
+    assert ModelShape.from_metadata(LLAMA_7B | {"llama.attention.kv_lora_rank": 512}) is None
     assert ModelShape.from_metadata({"general.architecture": "llama"}) is None
 
 
@@ -451,7 +451,7 @@ def test_a_context_beyond_the_memory(small_buckets, monkeypatch):
     monkeypatch.setattr(memory_module, "available_bytes", lambda: 100 * 2**20)
     result = CliRunner().invoke(main, [str(small_buckets), "-p", "x", "--ctx", "2048"])
     assert result.exit_code == 1
-    assert "a context of 2,048 tokens needs 129 MiB of memory (q8_0 cache) but 100 MiB are available" in result.stderr
+    assert "a context of 2,048 tokens needs 141 MiB of memory (q8_0 cache) but 100 MiB are available" in result.stderr
 
 
 def test_bad_input_is_one_line(small_buckets, smollm, tmp_path):

@@ -255,7 +255,7 @@ def test_what_cannot_be_inspected(tmp_path):
         {"llama.block_count": np.uint32(2**32 - 1)},
         {"llama.attention.head_count": np.uint32(0)},
         {"llama.attention.key_length": "long"},
-        {"llama.attention.sliding_window": np.array([1, 0], np.uint32)},
+        {"llama.attention.kv_lora_rank": np.array([1, 0], np.uint32)},
         {"llama.embedding_length": np.float32("inf")},
         {"llama.attention.head_count_kv": np.array([-1, -1], np.int32)},
     ],
