@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from clex_local import native
-from clex_local.decoding import decode_failure
+from clex_local.decoding import NOT_FINITE, decode_failure
 from clex_local.memory import default_threads
 
 _RESIDENT = 256 << 20  # bytes of the file that may be in this process' memory, or not much more
@@ -46,6 +46,10 @@ def _keep_out(path: Path) -> None:
                 libc.madvise(int(first, 16), int(last, 16) - int(first, 16), _MADV_DONTNEED)
 
     threading.Thread(target=watch, daemon=True).start()
+
+
+class NotFinite(SystemExit):
+    """The model computes values that are no numbers."""
 
 
 class Decoder:
@@ -107,7 +111,11 @@ class Decoder:
         llama_cpp.llama_memory_clear(memory, True)
 
     def decode(self, tokens: npt.NDArray[np.int32], position: int) -> npt.NDArray[np.float32]:
-        """Logits of one batch, [tokens, n_vocab]: a view that the next batch overwrites."""
+        """Logits of one batch, [tokens, n_vocab]: a view that the next batch overwrites.
+
+        Raises:
+            NotFinite: those of the last token are no numbers; the others are not looked at.
+        """
         batch = self._batch
         batch.n_tokens = len(tokens)
         for i, token in enumerate(tokens):
@@ -118,6 +126,7 @@ class Decoder:
             batch.logits[i] = True
         status = llama_cpp.llama_decode(self.context, batch)
         if status:
-            raise SystemExit(f"cannot compute {len(tokens)} tokens: {decode_failure(status)}")
+            stop = NotFinite if status == NOT_FINITE else SystemExit
+            raise stop(f"cannot compute {len(tokens)} tokens: {decode_failure(status)}")
         logits = ctypes.cast(llama_cpp.llama_get_logits(self.context), ctypes.POINTER(ctypes.c_float))
         return np.ctypeslib.as_array(logits, (len(tokens), self.n_vocab))
