@@ -9,9 +9,14 @@ READY  := $(VENV)/.ready
 NATIVE := $(VENV)/.native
 STOCK  := build/stock/.built
 SANITIZE := build/sanitize/.built
+TRANSFORMERS4 := build/transformers4/.built
 
 SANITIZE_FLAGS := -O1 -g1 -fno-omit-frame-pointer -fsanitize=address,undefined
 SANITIZED_TESTS := $(addprefix tests/test_,sequences.py matrix.py random.py state.py failure.py reuse.py native_tables.py golden.py)
+
+# Those that load, convert, train or evaluate model folders, or reach the hub.
+FOLDER_TESTS := $(addprefix tests/test_,architectures.py convert.py eval_ppl.py folder_files.py generations.py hub.py \
+	lora.py scaling.py sources.py train.py train_model.py)
 
 NATIVE_SOURCES := CMakeLists.txt pyproject.toml $(wildcard native/*.py native/*.txt native/patches/* native/src/* startup/*)
 
@@ -20,8 +25,9 @@ NATIVE_SOURCES := CMakeLists.txt pyproject.toml $(wildcard native/*.py native/*.
 demo: $(NATIVE) ## set everything up, add tables to a small chat model and ask about a text longer than its context
 	$(BIN)/python examples/demo.py
 
-test: $(NATIVE) $(STOCK) ## set everything up and run the tests
+test: $(NATIVE) $(STOCK) $(TRANSFORMERS4) ## set everything up and run the tests, those of folders with transformers 5 and 4
 	$(BIN)/python -m pytest --numprocesses $(WORKERS)
+	PYTHONPATH="$(CURDIR)/build/transformers4" $(BIN)/python -m pytest --numprocesses $(WORKERS) $(FOLDER_TESTS)
 
 # For GCC. The interpreter is not built with the sanitizers, so their libraries come first; it leaks on purpose.
 sanitize: $(NATIVE) $(STOCK) $(SANITIZE) ## the tests of the native library under AddressSanitizer and UBSan
@@ -65,6 +71,12 @@ $(STOCK): $(READY) CMakeLists.txt native/llama-cpp-python.txt native/fetch_sourc
 	PATH="$(CURDIR)/$(BIN):$$PATH" cmake -S . -B build/stock -G Ninja -DCMAKE_BUILD_TYPE=Release -DCLEX_STOCK=ON \
 		-DPython3_EXECUTABLE="$(CURDIR)/$(BIN)/python" $(CMAKE_ARGS) > build/stock.log 2>&1 || { cat build/stock.log; exit 1; }
 	PATH="$(CURDIR)/$(BIN):$$PATH" cmake --build build/stock >> build/stock.log 2>&1 || { tail -50 build/stock.log; exit 1; }
+	@touch $@
+
+# In front of .venv's own on the path, so that torch and the rest need not be there twice.
+$(TRANSFORMERS4): $(READY) requirements-transformers4.txt
+	rm -rf build/transformers4
+	$(PIP) install --quiet --no-deps --target build/transformers4 --requirement requirements-transformers4.txt
 	@touch $@
 
 # OpenMP off: the sanitizers know nothing of its threads.

@@ -3,6 +3,7 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -19,6 +20,11 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 import clex_local  # noqa: F401, before any test imports llama_cpp
 
 DATA = Path(__file__).parent / "data"
+
+
+def pytest_report_header() -> str:
+    names = ("transformers", "huggingface_hub", "datasets", "peft", "torch")
+    return ", ".join(f"{name} {version(name)}" for name in names)
 
 
 @pytest.fixture(scope="session")

@@ -292,8 +292,9 @@ def test_a_missing_shard(capfd: Any, tmp_path: Path, out: Path) -> None:
     path = folder(tmp_path)
     index = path / "model.safetensors.index.json"
     names = load_file(LLAMA / "model.safetensors")
+    (path / "model.safetensors").rename(path / "model-1.safetensors")
     index.write_text(
-        json.dumps({"weight_map": {**dict.fromkeys(names, "model.safetensors"), "x": "model-2.safetensors"}})
+        json.dumps({"weight_map": {**dict.fromkeys(names, "model-1.safetensors"), "x": "model-2.safetensors"}})
     )
     assert "places x in model-2.safetensors, which is missing" in refused(capfd, path, out)
     index.write_text("{}")

@@ -5,6 +5,7 @@ What the other release writes is written out here; make test runs the tests of f
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 import shutil
 from pathlib import Path
@@ -15,10 +16,25 @@ import torch
 from clex_convert.transformers_folder import load_config, load_tokenizer, rope_scaling, rope_theta
 from clex_eval.folder import FolderModel, folder_coverage
 from clex_train.model import load_model
+from packaging.requirements import Requirement
 from tiny_models import make_model
 
 DATA = Path(__file__).parent / "data"
 LLAMA, PHI2 = DATA / "llama", DATA / "phi2"
+
+
+@pytest.mark.parametrize(
+    ("package", "versions"),
+    {
+        "transformers": ("4.57.0", "4.57.6", "5.0.0", "5.24.0"),
+        "huggingface-hub": ("0.34.0", "0.36.2", "1.31.0", "2.4.0"),  # below 1 for transformers 4, above for 5
+        "datasets": ("4.8.5", "5.2.0"),  # below 2 of the hub's client, and above
+    }.items(),
+)
+def test_both_generations_may_be_installed(package: str, versions: tuple[str, ...]) -> None:
+    requirements = [Requirement(text) for text in importlib.metadata.requires("clex-local") or ()]
+    (found,) = [one for one in requirements if one.name.replace("_", "-") == package]
+    assert all(version in found.specifier for version in versions)
 
 
 def edit(path: Path, drop: tuple[str, ...] = (), **changes: Any) -> dict[str, Any]:

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from clex_convert.errors import ConvertError, one_line
+from clex_convert.errors import ConvertError
 from clex_convert.gguf_parts import first_parts
 from clex_convert.lora import Adapter, Merge
 from clex_convert.model_config import ModelConfig, read_model_config
 from clex_convert.model_files import read_config, read_headers, read_tensor
 from clex_convert.model_tensors import check_tensors
 from clex_convert.scaling import Scaling, kind_of, read_scaling
+from clex_convert.weight_files import first_choice, no_weights, read_index, shards_without_index
 from clex_convert.weights import OdeSettings, OdeWeights, find_names, settings_from
 from clex_local.tables import Tables
 
@@ -151,25 +151,41 @@ class Checkpoint:
     # weights
 
     def _find_parts(self) -> list[Path]:
-        for start, end in (("model", ".safetensors"), ("pytorch_model", ".bin")):
-            parts = sorted(path for path in self.path.iterdir() if path.name.startswith(start) and path.suffix == end)
-            if parts or (self.path / f"{start}{end}.index.json").is_file():
-                self._index = self.path / f"{start}{end}.index.json"
-                return parts
-        raise ConvertError(f"{self.path}: holds no weights, neither model*.safetensors nor pytorch_model*.bin")
+        names = {path.name for path in self.path.iterdir() if path.is_file()}
+        said = self.model.values.get("transformers_weights")  # a name of its own, which transformers goes by
+        chosen = said if isinstance(said, str) and said in names else first_choice(names)
+        self._listed: dict[str, str] = {}
+        if chosen is None:
+            shards = shards_without_index(names, str(self.path))
+            if not shards:
+                raise no_weights(str(self.path), names)
+            return [self.path / name for name in shards]
+        if not chosen.endswith(".index.json"):
+            return [self.path / chosen]
+        self._listed = read_index(self.path / chosen)
+        if not self._listed:
+            raise ConvertError(f"{self.path / chosen}: lists no weights; download it again")
+        for name, part in self._listed.items():
+            if not (self.path / part).is_file():
+                raise ConvertError(
+                    f"{self.path}: the index places {name} in {part}, which is missing; download it again"
+                )
+        return [self.path / part for part in sorted(set(self._listed.values()))]
 
     def _check_index(self) -> None:
-        if not self._index.is_file():
+        if not self._listed:
             return
-        try:
-            weight_map = json.loads(self._index.read_text(encoding="utf-8"))["weight_map"]
-            listed = {str(name): str(part) for name, part in weight_map.items()}
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            raise ConvertError(f"{self._index}: cannot be read ({one_line(error)}); download it again") from None
-        for name, part in listed.items():
+        for name, part in self._listed.items():
             if name not in self.tensors:
-                state = "does not hold it" if (self.path / part).is_file() else "is missing"
-                raise ConvertError(f"{self.path}: the index places {name} in {part}, which {state}; download it again")
+                raise ConvertError(
+                    f"{self.path}: the index places {name} in {part}, which does not hold it; download it again"
+                )
+        for name, (part, *_) in self.tensors.items():
+            if name not in self._listed:
+                raise ConvertError(
+                    f"{part}: holds {name}, which the index does not list; the two are of different models: "
+                    "download both again"
+                )
 
     @cached_property
     def precision(self) -> str:

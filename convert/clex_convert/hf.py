@@ -26,9 +26,9 @@ from clex_convert import pieces
 from clex_convert.checkpoint import CLEX_LAYER, Checkpoint
 from clex_convert.contents import Contents
 from clex_convert.errors import ConvertError, extra_packages, one_line, writing
-from clex_convert.hub import named_card
 from clex_convert.hub_client import offline
 from clex_convert.model_files import read_tensor
+from clex_convert.staging import staged
 
 PRECISIONS = {"f32": "ALL_F32", "f16": "MOSTLY_F16", "bf16": "MOSTLY_BF16"}
 
@@ -120,23 +120,26 @@ def _model_class(
         meta = lazy.meta_with_dtype_and_shape(lazy._dtype_str_map["F32"], merge.shape)
         return lambda: lazy(meta=meta, args=(loaders[name](),), func=merge.apply)
 
-    def alone(name: str, load: Callable[[], Any]) -> Callable[[], Any]:
-        path = checkpoint.tensors[name][0]
-        if path.suffix != ".bin":
-            return load
+    def tensors_of(part: Path) -> Iterator[tuple[str, Callable[[], Any]]]:
+        lazy = conversion.base.LazyTorchTensor
+        if part.suffix != ".bin":
+            with gguf.utility.SafetensorsLocal(part) as found:
+                for name in found.keys():  # noqa: SIM118
+                    yield name, lambda data=found[name]: lazy.from_local_tensor(data)
+            return
+        import torch
 
-        # The scripts keep the whole file mapped, and with it in memory what was read of it.
-        def lazily() -> Any:
-            tensor = load()
-            return type(tensor)(meta=tensor._meta, args=(path, name), func=read_tensor)
-
-        return lazily
+        # One tensor at a time: a whole file stays mapped, and with it in memory what was read of it.
+        for name, meta in torch.load(part, map_location="meta", mmap=True, weights_only=True).items():
+            yield name, lambda name=name, meta=meta: lazy(meta=meta, args=(part, name), func=read_tensor)
 
     class ClexModel(base):
         model_arch = base.model_arch
 
         def index_tensors(self, remote_hf_model_id: str | None = None) -> dict[str, Any]:
-            tensors = super().index_tensors(remote_hf_model_id)
+            # The scripts would take every file of the folder whose name begins like that of one.
+            found = (self.filter_tensors(item) for part in checkpoint.parts for item in tensors_of(part))
+            tensors = dict(item for item in found if item is not None)
             if checkpoint.needs_output:
                 assert checkpoint.tied is not None
                 embedding, output = checkpoint.tied
@@ -146,8 +149,7 @@ def _model_class(
 
         @classmethod
         def filter_tensors(cls, item: tuple[str, Any]) -> tuple[str, Any] | None:
-            name = item[0]
-            loaders[name] = alone(*item)
+            name, loaders[item[0]] = item
             # transformers does not look at the output matrix of a model whose config ties it to the embedding
             if CLEX_LAYER in name or (checkpoint.tied is not None and name == checkpoint.tied[1]):
                 return None
@@ -184,9 +186,10 @@ def _model_class(
                 raise FileNotFoundError("the vocabulary is a byte-level BPE")  # what the scripts go on from
 
         def set_vocab(self) -> None:
-            with _step(checkpoint, "the tokenizer"):
+            _check_tokenizer(checkpoint.path)
+            with _step(checkpoint, "the tokenizer", self.dir_model):
                 super().set_vocab()
-            templates = _chat_templates(checkpoint.path)
+            templates = _chat_templates(self.dir_model)
             if templates is not None:
                 for key in [key for key in self.gguf_writer.kv_data[0] if key.startswith("tokenizer.chat_template")]:
                     self.gguf_writer.remove_key(key)
@@ -202,7 +205,7 @@ def _model_class(
                 return super().get_vocab_base_pre(tokenizer)
             except NotImplementedError:
                 raise ConvertError(
-                    f"{self.dir_model}: llama.cpp does not recognise the model's BPE pre-tokenizer; "
+                    f"{checkpoint.path}: llama.cpp does not recognise the model's BPE pre-tokenizer; "
                     "pass its name with --pre-tokenizer (such as llama-bpe, gpt-2 or qwen2)"
                 ) from None
 
@@ -274,7 +277,7 @@ def write_checkpoint(
     verbose: bool,
     progress: Callable[[float], None],
     planned: Callable[[], bool],
-) -> None:
+) -> list[str]:
     """Writes a checkpoint, and what is said of its rotary embedding, to a GGUF file.
 
     Args:
@@ -288,31 +291,36 @@ def write_checkpoint(
         progress: called with the part of the tensors written, 0 to 1.
         planned: called when the header is written and the tensors are a hole; whether to fill it.
 
+    Returns:
+        What the user should know, a sentence each.
+
     Raises:
         ConvertError: something that llama.cpp's scripts cannot read or the disk cannot hold.
 
     Source: ``ModelBase.write`` of llama.cpp's conversion/base.py.
     """
     with conversion_scripts() as (conversion, gguf), _quiet(verbose), offline(), contextlib.ExitStack() as stack:
-        with _step(checkpoint, "the config"):
+        stage = stack.enter_context(staged(checkpoint.path))
+        stage.check_metadata(gguf)
+        with _step(checkpoint, "the config", stage.folder):
             model = _model_class(conversion, gguf, checkpoint, contents, pre_tokenizer)(
-                checkpoint.path,
+                stage.folder,
                 gguf.LlamaFileType[PRECISIONS[precision]],
                 target.with_name("unused.gguf"),  # they would take braces in a name for fields to fill in
                 hparams=checkpoint.model.for_scripts(contents.context_length),
             )
         stack.callback(_close, model.gguf_writer)
-        with _step(checkpoint, "the weights"):
+        with _step(checkpoint, "the weights", stage.folder):
             model.prepare_tensors()
-        with _step(checkpoint, "the description"), named_card(checkpoint.path) as card:
-            model.dir_model_card = card
+        with _step(checkpoint, "the description", stage.folder):
             model.prepare_metadata(vocab_only=False)
-        with _step(checkpoint, "the weights"):
+        with _step(checkpoint, "the weights", stage.folder):
             _write(model.gguf_writer, target, shown, progress, planned)
+        return stage.notes
 
 
 @contextlib.contextmanager
-def _step(checkpoint: Checkpoint, part: str) -> Iterator[None]:
+def _step(checkpoint: Checkpoint, part: str, stage: Path) -> Iterator[None]:
     """Words what llama.cpp's scripts raise while they read a part of the model."""
     try:
         yield
@@ -323,12 +331,7 @@ def _step(checkpoint: Checkpoint, part: str) -> Iterator[None]:
     except Exception as error:
         # Whatever meets an odd file: KeyError, AssertionError, ValueError ...
         name, folder = type(error).__name__, checkpoint.path
-        if part == "the tokenizer" and not _has_tokenizer(folder):
-            raise ConvertError(
-                f"{folder}: holds no tokenizer (tokenizer.json or tokenizer.model); copy the one that the model was "
-                "trained with into the folder"
-            ) from None
-        said = one_line(error)
+        said = one_line(str(error).replace(str(stage), str(folder)))
         if not said:  # an assertion says no more than where it is
             frame = traceback.extract_tb(error.__traceback__)[-1]
             said = f"{Path(frame.filename).name}, line {frame.lineno}: {one_line(frame.line)}"
@@ -338,9 +341,14 @@ def _step(checkpoint: Checkpoint, part: str) -> Iterator[None]:
         ) from None
 
 
-def _has_tokenizer(folder: Path) -> bool:
+def _check_tokenizer(folder: Path) -> None:
+    # transformers makes a tokenizer without a vocabulary, since release 5, where it finds none.
     names = ("tokenizer.json", "tokenizer.model", "vocab.json", "tekken.json")
-    return any((folder / name).is_file() for name in names) or any(folder.glob("*.tiktoken"))
+    if not any((folder / name).is_file() for name in names) and not any(folder.glob("*.tiktoken")):
+        raise ConvertError(
+            f"{folder}: holds no tokenizer (tokenizer.json or tokenizer.model); copy the one that the model was "
+            "trained with into the folder"
+        )
 
 
 def _close(writer: Any) -> None:

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import re
-import shutil
-import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from clex_convert.errors import FULL, ConvertError, disk_full, extra_packages, one_line
 from clex_convert.gguf_parts import part_names
 from clex_convert.hub_client import broken_off, cached_snapshot, unreachable
+from clex_convert.weight_files import first_choice, no_weights, read_index, shards_without_index
 
 # ``org/name`` or ``org/name/file.gguf``, and perhaps a revision.
 _ID = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)(/(?P<file>[^@]+\.gguf))?(@(?P<revision>[^@]+))?")
@@ -70,27 +68,22 @@ def fetch(source: str | os.PathLike[str]) -> Path:
 
 
 def _weights(repo: str, names: list[str], get: Callable[[str], Path]) -> list[str]:
-    for start, end in (("model", ".safetensors"), ("pytorch_model", ".bin")):
-        index = f"{start}{end}.index.json"
-        if index in names:
-            return [index, *_listed(get(index), names)]
-        parts = [name for name in names if re.fullmatch(rf"{start}(-\d+-of-\d+)?\{end}", name)]
-        if parts:
-            return [start + end] if start + end in parts else sorted(parts)
+    chosen = first_choice(names)
+    if chosen is not None:
+        return [chosen, *_listed(get(chosen), names)] if chosen.endswith(".index.json") else [chosen]
+    if shards := shards_without_index(names, repo):
+        return shards
     ggufs = sorted({part_names(name)[0] for name in names if name.endswith(".gguf")})
     if ggufs:
         shown = ", ".join(ggufs[:20]) + (f" and {len(ggufs) - 20} more" if len(ggufs) > 20 else "")
         raise ConvertError(f"{repo}: holds GGUF files, no model folder; pick one as {repo}/FILE: {shown}")
     if "adapter_config.json" in names:
         raise ConvertError(f"{repo}: holds an adapter, not a model; download it and pass its folder with --lora")
-    raise ConvertError(f"{repo}: holds no weights, neither model*.safetensors nor pytorch_model*.bin")
+    raise no_weights(repo, names)
 
 
 def _listed(index: Path, names: list[str]) -> list[str]:
-    try:
-        parts = sorted(set(map(str, json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise ConvertError(f"{index}: cannot be read ({one_line(error)}); remove it from the cache") from None
+    parts = sorted(set(read_index(index).values()))
     for part in parts:
         if part not in names:
             raise ConvertError(f"{index}: lists {part}, which is not there; download it, or ask for another revision")
@@ -149,22 +142,3 @@ def _few_words() -> Iterator[None]:
         yield
     finally:
         logging.set_verbosity(before)
-
-
-@contextlib.contextmanager
-def named_card(folder: Path) -> Iterator[Path]:
-    """A folder with a model's card and configs under the model's name, which the cache's folder of a commit lacks.
-
-    llama.cpp's conversion takes a model's name and size out of the name of this folder.
-    """
-    repo = re.fullmatch(r"models--.+?--(.+)", folder.parent.parent.name)
-    if folder.parent.name != "snapshots" or repo is None:
-        yield folder
-        return
-    with tempfile.TemporaryDirectory() as temporary:
-        copy = Path(temporary) / repo[1]
-        copy.mkdir()
-        for name in ("README.md", "config.json", "generation_config.json"):
-            if (folder / name).is_file():
-                shutil.copy(folder / name, copy)
-        yield copy

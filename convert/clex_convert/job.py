@@ -197,7 +197,7 @@ class Job:
         self._take_tables(checkpoint)
         from clex_convert.hf import write_checkpoint
 
-        write_checkpoint(
+        self.notes += write_checkpoint(
             checkpoint,
             self.contents,
             self.temporary,

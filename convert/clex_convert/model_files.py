@@ -13,6 +13,9 @@ if TYPE_CHECKING:
     import torch
 
 
+_POINTER = b"version https://git-lfs.github.com/spec/"
+
+
 def read_config(path: Path) -> dict[str, Any]:
     """The object of a JSON file.
 
@@ -28,6 +31,17 @@ def read_config(path: Path) -> dict[str, Any]:
     return config
 
 
+def refuse_pointer(path: Path) -> None:
+    """Refuses what git leaves in the place of a large file.
+
+    Raises:
+        ConvertError: it is that.
+    """
+    with path.open("rb") as file:
+        if file.read(len(_POINTER)) == _POINTER:
+            raise ConvertError(f"{path}: is a pointer of git-lfs, not the file; get the file with: git lfs pull")
+
+
 def read_headers(path: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
     """Type and shape of every tensor of a file; nothing that a pickle names is run.
 
@@ -38,6 +52,7 @@ def read_headers(path: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
         import torch
         from safetensors import SafetensorError, safe_open
     try:
+        refuse_pointer(path)
         if path.suffix == ".bin":
             if _is_pickle(path):
                 raise ConvertError(
