@@ -49,6 +49,7 @@ CALLS = {
     "__call__": lambda llm: llm("a", max_tokens=1),
     "__call__, stream": lambda llm: list(llm("a", max_tokens=1, stream=True)),
     "clex": lambda llm: llm.clex,
+    "control_tokens": lambda llm: llm.control_tokens,
     "create_chat_completion": lambda llm: llm.create_chat_completion(CHAT, max_tokens=1),
     "create_completion": lambda llm: llm.create_completion("a", max_tokens=1),
     "create_embedding": lambda llm: llm.create_embedding("a"),
@@ -69,12 +70,13 @@ CALLS = {
     "token_bos": lambda llm: llm.token_bos(),
     "token_eos": lambda llm: llm.token_eos(),
     "token_nl": lambda llm: llm.token_nl(),
+    "token_text": lambda llm: llm.token_text(5),
     "tokenize": lambda llm: llm.tokenize(b"a"),
     "tokenizer": lambda llm: llm.tokenizer().tokenize(b"a"),
 }
 # These say what was asked for, compute without a model, or load another.
 HARMLESS = {"cache", "close", "draft_model", "eval_logits", "eval_tokens", "from_pretrained", "logits_to_logprobs"}
-HARMLESS |= {"longest_token_prefix", "model_params", "set_cache", "set_seed", "settings"}
+HARMLESS |= {"longest_token_prefix", "metadata", "model_params", "set_cache", "set_seed", "settings"}
 HARMLESS |= {"create_chat_completion_openai_v1"}  # needs another package, and calls create_chat_completion
 STATE = llama_cpp.llama.LlamaState(np.zeros(0, np.intc), np.zeros((0, 0), np.single), 0, b"", 0, 0)
 
