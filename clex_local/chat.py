@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from clex_local.baked import baked_in
 from clex_local.command import INTERRUPTED, SETTINGS, Command, say
 from clex_local.errors import ClexError, escaped
 from clex_local.gguf_file import GGUFFile
@@ -59,13 +60,17 @@ def open_model(
     with GGUFFile(path) as file:
         tables = named_tables(file, path)
         shape = ModelShape.from_metadata(file)
-        trained = trained_context(file)
+        trained, baked = trained_context(file), baked_in(file)
     maximum = tables.max_context_length if tables else trained
     if not maximum:
         raise ClexError(f"{path}: not a language model (it has no context length)")
     if ctx and ctx > maximum and tables:
         reach = f"{tables.original_context_length:,} at t = 1, t up to {tables.scaling_factors[-1]:g}"
         raise ClexError(f"{path} covers {maximum:,} tokens ({reach}), not the {ctx:,} asked for")
+    if ctx and ctx > maximum and baked:
+        raise ClexError(
+            f"{path} is baked for {maximum:,} tokens, not the {ctx:,} asked for; convert the model that it was made of"
+        )
     if ctx and ctx > maximum:
         raise ClexError(
             f"{path} was trained for {maximum:,} tokens and has no tables to cover the {ctx:,} asked for; "

@@ -16,12 +16,13 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from clex_local.baked import Baked, baked_in
 from clex_local.command import SETTINGS, Command
 from clex_local.errors import ClexError, escaped
 from clex_local.gguf_file import GGUFFile
 from clex_local.memory import KV_TYPES, ModelShape, compute_bytes, gib, kv_bytes, kv_type_fits
 from clex_local.rope import Rope, count, longrope_tables, read_rope
-from clex_local.tables import Tables, named_tables
+from clex_local.tables import SUPPORTED_ARCHITECTURES, Tables, named_tables
 
 KV_SHOWN = ("f16", "q8_0", "q4_0")
 _MOST_ROWS = 64  # buckets in a table for people
@@ -77,12 +78,13 @@ class Inspection:
         file_type: main type of its tensors, named as clex-convert's ``--outtype``; None if the file does not say.
         parameters: elements of all tensors.
         tensor_types: one entry per tensor type, the largest first.
-        trained_context: ``context_length`` of the file, or None.
+        trained_context: ``context_length`` of the file, of a baked one that of the model it was made of; or None.
         original_context: tokens covered without scaling, or None.
-        max_context: tokens that the last table covers, or the trained context.
+        max_context: tokens that the last table, or the baked one, covers; or the trained context.
         rope: RoPE base, dimension, and any scaling that is not one of tables.
         tables: the file's, or those that the runtime makes of LongRoPE factors; None if there are none.
         tables_in_file: whether the tables are the file's.
+        baked: the one table that the file's frequencies are, or None.
         shape: what decides the memory; None for a kind of cache that the estimate does not cover.
         memory: what each context takes; empty where that is unknown.
     """
@@ -101,6 +103,7 @@ class Inspection:
     rope: Rope
     tables: Tables | None
     tables_in_file: bool
+    baked: Baked | None
     shape: ModelShape | None
     memory: tuple[ContextMemory, ...]
 
@@ -168,6 +171,7 @@ class Inspection:
                 "buckets": [asdict(bucket) for bucket in self.buckets],
                 "provenance": self.provenance,
             },
+            "baked": self.baked and asdict(self.baked),
             "memory": {
                 "weights_bytes": self.tensor_bytes,
                 "contexts": [
@@ -215,8 +219,11 @@ def inspect(path: str | os.PathLike[str], *, ctx: Sequence[int] = (), kv_types: 
         tables_in_file = tables is not None
         tables = tables or longrope_tables(file)
         trained = count(file, f"{architecture}.context_length")
-        original = tables.original_context_length if tables else trained
         longest = tables.max_context_length if tables else trained
+        baked = None if tables else baked_in(file)
+        if baked:
+            trained = baked.original_context_length
+        original = tables.original_context_length if tables else trained
         shape = ModelShape.from_metadata(file)
         name = file.get("general.name")
         return Inspection(
@@ -234,6 +241,7 @@ def inspect(path: str | os.PathLike[str], *, ctx: Sequence[int] = (), kv_types: 
             rope=read_rope(file),
             tables=tables,
             tables_in_file=tables_in_file,
+            baked=baked,
             shape=shape,
             memory=_memory(shape, ctx or _doublings(original, longest), kv_types),
         )
@@ -341,6 +349,8 @@ def _facts(found: Inspection) -> Iterator[tuple[str, str]]:
     context = f"{found.trained_context:,} tokens" if found.trained_context else "unknown"
     if found.tables is not None:
         context = f"{found.original_context:,} tokens, {found.max_context:,} with the tables"
+    elif found.baked is not None:
+        context = f"{found.original_context:,} tokens, {found.max_context:,} with the baked table"
     yield "context", context
     rope = found.rope
     base = "unknown" if rope.base is None else f"{rope.base:,.10g}"
@@ -349,12 +359,21 @@ def _facts(found: Inspection) -> Iterator[tuple[str, str]]:
     if own:
         yield "RoPE scaling", ", ".join(map(escaped, own))
     if found.tables is None:
-        yield "tables", "none: runs as in llama.cpp; clex-convert adds some"
+        yield "tables", _no_tables(found)
         return
     source = "in the file" if found.tables_in_file else "made of the LongRoPE factors when the model is loaded"
     yield "tables", f"{len(found.tables.scaling_factors)} {source}, method {escaped(found.tables.method, 40)}"
     if found.tables.log_scale:
         yield "log scale", f"attention times log(tokens) / log({found.original_context:,})"
+
+
+def _no_tables(found: Inspection) -> str:
+    if found.baked is not None:
+        what = f"one baked for {found.baked.context_length:,} tokens, method {escaped(found.baked.method, 40)}"
+        return f"{what}: runs as in llama.cpp, short prompts too"
+    if found.architecture in SUPPORTED_ARCHITECTURES:
+        return "none: runs as in llama.cpp; clex-convert adds some"
+    return "none: runs as in llama.cpp; clex-convert has none for this architecture"
 
 
 def _bucket_table(found: Inspection) -> Table:

@@ -33,6 +33,7 @@ from clex_local.arguments import (
     file_path,
     rope_arguments,
 )
+from clex_local.baked import baked_in
 from clex_local.chat_formats import ChatFormats
 from clex_local.completion import Completions
 from clex_local.decoding import NOT_FINITE, DecodeError, decode_errors
@@ -254,6 +255,7 @@ class Llama(Completions, ChatFormats):
                 if type_k is None and type_v is None:
                     type_k = type_v = KV_TYPES[plan.kv_type][0]
             trained, architecture = trained_context(file), file.get("general.architecture")
+            made = "trained" if baked_in(file) is None else "baked"
         n_threads = n_threads or default_threads()
         try:
             with kept_until_return(), logged(ERROR, forward=verbose) as errors:
@@ -289,9 +291,9 @@ class Llama(Completions, ChatFormats):
             native.set_policy(self.ctx, fixed, clamp)
         elif 0 < trained < n_ctx and not kwargs.get("vocab_only") and not rope_arguments(kwargs):
             advice = f"pass n_ctx={trained}, or add tables: `clex-convert MODEL OUT.gguf --method ntk`"
-            if architecture not in SUPPORTED_ARCHITECTURES:
+            if architecture not in SUPPORTED_ARCHITECTURES or made == "baked":
                 advice = f"pass n_ctx={trained}"
-            trained_for = f"trained for {trained:,} tokens, without tables for a context of {n_ctx:,}"
+            trained_for = f"{made} for {trained:,} tokens, without tables for a context of {n_ctx:,}"
             warnings.warn(f"{model_path}: {trained_for}; {advice}", ContextWarning, stacklevel=2)
         # A draft model needs the logits of its guesses and not those of every token, which llama-cpp-python keeps.
         self._logits_all = bool(kwargs.get("logits_all", False))

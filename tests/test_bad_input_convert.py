@@ -326,6 +326,17 @@ def test_a_tokenizer_of_another_model(capfd: Any, tmp_path: Path, out: Path) -> 
     assert "those of another model" in line
 
 
+@pytest.mark.parametrize("name", ["lm_head.weight", "model.norm.weight", "model.layers.1.mlp.up_proj.weight"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_weights_that_are_not_finite(name: str, dtype: torch.dtype, capfd: Any, tmp_path: Path, out: Path) -> None:
+    tensors = {key: tensor.to(dtype) for key, tensor in load_file(LLAMA / "model.safetensors").items()}
+    tensors[name].view(-1)[-1] = float("nan")
+    path = folder(tmp_path, tensors=tensors)
+    for outtype in ("f32", "q8_0"):
+        line = refused(capfd, path, out, "--outtype", outtype)
+        assert f"{path / 'model.safetensors'}: {name} holds values that are not finite (NaN or infinite)" in line
+
+
 def test_weights_beyond_f16(capfd: Any, tmp_path: Path, out: Path) -> None:
     tensors = load_file(LLAMA / "model.safetensors")
     tensors["lm_head.weight"][0, 0] = 1e6

@@ -14,13 +14,18 @@ import numpy as np
 import pytest
 from clex_convert import ConvertError, cli, convert
 from clex_convert.gguf_writer import GGUFWriter, TensorData, tensors_of
+from clex_eval.models import Coverage, coverage, open_model
 from gguf_maker import rewrite
 from low_level import Context, Model
 from test_architectures import MODELS
 from tiny_models import LENGTH, kind_of, make_model
 
-from clex_local import native
+from clex_local import Llama, chat, inspection, native
+from clex_local.arguments import ContextWarning
+from clex_local.baked import Baked
+from clex_local.errors import ClexError
 from clex_local.gguf_file import GGUFFile
+from clex_local.inspection import inspect
 from clex_local.tables import read_tables
 
 DATA = Path(__file__).parent / "data"
@@ -282,6 +287,37 @@ def test_a_length_without_a_table_gets_one_line(golden_gguf, tmp_path, context):
         "choose a length among them, or make more tables with --max-factor"
     ]
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("source", ["folder", "file"])
+def test_a_baked_file_says_so(golden_dir, golden_gguf, tmp_path, source):
+    made_of = golden_dir("llama") if source == "folder" else golden_gguf("llama")
+    path = bake(made_of, SECOND, tmp_path / "baked.gguf")
+    found = inspect(path)
+    assert found.baked == Baked("clex", LENGTH, SECOND)
+    assert (found.trained_context, found.original_context, found.max_context) == (LENGTH, LENGTH, SECOND)
+    assert found.to_json()["baked"] == {"method": "clex", "original_context_length": LENGTH, "context_length": SECOND}
+    shown = click.testing.CliRunner().invoke(inspection.main, [str(path)]).stdout
+    assert "64 tokens, 128 with the baked table" in shown
+    assert "one baked for 128 tokens, method clex: runs as in llama.cpp, short prompts too" in shown
+    assert coverage(path) == Coverage(LENGTH, None, SECOND)
+    with open_model(path) as model:
+        assert (model.original_context_length, model.context_length) == (LENGTH, SECOND)
+    with pytest.raises(ClexError, match="is baked for 128 tokens, not the 200 asked for; convert the model that it w"):
+        chat.open_model(path, 200)
+    with pytest.warns(
+        ContextWarning, match="baked for 128 tokens, without tables for a context of 256; pass n_ctx=128$"
+    ):
+        Llama(str(path), n_ctx=256, verbose=False).close()
+    assert inspect(golden_gguf("llama")).to_json()["baked"] is None
+
+
+@pytest.mark.parametrize("options", [{}, {"method": "ntk"}, {"bake": LAST}, {"rope_scaling": {}, "method": "ntk"}])
+def test_tables_are_not_put_upon_a_baked_one(golden_gguf, tmp_path, options):
+    path = bake(golden_gguf("llama"), SECOND, tmp_path / "baked.gguf")
+    with pytest.raises(ConvertError, match=r"baked for 128 tokens \(method clex, 64 without it\), .+ scale them twice"):
+        convert(path, tmp_path / "out.gguf", **options)
+    assert not (tmp_path / "out.gguf").exists()
 
 
 def test_the_command_says_what_it_baked(golden_gguf, tmp_path):

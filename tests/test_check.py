@@ -91,16 +91,12 @@ def test_logits_that_are_not_finite(tmp_path: Path, golden_gguf: Callable[[str],
         start = file.data_offset + norm.offset
     data[start : start + 4] = np.float32("nan").tobytes()
     source.write_bytes(data)
-    for arguments, what in (
-        (["--outtype", "copy"], "the result"),
-        (["--outtype", "q8_0", "--check", "full"], "the un"),
-    ):
+    for arguments in (["--outtype", "copy"], ["--outtype", "q8_0", "--check", "full"]):
         out = tmp_path / "out.gguf"
         result = click.testing.CliRunner().invoke(cli.main, [str(source), str(out), "--method", "ntk", *arguments])
         assert result.exit_code == 1
         (line,) = result.stderr.splitlines()
-        assert f"{out}: {what}" in line
-        assert "computes values that are not finite" in line
+        assert f"{source}: output_norm.weight holds values that are not finite (NaN or infinite)" in line
         assert [path.name for path in tmp_path.iterdir()] == ["in.gguf"]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -248,3 +249,14 @@ def test_a_tokenizer_saved_by_transformers_5_gives_the_same_vocabulary(changes: 
     assert note_of(folder, pre_tokenizer="gpt-2") == []
     with GGUFFile(tmp_path / "out.gguf") as file:
         assert vocabulary(file) == expected
+
+
+def test_a_path_that_is_no_text_is_said_to_be_that(folder: Path) -> None:
+    save(folder / "model.safetensors", 1)
+    odd = folder.rename(folder.parent / os.fsdecode(b"bad\xff"))
+    with pytest.raises(ConvertError, match="its path is not valid UTF-8, so safetensors cannot open it; rename it"):
+        converted(odd)
+    good, out = odd.rename(folder), folder.parent / os.fsdecode(b"out\xff.gguf")
+    convert(good, out, outtype="f32")  # the check decodes with it
+    convert(out, good.parent / "again.gguf")
+    assert (good.parent / "again.gguf").is_file()

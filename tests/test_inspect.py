@@ -110,6 +110,15 @@ def test_a_file_without_tables_says_so(smollm):
     assert "base 100,000, dimension 64" in text
 
 
+@pytest.mark.parametrize(("architecture", "says"), [("llama", "adds some"), ("bert", "has none for this architecture")])
+def test_tables_are_offered_to_architectures_that_can_have_them(architecture, says, tmp_path):
+    path = tmp_path / "m.gguf"
+    keys = {key.replace("llama.", f"{architecture}."): value for key, value in MODEL.items()}
+    path.write_bytes(gguf_bytes({**keys, "general.architecture": architecture}))
+    shown = CliRunner().invoke(main, [str(path)]).stdout
+    assert f"none: runs as in llama.cpp; clex-convert {says}" in shown
+
+
 def test_its_own_scaling_is_shown(tmp_path):
     scaling = {"llama.rope.scaling.type": "yarn", "llama.rope.scaling.factor": np.float32(4)}
     path = tmp_path / "m.gguf"

@@ -11,6 +11,7 @@ import torch
 from clex_convert import ConvertError, frequencies, tables, weights
 from clex_convert.methods import METHODS
 from clex_convert.ode import ClexLayer, integrate
+from clex_convert.transformers_folder import set_rope_scaling
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import LlamaConfig
@@ -37,7 +38,8 @@ def theirs(kind: str, dim: int, base: float, seq_len: int | None = None, **keys:
     """Inverse frequencies and attention factor by transformers, for a context of LENGTH before any scaling."""
     config = LlamaConfig(head_dim=dim, rope_theta=base, max_position_embeddings=LENGTH)
     outside = keys.pop("outside", {})
-    config.update({"rope_scaling": {"rope_type": kind, **keys}, **outside})
+    config.update(outside)
+    set_rope_scaling(config, {"rope_type": kind, **keys})
     inv_freq, attention = ROPE_INIT_FUNCTIONS[kind](config, torch.device("cpu"), seq_len=seq_len)
     return inv_freq.numpy(), attention
 

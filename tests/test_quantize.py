@@ -424,7 +424,11 @@ def smollm_folder(smollm: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
 
     folder = tmp_path_factory.mktemp("smollm") / "SmolLM2"
     options = {"gguf_file": smollm.name}
-    AutoModelForCausalLM.from_pretrained(smollm.parent, dtype=torch.float16, **options).save_pretrained(folder)
+    model = AutoModelForCausalLM.from_pretrained(smollm.parent, dtype=torch.float16, **options)
+    # transformers 5 goes on to call the weights quantized, and would not save them.
+    model.hf_quantizer = None
+    model.config.__dict__.pop("quantization_config", None)
+    model.save_pretrained(folder)
     AutoTokenizer.from_pretrained(smollm.parent, **options).save_pretrained(folder)
     (folder / "tokenizer.model").unlink(missing_ok=True)  # a copy of the GGUF
     return folder

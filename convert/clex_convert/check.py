@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from clex_convert.contents import Contents
-from clex_convert.errors import ConvertError, disk_full
+from clex_convert.errors import ConvertError, NotFiniteError, disk_full
 from clex_convert.native import report, request, run_child
 from clex_local.errors import ClexError
 from clex_local.gguf_file import GGUFFile
@@ -133,7 +133,7 @@ def _decode(path: Path, shown: Path, wanted: dict[str, Any], verbose: bool, what
         raise disk_full(shown)
     if "infinite" in found:
         advice = "choose another --outtype" if what == "the result" else "its weights are of no use"
-        raise ConvertError(f"{shown}: {what} computes values that are not finite; {advice}")
+        raise NotFiniteError(f"{shown}: {what} computes values that are not finite; {advice}")
     if "tables" in found:
         raise ConvertError(f"{shown}: the library reads other tables from {what} than were written: {found['tables']}")
     if reason is not None:

@@ -12,6 +12,7 @@ import numpy.typing as npt
 from clex_convert.checkpoint import Rope
 from clex_convert.errors import ConvertError
 from clex_convert.scaling import FREQUENCY_TENSORS
+from clex_local.baked import Baked
 from clex_local.tables import Tables
 
 # Tensors of frequency factors that stock llama.cpp's graph of an architecture takes, whatever the context's size.
@@ -128,6 +129,7 @@ def baked(tables: Tables, context: int, architecture: str, rope: Rope) -> Conten
         note = f"{context} tokens lie within the original context of {covered}: this is the model without extension"
     else:
         note = f"every prompt, short ones too, gets the frequencies made for up to {covered} tokens"
+    keys |= Baked(tables.method, tables.original_context_length, context).metadata()
     return Contents(context, keys, tensors, ("clex.", *scaling, *names), (note,))
 
 

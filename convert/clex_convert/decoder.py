@@ -72,7 +72,7 @@ class Decoder:
             _keep_out(path)
         # Another layout of the weights would take as much memory as they do, for the sake of one pass or a few.
         parameters.use_extra_bufts = False
-        self.model: Any = llama_cpp.llama_model_load_from_file(str(path).encode(), parameters)
+        self.model: Any = llama_cpp.llama_model_load_from_file(os.fsencode(path), parameters)
         if not self.model:
             raise SystemExit(1)
         self.vocabulary: Any = llama_cpp.llama_model_get_vocab(self.model)

@@ -16,6 +16,10 @@ class ConvertError(ClexError):
     """A conversion that cannot be done; nothing was written."""
 
 
+class NotFiniteError(ConvertError):
+    """Weights, or what is computed with them, that are NaN or infinite."""
+
+
 def one_line(text: object, limit: int = 300) -> str:
     """The text of an exception or a log on one line of at most `limit` characters."""
     line = " ".join(str(text).split())

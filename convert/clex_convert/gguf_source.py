@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from clex_convert.checkpoint import Rope
 from clex_convert.contents import Contents
@@ -16,7 +17,8 @@ from clex_convert.gguf_parts import open_parts
 from clex_convert.gguf_writer import GGUFWriter, TensorData, tensors_of
 from clex_convert.scaling import FREQUENCY_TENSORS, Scaling, read_gguf_scaling, read_scaling
 from clex_convert.weights import OdeSettings
-from clex_local.errors import ClexError
+from clex_local.baked import baked_in
+from clex_local.errors import ClexError, escaped
 from clex_local.tables import (
     MAX_DIMENSION,
     SUPPORTED_ARCHITECTURES,
@@ -26,8 +28,9 @@ from clex_local.tables import (
     tables_of,
 )
 
-_F32 = 0
-_FLOATS = {_F32, 1, 30}  # ggml_type: f32, f16, bf16
+_F32, _F16, _BF16 = 0, 1, 30  # ggml_type
+_FLOATS = {_F32, _F16, _BF16}
+_CHUNK = 8 << 20  # bytes
 _DEFAULT_BASE = 10000.0  # llama.cpp's, where the key is absent
 
 
@@ -62,6 +65,7 @@ class GGUFSource:
         for part in parts[1:]:
             part.close()
         try:
+            self._check_unbaked()
             self.architecture = self._check_model()
             self.rope = self._read_rope(rope_scaling)
         except ClexError:
@@ -78,6 +82,16 @@ class GGUFSource:
     def quantized(self) -> bool:
         """Whether any tensor is of a quantized type."""
         return any(tensor.type not in _FLOATS for tensor in self.tensors)
+
+    def _check_unbaked(self) -> None:
+        baked = baked_in(self.file)
+        if baked is None:
+            return
+        raise ConvertError(
+            f"{self.path}: has the frequencies of one table already, baked for {baked.context_length} tokens (method "
+            f"{escaped(baked.method, 40)}, {baked.original_context_length} without it), and tables would scale them "
+            "twice; convert the model that it was made of"
+        )
 
     def _check_model(self) -> str:
         file, architecture = self.file, self.file.get("general.architecture")
@@ -170,6 +184,13 @@ class GGUFSource:
                 f"is to have {context} tokens"
             )
 
+    def not_finite(self) -> str | None:
+        """Name of the first tensor of floats that holds NaN or infinity; None if none does."""
+        for tensor in self.tensors:
+            if tensor.type in _FLOATS and isinstance(tensor.source, Path) and not all(map(_is_finite, _chunks(tensor))):
+                return tensor.name
+        return None
+
     def own_tables(self) -> Tables | None:
         """The tables that the file has already; None if it has none.
 
@@ -213,3 +234,23 @@ class GGUFSource:
             for name, values in contents.tensors.items():
                 writer.add(TensorData.of(name, values))
             writer.write(target, shown, progress=progress, planned=planned)
+
+
+def _chunks(tensor: TensorData) -> Iterator[npt.NDArray[np.floating[Any]]]:
+    assert isinstance(tensor.source, Path)
+    with tensor.source.open("rb") as file:
+        file.seek(tensor.offset)
+        left = tensor.size
+        while left:
+            data = file.read(min(left, _CHUNK))
+            if not data:
+                return  # the file was checked when it was copied
+            left -= len(data)
+            if tensor.type == _BF16:  # the upper half of a float32
+                yield (np.frombuffer(data, "<u2").astype("<u4") << 16).view("<f4")
+            else:
+                yield np.frombuffer(data, "<f4" if tensor.type == _F32 else "<f2")
+
+
+def _is_finite(values: npt.NDArray[np.floating[Any]]) -> bool:
+    return bool(np.isfinite(values).all())

@@ -25,7 +25,7 @@ import clex_convert
 from clex_convert import pieces
 from clex_convert.checkpoint import CLEX_LAYER, Checkpoint
 from clex_convert.contents import Contents
-from clex_convert.errors import ConvertError, extra_packages, one_line, writing
+from clex_convert.errors import ConvertError, NotFiniteError, extra_packages, one_line, writing
 from clex_convert.hub_client import offline
 from clex_convert.model_files import read_tensor
 from clex_convert.staging import staged
@@ -326,6 +326,8 @@ def _step(checkpoint: Checkpoint, part: str, stage: Path) -> Iterator[None]:
         yield
     except ConvertError:
         raise
+    except pieces.NotFinite:
+        raise _not_finite(checkpoint) from None
     except FloatingPointError:
         raise ConvertError(f"{checkpoint.path}: some weights are too large for f16; use --outtype bf16") from None
     except Exception as error:
@@ -339,6 +341,17 @@ def _step(checkpoint: Checkpoint, part: str, stage: Path) -> Iterator[None]:
         raise ConvertError(
             f"{folder}: llama.cpp's conversion of {checkpoint.architecture} cannot read {part} ({name}: {said}){hint}"
         ) from None
+
+
+def _not_finite(checkpoint: Checkpoint) -> NotFiniteError:
+    import torch
+
+    for name, (path, kind, _) in checkpoint.tensors.items():
+        if "f" in kind and not bool(torch.isfinite(read_tensor(path, name).float()).all()):
+            return NotFiniteError(
+                f"{path}: {name} holds values that are not finite (NaN or infinite); the weights are of no use"
+            )
+    return NotFiniteError(f"{checkpoint.path}: the weights give values that are not finite; they are of no use")
 
 
 def _check_tokenizer(folder: Path) -> None:
@@ -390,5 +403,7 @@ def _fill(file: Any, tensor: Any) -> Iterator[int]:
         return
     # numpy's own tofile does not notice when the disk has no room for the last bytes.
     array = type(tensor).to_eager(tensor) if hasattr(tensor, "_meta") else tensor
+    if array.dtype.kind == "f" and not np.isfinite(array).all():
+        raise pieces.NotFinite
     file.write(np.ascontiguousarray(array).data)
     yield tensor.nbytes

@@ -11,7 +11,7 @@ from typing import Any
 from clex_convert.check import Divergence, check_contents, check_result, check_vocabulary, write_reference
 from clex_convert.checkpoint import Checkpoint
 from clex_convert.contents import baked, with_tables
-from clex_convert.errors import ConvertError
+from clex_convert.errors import ConvertError, NotFiniteError
 from clex_convert.gguf_source import GGUFSource
 from clex_convert.imatrix import ImportanceMatrix, check_text, compute_imatrix, read_imatrix
 from clex_convert.lora import Adapter
@@ -149,6 +149,17 @@ class Job:
 
     def make(self, check: str) -> None:
         """Makes the file, `made`, with its `tables`."""
+        try:
+            self._make(check)
+        except NotFiniteError:
+            if not self.is_folder:
+                with GGUFSource(self.source, self.rope_scaling) as model:
+                    if (name := model.not_finite()) is not None:
+                        what = f"{name} holds values that are not finite (NaN or infinite); the file is of no use"
+                        raise NotFiniteError(f"{self.source}: {what}") from None
+            raise
+
+    def _make(self, check: str) -> None:
         self.recipe.check()
         direct = self._is_direct(self.recipe.outtype)
         self._write(self.recipe.outtype, lambda: self._expect(None if direct else self.recipe))

@@ -51,6 +51,8 @@ def read_headers(path: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
     with extra_packages():
         import torch
         from safetensors import SafetensorError, safe_open
+    if path.suffix != ".bin" and any("\udc80" <= letter <= "\udcff" for letter in str(path)):  # bytes of no character
+        raise ConvertError(f"{path}: its path is not valid UTF-8, so safetensors cannot open it; rename it")
     try:
         refuse_pointer(path)
         if path.suffix == ".bin":

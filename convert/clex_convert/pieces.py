@@ -21,6 +21,10 @@ _PIECE = 32 << 20  # bytes of a piece as float32
 Piece = Callable[[], torch.Tensor]
 
 
+class NotFinite(Exception):
+    """A tensor holds NaN or infinity."""
+
+
 def pieces(tensor: Any) -> list[Piece]:
     """Functions that make a lazy tensor, one range of its rows after the other.
 
@@ -61,10 +65,13 @@ def write(tensor: Any, file: Any) -> Iterator[int]:
     Source: ``LazyChunkedTensor.tofile``; torch rounds to bfloat16 as ``gguf.quants.BF16`` does, ten times as fast.
     """
     for make in tensor._chunks:
-        array = _array(make(), tensor)
+        piece = make()
+        if not bool(torch.isfinite(piece).all()):
+            raise NotFinite
+        array = _array(piece, tensor)
         file.write(array.data)
         yield array.nbytes
-        del array  # before the next one is made
+        del piece, array  # before the next one is made
 
 
 def _array(piece: torch.Tensor, tensor: Any) -> np.ndarray[Any, Any]:

@@ -31,10 +31,12 @@ class Coverage:
     Attributes:
         original: L, covered without scaling; of a model without tables what it was trained for.
         maximum: what its last table covers; None where there are no tables and every length is computed alike.
+        baked: what the one table covers whose frequencies are the model's own, or None.
     """
 
     original: int
     maximum: int | None
+    baked: int | None = None
 
 
 class Model(Protocol):
@@ -124,7 +126,8 @@ def coverage(path: Path) -> Coverage:
     found = inspect(path)
     if not found.original_context:
         raise ClexError(f"{path}: not a language model (it has no context length)")
-    return Coverage(found.original_context, found.max_context if found.tables else None)
+    baked = found.baked.context_length if found.baked else None
+    return Coverage(found.original_context, found.max_context if found.tables else None, baked)
 
 
 def open_model(
@@ -181,7 +184,7 @@ def open_model(
 
 def held(covers: Coverage, context: int, clamp: bool) -> int:
     """Tokens of a context for which `context` were asked: no more than the tables cover, 0 for as many."""
-    wanted = context or covers.maximum or covers.original
+    wanted = context or covers.maximum or covers.baked or covers.original
     return wanted if clamp or covers.maximum is None else min(wanted, covers.maximum)
 
 

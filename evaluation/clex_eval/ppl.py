@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -102,12 +103,13 @@ def plan(
 ) -> tuple[Coverage, list[int], str]:
     """The coverage of a model, the context lengths to measure, ascending, and what to say about them."""
     covers = coverage(path)
-    covers = Coverage(original or covers.original, covers.maximum)
+    covers = replace(covers, original=original or covers.original)
     wanted = sorted({n.of(covers.original) for n in lengths or default_lengths()})
     note = ""
     if covers.maximum is None:
-        if wanted[-1] > covers.original:
-            note = f"{path.name} has no tables: beyond {covers.original:,} tokens it is run as it is"
+        if wanted[-1] > (covers.baked or covers.original):
+            what = "has no tables" if covers.baked is None else "is baked for one length"
+            note = f"{path.name} {what}: beyond {covers.baked or covers.original:,} tokens it is run as it is"
     elif wanted[-1] > covers.maximum and not clamp:
         if lengths or wanted[0] > covers.maximum:
             raise ClexError(
