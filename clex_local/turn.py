@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
@@ -32,7 +32,8 @@ class Turn:
     turn from its first step until it ends, is closed or is dropped. One that is left in the middle stops nobody for
     ever: a call of the thread that left it takes the model at once, since only that thread could go on with it; a call
     of another thread takes it when there was no step for `patience` seconds. Going on with the stream is then an error,
-    where it would continue another text.
+    where it would continue another text. Of those that may go on, the one that has waited longest does, so that a
+    stream lets what is not in its way pass before its next step.
     """
 
     patience = 30.0
@@ -43,6 +44,8 @@ class Turn:
         self._depth = 0
         self._changing = False  # it does more than read
         self._stream: _Stream | None = None
+        # threads that wait, in the order in which they came, and how long the stream keeps each from going on, seconds
+        self._waiting: dict[int, Callable[[], float]] = {}
 
     @property
     def busy(self) -> bool:
@@ -108,14 +111,30 @@ class Turn:
                     self._changed.notify_all()
 
     def _wait(self, me: int, stream: _Stream | None, reading: bool, at_once: bool) -> None:
-        while True:
-            if stream is not None and stream.lost:
-                raise StreamError("the stream cannot go on: another call has used the model since its last token")
-            other, seconds = self._stream, threading.TIMEOUT_MAX
-            if self._thread is None:
-                if other is None or other is stream or other.thread == me or reading or at_once:
-                    return
-                seconds = other.ended + self.patience - time.monotonic()
-                if seconds <= 0:
-                    return
-            self._changed.wait(seconds)
+        def seconds() -> float:
+            other = self._stream
+            if other is None or other is stream or other.thread == me or reading or at_once:
+                return 0.0
+            return max(0.0, other.ended + self.patience - time.monotonic())
+
+        # A signal's handler may use the model while its thread waits: it has the place of the call that it came into.
+        outer = self._waiting.get(me)
+        try:
+            self._waiting[me] = seconds
+            while True:
+                if stream is not None and stream.lost:
+                    raise StreamError("the stream cannot go on: another call has used the model since its last token")
+                left = threading.TIMEOUT_MAX
+                if self._thread is None:
+                    first = next((thread for thread, wait in self._waiting.items() if wait() == 0.0), None)
+                    if first == me:
+                        return
+                    if first is None:
+                        left = seconds()
+                self._changed.wait(left)
+        finally:
+            if outer is None:
+                self._waiting.pop(me, None)
+            else:
+                self._waiting[me] = outer
+            self._changed.notify_all()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 
 import pytest
 from llama_cpp import LlamaRAMCache
@@ -174,6 +175,73 @@ def test_what_changes_nothing_disturbs_no_stream(llm):
     assert other.result(WAIT)[0] == state.n_tokens
     assert (text([*found, *parts]), llm.detokenize([5])) == (expected, llm.detokenize([5]))
     llm.load_state(state)
+
+
+class Queue(threading.Condition):
+    """Tells when a call begins to wait."""
+
+    def __init__(self):
+        super().__init__()
+        self.waits = threading.Event()
+
+    def wait(self, timeout=None):
+        self.waits.set()
+        return super().wait(timeout)
+
+
+def stream_with_a_call(llm, call):
+    """Tokens of a stream in whose third step another thread begins to wait for the turn, and what the call returns."""
+    llm._turn._changed = queue = Queue()
+    calls, tokens = [], []
+
+    def start(ids, logits):
+        if len(tokens) == 2:
+            calls.append(other_thread(call))
+            assert queue.waits.wait(WAIT)
+        return len(tokens) == 40
+
+    def run():
+        with suppress(StreamError):
+            for token in llm.generate([5, 6, 7], temp=0, stopping_criteria=start):
+                tokens.append(token)
+
+    other_thread(run).result(WAIT)
+    return tokens, calls[0].result(WAIT)
+
+
+def test_a_call_that_no_stream_keeps_waiting_comes_before_the_next_step(path):
+    with Llama(path, n_ctx=256, n_threads=1, verbose=False) as llm:
+        tokens, state = stream_with_a_call(llm, llm.save_state)
+        assert (len(tokens), state.n_tokens) == (40, 3 + 2)
+    llm = Llama(path, n_ctx=256, n_threads=1, verbose=False)
+    tokens, _ = stream_with_a_call(llm, llm.close)
+    assert len(tokens) == 3
+
+
+def test_a_call_inside_one_that_waits_does_not_wait_for_it():
+    """That of a signal's handler, say."""
+    turn, order = Turn(), []
+
+    class Interrupted(Queue):
+        def wait(self, timeout=None):
+            if self.waits.is_set():
+                return super().wait(timeout)
+            super().wait(0)
+            with turn.take(reading=True):
+                order.append("inner")
+            return False
+
+    turn._changed = queue = Interrupted()
+
+    def wait():
+        with turn.take():
+            order.append("outer")
+
+    with turn.take():
+        future = other_thread(wait)
+        assert queue.waits.wait(WAIT)
+    future.result(WAIT)
+    assert order == ["inner", "outer"]
 
 
 def test_a_callback_uses_the_model_that_calls_it(llm):
