@@ -54,7 +54,7 @@ from clex_local.memory import (
     trained_context,
 )
 from clex_local.prompt_cache import PromptCache
-from clex_local.saved_state import fault, seal
+from clex_local.saved_state import fault, is_sealed, seal
 from clex_local.tables import SUPPORTED_ARCHITECTURES, ContextError, named_tables
 from clex_local.turn import Turn
 from clex_local.vocabulary import Tokenizer, check_tokens
@@ -566,19 +566,27 @@ class Llama(Completions, ChatFormats):
             StateError: the state is of another model, of other tables, of another type of cache, or damaged. Of models
                 that keep more than a KV cache (recurrent ones) a damaged one may leave an empty cache.
         """
+        refused = f"{self.model_path}: cannot load the saved state: "
+        if wrong := fault(state, self._n_vocab):
+            raise StateError(refused + wrong)
         if state.n_tokens > self._n_ctx:
             raise _too_long(state.n_tokens, self._n_ctx)
-        if wrong := fault(state, self._n_vocab):
-            raise StateError(f"{self.model_path}: cannot load the saved state: {wrong}")
+        # Only llama.cpp knows how many tokens are in its part of a state: where no checksum holds the parts together,
+        # there must be a way back.
+        before = None if is_sealed(state) else self._native_state()
         data = (ctypes.c_uint8 * state.llama_state_size).from_buffer_copy(state.llama_state)
         with kept_until_return(), logged(ERROR, forward=self.verbose) as errors:
             size = llama_cpp.llama_state_set_data(self.ctx, data, state.llama_state_size)
+            cached = self._cached()
+            if before is not None and size == state.llama_state_size and cached < state.n_tokens:
+                llama_cpp.llama_state_set_data(self.ctx, before, len(before))
         if size != state.llama_state_size:
-            memory = llama_cpp.llama_get_memory(self.ctx)
-            if memory is None or llama_cpp.llama_memory_seq_pos_max(memory, 0) + 1 < self.n_tokens:
+            if cached < self.n_tokens:
                 self.reset()
             reason = errors[-1].split("error loading state: ")[-1] if errors else "llama.cpp did not take it"
-            raise StateError(f"{self.model_path}: cannot load the saved state: {reason}")
+            raise StateError(refused + reason)
+        if before is not None and cached < state.n_tokens:
+            raise StateError(f"{refused}it counts {state.n_tokens:,} tokens, llama.cpp's part of it has {cached:,}")
         rows = min(state.n_tokens, len(state.scores), len(self.scores))
         self.scores[:rows] = state.scores[:rows]
         self.input_ids[: state.n_tokens] = state.input_ids[: state.n_tokens]
@@ -586,6 +594,17 @@ class Llama(Completions, ChatFormats):
         self._requires_eval = True
         self._seed = state.seed
         self._computed[: self.n_tokens] = getattr(state, "clex_computed", -1)
+
+    def _cached(self) -> int:
+        """Tokens of the sequence that llama.cpp has; 0 for a model that keeps none."""
+        memory = llama_cpp.llama_get_memory(self.ctx)
+        return 0 if memory is None else llama_cpp.llama_memory_seq_pos_max(memory, 0) + 1
+
+    def _native_state(self) -> ctypes.Array[ctypes.c_uint8]:
+        """llama.cpp's part of a state."""
+        data = (ctypes.c_uint8 * llama_cpp.llama_state_get_size(self.ctx))()
+        size = llama_cpp.llama_state_get_data(self.ctx, data, len(data))
+        return (ctypes.c_uint8 * size).from_buffer(data)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "draft_model": self._draft, **self._options}

@@ -381,11 +381,62 @@ def change_tables(state):
     state.clex_computed[2] += 1
 
 
+def unseal(state):
+    state.clex_checksum = None
+
+
+def strange_tokens(number):
+    def change(state):
+        unseal(state)
+        state.input_ids[:] = number
+
+    return change
+
+
+def count_more(state):
+    """Twice the tokens that llama.cpp's part has."""
+    unseal(state)
+    state.n_tokens = 100
+    state.clex_computed = np.zeros(100, np.int64)
+
+
+def replace(name, make):
+    def change(state):
+        setattr(state, name, make(getattr(state, name)))
+
+    return change
+
+
+def nothing(value):
+    return None
+
+
+OTHER_KINDS = {
+    **{
+        f"{name} is None": replace(name, nothing)
+        for name in ("n_tokens", "input_ids", "scores", "llama_state", "llama_state_size", "seed", "clex_computed")
+    },
+    "list of tokens": replace("input_ids", np.ndarray.tolist),
+    "column of tokens": replace("input_ids", lambda ids: ids[:, None]),
+    "fractions of tokens": replace("input_ids", lambda ids: ids.astype(float)),
+    "three dimensions of logits": replace("scores", lambda scores: scores[None]),
+    "fraction for a count": replace("n_tokens", float),
+    "text for a count": replace("n_tokens", str),
+    "text for bytes": replace("llama_state", lambda data: "x" * len(data)),
+    "every second byte": replace("llama_state", lambda data: memoryview(data * 2)[::2]),
+    "large seed": replace("seed", lambda seed: 2**64),
+    "column of tables": replace("clex_computed", lambda computed: computed[:, None]),
+    "text for a checksum": replace("clex_checksum", lambda pair: "z"),
+}
+
+
 @pytest.mark.parametrize(
     "change",
     [
         *(cut, cut_with_its_size, add, forget_tokens, exchange_a_token, lengthen, shorten, negate, narrow),
-        *(change_logits, change_tables),
+        *(change_logits, change_tables, count_more),
+        *(pytest.param(strange_tokens(number), id=f"token {number}") for number in (-5, 10**6)),
+        *(pytest.param(change, id=name) for name, change in OTHER_KINDS.items()),
     ],
 )
 def test_damaged_state_of_python_is_refused_whole(open_llama, change):
@@ -394,8 +445,21 @@ def test_damaged_state_of_python_is_refused_whole(open_llama, change):
     other.eval(IDS[100:150])
     state = pickle.loads(pickle.dumps(other.save_state()))
     llm.eval(IDS[:60])
-    before = llm.save_state()
     change(state)
+    refused_whole(llm, state)
+    llm.load_state(other.save_state())
+    assert llm.n_tokens == 50
+
+
+@pytest.mark.parametrize("state", [None, "x", b"abc", {"n_tokens": 3}, object])
+def test_what_is_no_state_is_refused(open_llama, state):
+    llm = open_llama()
+    llm.eval(IDS[:60])
+    refused_whole(llm, state)
+
+
+def refused_whole(llm, state):
+    before = llm.save_state()
     with pytest.raises(StateError, match=r"python-\w+\.gguf: cannot load the saved state: "):
         llm.load_state(state)
     after = llm.save_state()
@@ -403,8 +467,6 @@ def test_damaged_state_of_python_is_refused_whole(open_llama, change):
     for name in ("input_ids", "clex_computed", "scores"):
         kept = slice(None, 60)
         np.testing.assert_array_equal(getattr(after, name)[kept], getattr(before, name)[kept])
-    llm.load_state(other.save_state())
-    assert llm.n_tokens == 50
 
 
 def test_state_of_llama_cpp_python_is_accepted(open_llama):
