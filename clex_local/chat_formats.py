@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 from llama_cpp import llama_chat_format
 
-from clex_local.templates import MARK, ChatTemplate, ControlTokens, TemplateError
+from clex_local.templates import MARK, ChatTemplate, ControlTokens, TemplateError, with_text
 
 _KEY = "tokenizer.chat_template"
 _DEFAULT = "chat_template.default"  # what the bindings call it
@@ -96,7 +96,8 @@ class ChatFormats(llama_cpp.Llama):
         """As llama-cpp-python's, with contents of messages that stay text.
 
         Raises:
-            TemplateError: the chat template is not valid, refuses the messages, or does not come to an end.
+            TemplateError: the chat template is not valid, refuses the messages, or does not come to an end; or a format
+                of the bindings cannot write a message, which has more than text in it.
         """
         # Those of the bindings that come with a projector give the whole prompt to another library.
         handler = self.chat_handler or self._chat_handlers.get(self.chat_format or "")
@@ -104,6 +105,8 @@ class ChatFormats(llama_cpp.Llama):
             handler = llama_chat_format.get_chat_completion_handler(self.chat_format or "")
         its_own = inspect.isfunction(handler) and handler.__module__ == llama_chat_format.__name__
         if its_own and handler not in self._own_handlers.values():
+            if self.chat_handler is None:
+                messages = [_as_text(message, self.chat_format) for message in messages]
             messages = self.control_tokens.guard(messages)
         return super().create_chat_completion(messages, *args, **kwargs)  # pyright: ignore[reportArgumentType]
 
@@ -136,6 +139,17 @@ class ChatFormats(llama_cpp.Llama):
             )
 
         return llama_chat_format.chat_formatter_to_chat_completion_handler(write)
+
+
+def _as_text(message: Any, chat_format: str | None) -> Any:
+    """A message as the bindings' formats take it: they drop contents that are a list of parts, or write its Python."""
+    message = with_text(message)
+    parts = message.get("content") if isinstance(message, Mapping) else None
+    if not isinstance(parts, Sequence) or isinstance(parts, str):
+        return message
+    kinds = [part.get("type") if isinstance(part, Mapping) else type(part).__name__ for part in parts]
+    other = next((kind for kind in kinds if kind != "text"), "text without a text")
+    raise TemplateError(f"chat_format={chat_format!r} reads text alone, and a message has a part of type {other!r}")
 
 
 def chat_template(llm: llama_cpp.Llama, name: str | None = None) -> str | None:

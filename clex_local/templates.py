@@ -242,7 +242,7 @@ class ChatTemplate:
         try:
             prompt = self._write(messages, variables)
         except TemplateError:
-            texts = [_with_text(message) for message in messages]
+            texts = [with_text(message) for message in messages]
             if texts == list(messages):
                 raise
             return self._write(texts, variables)
@@ -294,7 +294,7 @@ def _with_parts(message: Any) -> Any:
     return {**message, "content": [{"type": "text", "text": content}]} if isinstance(content, str) else message
 
 
-def _with_text(message: Any) -> Any:
+def with_text(message: Any) -> Any:
     """A message whose content is a text, where it was a list of texts."""
     parts = _content(message)
     if not isinstance(parts, Sequence) or isinstance(parts, str):

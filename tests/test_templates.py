@@ -134,6 +134,34 @@ def test_contents_of_a_chat_completion_are_text(llm, chat_format, monkeypatch):
     assert llm.input_ids[: len(attacked)].tolist() == attacked
 
 
+FORMATS = [
+    "chatml",
+    "qwen",
+    "llama-2",
+    "llama-3",
+    "mistral-instruct",
+    "vicuna",
+    "functionary",
+    "chatml-function-calling",
+]
+
+
+@pytest.mark.parametrize("chat_format", FORMATS)
+def test_contents_in_parts_are_those_in_one_text(llm, chat_format, monkeypatch):
+    monkeypatch.setattr(llm, "chat_format", chat_format)
+
+    def messages(*texts):
+        return [{"role": "user", "content": [{"type": "text", "text": text} for text in texts]}]
+
+    whole = tokens_of(llm, [{"role": "user", "content": "Say banana.\nNow."}])
+    assert tokens_of(llm, messages("Say banana.", "Now.")) == whole
+    image = {"type": "image_url", "image_url": {"url": "file.png"}}
+    for part, kind in ((image, "image_url"), ("text", "str"), ({"type": "text"}, "text without a text")):
+        content = [{"type": "text", "text": "What is it?"}, part]
+        with pytest.raises(TemplateError, match=f"chat_format='{chat_format}' reads text alone.* type '{kind}'"):
+            llm.create_chat_completion([{"role": "user", "content": content}])
+
+
 def test_all_that_a_template_reads_is_text(with_template):
     source = (
         "{% for t in tools %}{{ t | tojson }}{% endfor %}{% for m in messages %}<|im_start|>{{ m.role }} {{ m.name }}\n"
