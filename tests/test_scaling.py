@@ -19,6 +19,7 @@ import transformers
 from clex_convert import ConvertError, cli, convert
 from clex_convert.checkpoint import Checkpoint
 from clex_convert.gguf_source import GGUFSource
+from clex_convert.transformers_folder import rope_scaling, set_rope_scaling
 from gguf_maker import MODEL, gguf_bytes
 from low_level import Context, Model
 from tiny_models import LENGTH, convert_plainly, make_model
@@ -168,7 +169,8 @@ def test_stock_runs_the_first_bucket(source, ids, stock_library, tmp_path):
     for path, logits in expected.items():
         if logits is None:
             plain = source("linear")[0]
-            config = transformers.LlamaConfig(**{**plain.config.to_dict(), "rope_scaling": None})
+            config = transformers.LlamaConfig(**plain.config.to_dict())
+            set_rope_scaling(config, None)
             unscaled = transformers.LlamaForCausalLM(config).eval()
             unscaled.load_state_dict(plain.state_dict())
             expected[path] = reference_logits(unscaled, ids[:200])
@@ -188,7 +190,7 @@ def test_tables_by_length_are_the_scaling_for_each_factor(source, ids, tmp_path,
     model = Model(result.path)
     for t, n in zip(factors, result.tables.context_lengths, strict=True):
         config = transformers.LlamaConfig(**scaled.config.to_dict())
-        config.rope_scaling = {**config.rope_scaling, "factor": t}
+        set_rope_scaling(config, {**rope_scaling(config), "factor": t})
         reference = transformers.LlamaForCausalLM(config).eval()
         reference.load_state_dict(scaled.state_dict())
         with Context(model, n_ctx=LONG) as context:
@@ -215,7 +217,7 @@ def test_rope_scaling_takes_the_place_of_the_sources(source, ids, tmp_path, gold
     plain = tmp_path / "plain"
     shutil.copytree(folder, plain)
     config = json.loads((plain / "config.json").read_text())
-    theta = config.pop("rope_theta")
+    theta = config.pop("rope_theta", None) or config["rope_parameters"]["rope_theta"]  # before release 5, and since
     config |= {"rope_scaling": None, "rope_parameters": {"rope_type": "default", "rope_theta": theta}}
     config["max_position_embeddings"] = LENGTH
     (plain / "config.json").write_text(json.dumps(config))
@@ -269,7 +271,7 @@ def test_first_names_of_longrope_are_understood(source, tmp_path):
     assert known.attention_factor is None
     factors = {key: value for key, value in long_factors(HALF).items() if key != "type"}
     for name in ("su", "yarn"):
-        assert own_scaling(copy, rope_scaling={"type": name, **factors}) == known
+        assert own_scaling(copy, rope_scaling={"type": name, **factors}, rope_parameters=None) == known
 
 
 def test_longrope_that_does_not_say_how_far_it_reaches(source, tmp_path):
