@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import accumulate
 from math import ceil, floor
 from typing import Any
@@ -14,6 +15,8 @@ from llama_cpp.llama_grammar import PRIMITIVE_RULES, RESERVED_NAMES, BuiltinRule
 
 from clex_local.errors import ClexError
 from clex_local.log import ERROR, logged
+from clex_local.patterns import PatternRules
+from clex_local.schemas import NothingFits, Schema, both, constraints, listed, target
 
 # What says of which kind a value is; a schema with none of them takes any value.
 _KINDS = {"$ref", "additionalProperties", "allOf", "anyOf", "const", "enum", "format", "items", "maxLength"} | {
@@ -21,6 +24,11 @@ _KINDS = {"$ref", "additionalProperties", "allOf", "anyOf", "const", "enum", "fo
 }
 _MOST_NESTED, _MOST_RULES = 500, 10_000
 _MOST = 10**15 - 1  # of a number, as in llama-cpp-python's rules
+_ARRAYS = {"items", "prefixItems", "minItems", "maxItems"}
+_FORMATS = {"date", "date-time", "time", "uuid", *(f"uuid{version}" for version in range(1, 6))}
+_MOST_JOINED = 100
+_MOST_TOLD = 8
+_CHUNK, _MOST_REPEATED = 1000, 100_000
 _BOUNDS = {"minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum"}
 _CHARACTER = BuiltinRule(PRIMITIVE_RULES["char"].content.replace('[^"\\\\]', '[^"\\\\\\x7F\\x00-\\x1F]'))
 
@@ -29,27 +37,190 @@ class GrammarError(ClexError, ValueError):
     """A grammar or a JSON schema that cannot constrain an answer."""
 
 
+@dataclass(frozen=True)
+class _Rule:
+    """A property's schema that has become a rule."""
+
+    name: str
+
+
+@dataclass(frozen=True)
+class _Both:
+    """An alternative, and what stands beside the choice."""
+
+    rest: Schema
+    alternative: Any
+
+
 class _Converter(SchemaConverter):
     """llama-cpp-python's, without what it takes for something else or lets through."""
 
-    def __init__(self) -> None:
+    def __init__(self, root: Schema) -> None:
         super().__init__(prop_order={}, allow_fetch=False, dotall=False, raw_pattern=False)
-        self._names: dict[str, str] = {}  # rules of references
+        self._root = root
+        self._patterns = PatternRules(
+            lambda rule: self._add_rule("part-of-pattern", rule),
+            lambda rule, low, high: self._repeated(rule, low, high, "a number in a pattern"),
+        )
+        self._names: dict[str, str] = {}  # rules of references and of what was combined
 
     def visit(self, schema: Any, name: str) -> str:
-        schema = {} if schema is True else schema
-        if not isinstance(schema, dict):
-            raise TypeError(f"{schema!r} is no schema")
-        if schema.get("items") in ({}, True):
-            schema = {"type": "array", **{key: value for key, value in schema.items() if key != "items"}}
-        parts = schema.get("allOf")
-        if isinstance(parts, list) and len(parts) == 1 and "properties" not in schema:
-            return self.visit({**{key: value for key, value in schema.items() if key != "allOf"}, **parts[0]}, name)
+        if isinstance(schema, _Rule):
+            return schema.name
+        schema = constraints(schema)
+        if schema.keys() - {"$ref"} and {"$ref", "allOf", "anyOf", "oneOf"} & schema.keys():
+            return self._visit_combined(schema, name)
+        rule_name = f"{name}-" if name in RESERVED_NAMES else name or "root"
+        if (values := listed(schema)) is not None:
+            return self._add_rule(rule_name, " | ".join(map(self._generate_constant_rule, values)))
+        kind = schema.get("type")
+        if isinstance(kind, list):
+            return self._visit_union([{**schema, "type": each} for each in kind], name)
         if name and not _KINDS & schema.keys():
             return self._add_primitive("value", PRIMITIVE_RULES["value"])
-        if schema.get("type") == "integer" and _BOUNDS & schema.keys() and not {"const", "enum"} & schema.keys():
-            return self._add_rule(f"{name}-" if name in RESERVED_NAMES else name or "root", _integers(schema))
-        return super().visit(schema, name)
+        if kind == "integer" and _BOUNDS & schema.keys():
+            return self._add_rule(rule_name, _integers(schema))
+        if kind in (None, "array") and _ARRAYS & schema.keys():
+            return self._add_rule(rule_name, self._array(schema, name))
+        if kind in (None, "string"):
+            low, high = schema.get("minLength", 0), schema.get("maxLength")
+            if "pattern" in schema:
+                text = self._patterns.of(schema["pattern"], low, high)
+                return self._add_rule(rule_name, rf'"\"" {text} "\"" space')
+            if (low or high is not None) and kind and f"{schema.get('format')}" not in _FORMATS:
+                text = self._repeated(self._add_primitive("char", _CHARACTER), low, high, "minLength or maxLength")
+                return self._add_rule(rule_name, rf'"\"" {text} "\"" space')
+        return super().visit(_with_required(schema), name)
+
+    def _array(self, schema: Schema, name: str) -> str:
+        items, prefix = schema.get("items", True), schema.get("prefixItems")
+        prefix = items if isinstance(items, list) else prefix
+        sub = f"{name}-" if name else ""
+        if isinstance(prefix, list):
+            prefix = prefix[: schema.get("maxItems")]
+            if schema.get("minItems", 0) > len(prefix):
+                raise ValueError("minItems is more than there are prefixItems")
+            rules = [self.visit(each, f"{sub}tuple-{number}") for number, each in enumerate(prefix)]
+            together = ' "," space '.join(rules)
+            return f'"[" space {together} "]" space'
+        try:
+            item = self.visit(items, f"{sub}item")
+        except NothingFits:
+            if schema.get("minItems", 0):
+                raise
+            return '"[" space "]" space'
+        low, high = schema.get("minItems", 0), schema.get("maxItems")
+        if high == 0 and not low:
+            return '"[" space "]" space'
+        more = self._add_rule(f"{sub}more-items", f'"," space {item}')
+        most = None if high is None else high - 1
+        several = f"{item} {self._repeated(more, max(0, low - 1), most, 'minItems or maxItems')}"
+        return f'"[" space {several if low else f"( {several} )?"} "]" space'
+
+    def _repeated(self, rule: str, low: int, high: int | None, what: str) -> str:
+        """A rule from a least to a most number of times, which is what asks for them.
+
+        llama.cpp takes a number above 2000 for none, and nests parentheses where the bindings write them.
+        """
+        if high is not None and low > high:
+            raise NothingFits(f"{what} asks for at least {low:,} and at most {high:,}")
+        if max(low, high or 0) > _MOST_REPEATED:
+            raise ValueError(f"{what} is more than {_MOST_REPEATED:,}, which is too much for a grammar")
+        thousand = f"{rule}{{{_CHUNK}}}"
+        if max(low, (high or 0) - low) > _CHUNK:
+            thousand = self._add_rule(f"{rule}-x{_CHUNK}", thousand)
+        parts = [f"{thousand}{{{low // _CHUNK}}}"] if low > _CHUNK else []
+        rest = low % _CHUNK if parts else low
+        parts += [f"{rule}{{{rest}}}"] if rest else []
+        if high is None:
+            return " ".join([*parts, f"{rule}*"])
+        more, rest = divmod(high - low, _CHUNK)
+        if not more and rest:
+            parts.append(f"{rule}{{0,{rest}}}")
+        elif more:
+            last = self._add_rule(f"{rule}-to-{rest}", f"{rule}{{0,{rest}}}" if rest else '""')
+            for number in range(1, more + 1):
+                # One way only to read each length, or llama.cpp follows all of them at once.
+                text = f"{rule}{{0,{_CHUNK - 1}}} | {rule}-x{_CHUNK} {last}"
+                last = self._add_rule(f"{rule}-to-{rest + number * _CHUNK}", text)
+            parts.append(last)
+        return " ".join(parts)
+
+    def _visit_combined(self, schema: Schema, name: str) -> str:
+        """What stands beside a reference or a choice holds too; upstream's does not look at it."""
+        if not name:
+            return self._visit_choice(self._joined(schema), name)
+        key = json.dumps(schema)
+        # A schema that contains itself comes here again.
+        return self._named(key, "combined", lambda name: self._visit_choice(self._joined(schema), name))
+
+    def _named(self, key: str, what: str, visit: Callable[[str], str]) -> str:
+        """The rule of what may contain itself, by a name that no property gives."""
+        if key not in self._names:
+            name = self._names[key] = f"{what}-{len(self._names)}-of-schema"
+            try:
+                rule = visit(name)
+            except Exception:
+                del self._names[key]
+                raise
+            if rule == name and name not in self._rules:
+                raise ValueError("a reference leads to itself")
+            if rule != name:
+                self._rules[name] = rule
+        return self._names[key]
+
+    def _joined(self, schema: Schema) -> Schema:
+        """A schema without references and ``allOf``, or one of nothing but a reference."""
+        for _ in range(_MOST_JOINED):
+            if "$ref" in schema and len(schema) > 1:
+                rest = {key: value for key, value in schema.items() if key != "$ref"}
+                schema = both(constraints(target(self._root, schema["$ref"])), rest)
+            elif "allOf" in schema:
+                parts = schema["allOf"]
+                schema = {key: value for key, value in schema.items() if key != "allOf"}
+                for given in parts:
+                    part = constraints(given)
+                    if part.keys() == {"$ref"} and (schema or len(parts) > 1):  # properties keep their order
+                        part = constraints(target(self._root, part["$ref"]))
+                    schema = both(schema, part)
+            else:
+                return schema
+        raise ValueError("its references and allOf have no end")
+
+    def _visit_choice(self, schema: Schema, name: str) -> str:
+        """As each alternative, with what stands beside the choice."""
+        choice = next((key for key in ("anyOf", "oneOf") if key in schema), None)
+        if choice is None:
+            return self.visit(schema, name)
+        rest = {key: value for key, value in schema.items() if key != choice}
+        return self._visit_union([_Both(rest, alternative) for alternative in schema[choice]], name)
+
+    def _visit_union(self, alternatives: Sequence[Any], name: str) -> str:
+        """Any of the alternatives that a value can fulfil."""
+        rules, reason = [], NothingFits("there is no alternative")
+        for number, alternative in enumerate(alternatives):
+            try:
+                if isinstance(alternative, _Both):
+                    alternative = both(alternative.rest, constraints(alternative.alternative))
+                rules.append(self.visit(alternative, f"{name}-{number}" if name else f"alternative-{number}"))
+            except NothingFits as error:
+                reason = error
+        if not rules:
+            raise reason
+        return self._add_rule(f"{name}-" if name in RESERVED_NAMES else name or "root", " | ".join(rules))
+
+    def _build_object_rule(
+        self, properties: list[tuple[str, Any]], required: set[str], name: str, additional_properties: Any
+    ) -> str:
+        rules: list[tuple[str, Any]] = []
+        for key, schema in properties:
+            try:
+                rules.append((key, _Rule(self.visit(schema, f"{name}-{key}" if name else key))))
+            except Exception as error:
+                if not isinstance(error, NothingFits) or key in required:
+                    error.__dict__["path"] = [key, *getattr(error, "path", [])]
+                    raise
+        return super()._build_object_rule(rules, required, name, additional_properties)
 
     def _format_literal(self, literal: str) -> str:
         text = json.dumps(json.loads(literal), ensure_ascii=False)
@@ -61,10 +232,19 @@ class _Converter(SchemaConverter):
 
     def _resolve_ref(self, ref: str) -> str:
         # Upstream's takes a rule of the same name, such as that of a property, for the definition.
-        if ref not in self._names:
-            self._names[ref] = f"definition-{len(self._names)}-of-schema"
-            self._names[ref] = self.visit(self._refs[ref], self._names[ref])
-        return self._names[ref]
+        return self._named(f"$ref {ref}", "definition", lambda name: self.visit(target(self._root, ref), name))
+
+
+def _with_required(schema: Schema) -> Schema:
+    """Required properties of which nothing else is said are properties too."""
+    properties, rest = schema.get("properties", {}), schema.get("additionalProperties", True)
+    missing = [key for key in schema.get("required", ()) if key not in properties]
+    if not missing or schema.get("type") not in (None, "object"):
+        return schema
+    if rest is False:
+        raise NothingFits(f"{', '.join(missing)} is required, but is none of the properties")
+    added = {**properties, **dict.fromkeys(missing, rest)}
+    return {**schema, "properties": added, **({} if "properties" in schema else {"additionalProperties": rest})}
 
 
 def _integers(schema: dict[str, Any]) -> str:
@@ -110,6 +290,7 @@ def _digits(low: str, high: str) -> str:
 def grammar_of_schema(schema: Any, what: str) -> LlamaGrammar:
     """The grammar of the JSON texts that a schema describes, a dict or its JSON.
 
+    Properties come in the schema's order, the required ones first; no others unless ``additionalProperties`` says so.
     Bounds of numbers that are not whole, and what a grammar cannot say (``uniqueItems`` ...), do not constrain.
 
     Raises:
@@ -119,14 +300,15 @@ def grammar_of_schema(schema: Any, what: str) -> LlamaGrammar:
         schema = json.loads(schema if isinstance(schema, str) else json.dumps(schema))  # a copy, it will be changed
         if not isinstance(schema, dict):
             raise ValueError(f"it is {type(schema).__name__}, not an object")
-        if "$ref" in schema:  # what stands beside a reference is not looked at
-            schema["allOf"] = [{"$ref": schema.pop("$ref")}]
-        converter = _Converter()
-        converter.visit(converter.resolve_refs(schema, "schema"), "")
-        return LlamaGrammar.from_string(converter.format_grammar(), verbose=False)
+        converter = _Converter(schema)
+        converter.visit(schema, "")
+        grammar = LlamaGrammar.from_string(converter.format_grammar(), verbose=False)
+        llama_cpp.llama_sampler_free(grammar_sampler(None, grammar))  # what llama.cpp refuses is told at once
+        return grammar
     except Exception as error:  # the converter raises what it happens to run into, AssertionError among others
         reason = " ".join(str(error).split()) or type(error).__name__
-        raise GrammarError(f"{what} cannot be made a grammar: {reason}") from error
+        path = ".".join(getattr(error, "path", [])[:_MOST_TOLD])
+        raise GrammarError(f"{what} cannot be made a grammar: {f'{path}: ' if path else ''}{reason}") from error
 
 
 def grammar_of_response_format(request: Any) -> LlamaGrammar | None:

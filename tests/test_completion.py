@@ -566,7 +566,7 @@ def test_values_of_any_kind_are_schemas_too(llm, part, expected):
         ({"type": "json_schema", "json_schema": {"schema": {"type": "strange"}}}, "strange"),
         ({"type": "json_schema", "json_schema": {"schema": {"$ref": "#/$defs/no"}}}, "schema"),
         ({"type": "json_schema", "json_schema": {"schema": {"$ref": "https://example.com/s.json"}}}, "schema"),
-        ({"type": "json_schema", "json_schema": {"schema": {"type": "string", "pattern": "no anchors"}}}, "schema"),
+        ({"type": "json_schema", "json_schema": {"schema": {"type": "string", "pattern": "(?=x)"}}}, "schema"),
         ({"type": "json_schema", "json_schema": {"schema": []}}, "schema"),
         ({"type": "json_object", "schema": {"type": "object", "properties": {"a": {"type": 5}}}}, "schema"),
         ({"type": "json_object", "schema": {"enum": [{1, 2}]}}, "schema"),
