@@ -1,11 +1,13 @@
 """Ctrl-C while llama.cpp computes.
 
 Python runs the handler of a signal as soon as it runs anything, and in a callback from C that is where ctypes prints
-the exception and drops it. So handlers run as ever, and what they raise is kept until C has returned.
+the exception and drops it. So handlers run as ever, and what they raise is kept until C has returned. In ``__del__``
+Python drops it as well; there, handlers run later.
 """
 
 from __future__ import annotations
 
+import _thread
 import ctypes
 import signal
 import threading
@@ -55,6 +57,26 @@ def kept_until_return() -> Iterator[None]:
             raised = _kept[0]
             _kept.clear()
             raise raised from None
+
+
+@contextmanager
+def handled_later() -> Iterator[None]:
+    """Have signals that come inside the block handled soon after it, as in a ``__del__``, which nothing can leave."""
+    handlers: dict[signal.Signals | int, Callable[[int, Any], Any]] = {}
+    came: list[int] = []
+    try:
+        if threading.current_thread() is threading.main_thread():
+            for number in signal.valid_signals():
+                handler = signal.getsignal(number)
+                if callable(handler):
+                    handlers[number] = handler
+                    signal.signal(number, lambda number, frame: came.append(number))
+        yield
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+        for number in came:  # from another thread, which runs when this one has gone on
+            _thread.start_new_thread(signal.raise_signal, (number,))
 
 
 @ctypes.CFUNCTYPE(ctypes.c_bool, ctypes.c_float, ctypes.c_void_p)

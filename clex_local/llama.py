@@ -40,7 +40,7 @@ from clex_local.decoding import NOT_FINITE, DecodeError, decode_errors
 from clex_local.embedding import embeddings
 from clex_local.errors import ClexError, ModelError
 from clex_local.gguf_file import GGUFFile
-from clex_local.interrupt import kept_until_return, progress
+from clex_local.interrupt import handled_later, kept_until_return, progress
 from clex_local.lifetime import Closed, close_at_exit
 from clex_local.log import ERROR, logged
 from clex_local.lora import check_adapter
@@ -283,7 +283,8 @@ class Llama(Completions, ChatFormats):
             if self._has_tables:
                 check_rope(model_path, kwargs)
         except BaseException:
-            self._stack.close()  # at once, and not when the exception is forgotten
+            with kept_until_return():
+                self._stack.close()  # at once, and not when the exception is forgotten
             raise
         close_at_exit(self)
         if self._has_tables:
@@ -359,15 +360,16 @@ class Llama(Completions, ChatFormats):
         """Free the model; what is called afterwards raises ``ClosedError``."""
         if isinstance(self._model, Closed):
             return
-        with self._turn.take(at_once=True):
+        with self._turn.take(at_once=True), kept_until_return():
             self._stack.close()
             closed: Any = Closed(self.model_path)
             self._model = self._ctx = self._batch = closed
 
     def __del__(self) -> None:
         # Python calls it even where the constructor was never reached.
-        if stack := self.__dict__.get("_stack"):
-            stack.close()
+        if (stack := self.__dict__.get("_stack")) and not isinstance(self.__dict__.get("_model"), Closed):
+            with handled_later():
+                stack.close()
 
     def n_ctx(self) -> int:
         """Tokens that the context holds."""
@@ -552,7 +554,8 @@ class Llama(Completions, ChatFormats):
     @_reading
     def save_state(self) -> LlamaState:
         """As llama-cpp-python's; for ``load_state`` of the same file and the same kind of cache."""
-        state = super().save_state()
+        with kept_until_return():
+            state = super().save_state()
         state.clex_computed = self._computed[: self.n_tokens].copy()  # pyright: ignore[reportAttributeAccessIssue]
         seal(state, scores=self._logits_all)
         return state
@@ -571,22 +574,28 @@ class Llama(Completions, ChatFormats):
             raise StateError(refused + wrong)
         if state.n_tokens > self._n_ctx:
             raise _too_long(state.n_tokens, self._n_ctx)
-        # Only llama.cpp knows how many tokens are in its part of a state: where no checksum holds the parts together,
-        # there must be a way back.
-        before = None if is_sealed(state) else self._native_state()
         data = (ctypes.c_uint8 * state.llama_state_size).from_buffer_copy(state.llama_state)
         with kept_until_return(), logged(ERROR, forward=self.verbose) as errors:
+            # Only llama.cpp knows how many tokens are in its part of a state: where no checksum holds the parts
+            # together, there must be a way back.
+            before = None if is_sealed(state) else self._native_state()
             size = llama_cpp.llama_state_set_data(self.ctx, data, state.llama_state_size)
             cached = self._cached()
-            if before is not None and size == state.llama_state_size and cached < state.n_tokens:
-                llama_cpp.llama_state_set_data(self.ctx, before, len(before))
-        if size != state.llama_state_size:
-            if cached < self.n_tokens:
+            if size == state.llama_state_size:
+                if before is not None and cached < state.n_tokens:
+                    llama_cpp.llama_state_set_data(self.ctx, before, len(before))
+                else:
+                    self._adopt(state)
+            elif cached < self.n_tokens:
                 self.reset()
+        if size != state.llama_state_size:
             reason = errors[-1].split("error loading state: ")[-1] if errors else "llama.cpp did not take it"
             raise StateError(refused + reason)
         if before is not None and cached < state.n_tokens:
             raise StateError(f"{refused}it counts {state.n_tokens:,} tokens, llama.cpp's part of it has {cached:,}")
+
+    def _adopt(self, state: LlamaState) -> None:
+        """Take what Python keeps of a state; llama.cpp has its part."""
         rows = min(state.n_tokens, len(state.scores), len(self.scores))
         self.scores[:rows] = state.scores[:rows]
         self.input_ids[: state.n_tokens] = state.input_ids[: state.n_tokens]

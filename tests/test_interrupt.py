@@ -54,6 +54,46 @@ Llama(path, n_ctx=64).eval([1, 2])
     assert (done.stderr, done.returncode) == ("", 0)
 
 
+USES = {"close": "llm.close()", "save": "llm.save_state()", "discard": "del llm"}
+
+
+@pytest.mark.parametrize("use", USES)
+def test_ctrl_c_while_a_model_is_saved_or_freed_is_raised(model, use):
+    code = f"""
+import time
+llm = Llama(path, n_ctx=64)
+llm.eval([1, 2])
+try:
+    {USES[use]}
+    for _ in range(6000 if {use == "discard"} else 0):
+        time.sleep(0.01)
+    print("done")
+except KeyboardInterrupt:
+    print("interrupted", signal.getsignal(signal.SIGINT) is signal.default_int_handler)
+Llama(path, n_ctx=64).eval([1, 2])
+"""
+    line = "state_write_data: writing state" if use == "save" else "~llama_context: "
+    done = run(code, model, line, signal.SIGINT)
+    assert (done.stdout, done.stderr, done.returncode) == ("interrupted True\n", "", 0)
+
+
+def test_ctrl_c_while_a_state_is_loaded_leaves_one_text(model):
+    code = """
+llm = Llama(path, n_ctx=64)
+llm.eval([1, 2])
+state = llm.save_state()
+llm.reset()
+llm.eval([5, 6, 7])
+try:
+    llm.load_state(state)
+except KeyboardInterrupt:
+    tokens = llm.input_ids[: llm.n_tokens].tolist()
+    print(tokens, llama_cpp.llama_memory_seq_pos_max(llama_cpp.llama_get_memory(llm.ctx), 0) + 1)
+"""
+    done = run(code, model, "state_read_data: reading state", signal.SIGINT)
+    assert (done.stdout, done.stderr) == ("[1, 2] 2\n", "")
+
+
 def test_other_signals_whose_handlers_raise_are_raised_too(model):
     code = """
 def stop(number, frame):
