@@ -275,6 +275,13 @@ def test_a_plain_folder_can_have_ntk_tables(tmp_path: Path) -> None:
     np.testing.assert_allclose(result.tables.inv_freq, closed_form(32, 1e4, 2), rtol=1e-6, atol=0)
 
 
+def test_a_folder_may_have_the_name_of_a_model_with_another_vocabulary(tmp_path: Path) -> None:
+    folder = model_folder(DATA / "phi2", tmp_path / "phi3-tiny")
+    path = clex_convert.convert(folder, tmp_path / "out.gguf", method="ntk", pre_tokenizer="gpt-2").path
+    with GGUFFile(path) as file:
+        assert "phi3" in file.get("general.name").lower()
+
+
 def test_an_unknown_pre_tokenizer_can_be_named(tmp_path: Path) -> None:
     folder = model_folder(DATA / "llama", tmp_path / "llama", without=("tokenizer.model", "tokenizer_config.json"))
     for name in ("tokenizer.json", "tokenizer_config.json"):

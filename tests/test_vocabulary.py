@@ -47,6 +47,21 @@ def test_long_tokens_are_whole(llm):
     assert llm.detokenize([]) == b""
 
 
+@pytest.mark.parametrize("name", ["SmolLM2 distilled from Phi-3", "my-phi3", "Modern-BERT"])
+def test_name_of_another_models_vocabulary_is_no_matter(tmp_path, name):
+    """llama.cpp marks tokens by the name of the model, whether they are there or not."""
+    keys, tensors = model_parts()
+    texts = []
+    for title in ("tiny", name):
+        tokens = [token.replace("</s>", "<end>") for token in keys["tokenizer.ggml.tokens"]]
+        changes = {"general.name": title, "tokenizer.ggml.tokens": tokens}
+        path = tmp_path / "model.gguf"
+        path.write_bytes(gguf_bytes({**keys, **changes}, tensors))
+        with Llama(path, n_ctx=64, n_threads=1, verbose=False) as llm:
+            texts.append(llm.tokenize(b"some text"))
+    assert texts[0] == texts[1]
+
+
 def test_text_and_tokens_are_each_other_in_a_real_vocabulary(smollm):
     """47 of its tokens are longer than 32 bytes."""
     with Llama(smollm, vocab_only=True, verbose=False) as llm:

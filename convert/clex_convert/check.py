@@ -55,7 +55,7 @@ def check_vocabulary(path: Path, shown: Path, *, verbose: bool) -> None:
     hint = ""
     if "pre-tokenizer" in reason:
         hint = "; pass another --pre-tokenizer"
-    elif "unordered_map" in reason:  # what it throws when a sentencepiece vocabulary has no tokens for bytes
+    elif "cannot encode the text" in reason:  # such as a sentencepiece vocabulary without tokens for bytes
         hint = "; if its tokenizer is a byte-level BPE, pass the name of its pre-tokenizer with --pre-tokenizer"
     raise ConvertError(f"{shown}: llama.cpp cannot load the result: {reason}{hint}")
 

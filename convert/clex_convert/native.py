@@ -84,7 +84,7 @@ def run_child(
 _REASONS = (
     r"failed to quantize: (.*)",
     r"error loading model\b.*?: (.*)",
-    r"cannot encode the text: (.*)",
+    r"(cannot encode the text: .*)",
     r"what\(\): *(.*)",
     r"(\S+: GGML_ASSERT.*)",
 )
