@@ -26,6 +26,8 @@ def declare_lengths(cls: type[BindingsLlama]) -> None:
 
     @functools.wraps(original)
     def eval(self: BindingsLlama, tokens: Sequence[int]) -> None:
+        # As the method does itself, too late: the declaration goes with the last token of what was cached.
+        self._ctx.kv_cache_seq_rm(-1, self.n_tokens, -1)
         native.seq_reserve(self.ctx, 0, self.n_tokens + len(tokens))
         original(self, tokens)
 

@@ -410,11 +410,12 @@ class Llama(Completions, ChatFormats):
             raise _too_long(total, self._n_ctx)
         if len(tokens) > self.context_params.n_ubatch and not native.causal(self.ctx):
             raise _too_long(len(tokens), self.context_params.n_ubatch, "a ubatch, as they see each other,")
+        # Before the declaration, which goes with the last token of what was cached.
+        self._ctx.kv_cache_seq_rm(-1, self.n_tokens, -1)
         if self._has_tables:
             native.seq_reserve(self.ctx, 0, total)
             self._computed[self.n_tokens : total] = self._table(total)
         guesses, self._drafted = self._drafted, 0
-        self._ctx.kv_cache_seq_rm(-1, self.n_tokens, -1)
         for start in range(0, len(tokens), self.n_batch):
             if len(tokens) > self.n_batch:
                 self._report(start, len(tokens))

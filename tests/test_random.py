@@ -121,7 +121,8 @@ class Machine:
     def forget(self, s: int) -> None:
         self.check(s)
         llama_cpp.llama_memory_seq_rm(self.context.memory, s, -1, -1)
-        self.sequences[s] = Sequence(declared=self.sequences[s].declared)
+        sequence = self.sequences[s]
+        self.sequences[s] = Sequence(declared=0 if sequence.length else sequence.declared)
 
     def step(self, a: int, b: int, c: int) -> None:
         chosen = [s for s in range(N_SEQ) if (a >> s) & 1 and self.sequences[s].length < LIMIT]

@@ -209,6 +209,56 @@ def test_copy_of_a_part_does_not_have_the_declared_length(model, golden):
         assert context.bucket(1) == 0
 
 
+def removed(context: Context, s: int) -> None:
+    llama_cpp.llama_memory_seq_rm(context.memory, s, -1, -1)
+
+
+def only_the_other_kept(context: Context, s: int) -> None:
+    llama_cpp.llama_memory_seq_keep(context.memory, 1 - s)
+
+
+def moved_below_zero(context: Context, s: int) -> None:
+    llama_cpp.llama_memory_seq_add(context.memory, s, 0, -1, -100)
+
+
+def removed_in_two_parts(context: Context, s: int) -> None:
+    llama_cpp.llama_memory_seq_rm(context.memory, s, 20, -1)
+    llama_cpp.llama_memory_seq_rm(context.memory, s, 0, 20)
+
+
+@pytest.mark.parametrize("copied", [False, True])
+@pytest.mark.parametrize("empty", [removed, only_the_other_kept, moved_below_zero, removed_in_two_parts])
+def test_sequence_that_is_used_again_does_not_have_the_length_declared_for_its_last_text(model, golden, empty, copied):
+    ids = golden["ids"]
+    with Context(model, n_seq=2, unified=True) as context:
+        assert native.seq_reserve(context.pointer, 0, 200)
+        context.feed(ids[50:80], 0, 0)
+        assert context.bucket(0) == 3
+        empty(context, 0)
+        if copied:
+            context.feed(ids[:30], 0, 1)
+            copy(context, 1, 0)
+            logits = context.feed(ids[30:40], 30, 0)
+        else:
+            logits = context.feed(ids[:40], 0, 0)
+        assert context.bucket(0) == 0
+    pieces = [(ids[:30], 0), (ids[30:40], 0)] if copied else [(ids[:40], 0)]
+    np.testing.assert_allclose(logits, declared_alone(model, pieces)[-1], atol=1e-5, rtol=0)
+
+
+def test_length_declared_for_an_empty_sequence_outlasts_a_removal_and_an_aborted_decode(model, golden):
+    """A host removes what there may be before a prompt, and tries a decode again that it has aborted."""
+    ids = golden["ids"]
+    with Context(model) as context:
+        assert native.seq_reserve(context.pointer, 0, 200)
+        removed(context, 0)
+        with context.abort_at(5):
+            assert context.try_decode([(t, i, [0], i == 39) for i, t in enumerate(ids[:40])]) == 2
+        assert context.last_position(0) == -1
+        context.feed(ids[:40], 0)
+        assert context.bucket(0) == 3
+
+
 def test_token_of_two_sequences_takes_the_longer_ones_table(model, golden):
     ids, steps = golden["ids"], golden["steps"]
     with Context(model, n_seq=2, unified=True) as context:

@@ -147,6 +147,21 @@ private:
     std::vector<std::pair<ggml_context_ptr, ggml_backend_buffer_ptr>> ctxs_bufs;
 };
 
+// Forgets the declared lengths of the sequences that lose their last token while it lives: whoever uses their ids next
+// means other texts. Only for removals that the host asks for: those after a failed decode are for it to be tried again.
+class llama_clex_removal {
+public:
+    explicit llama_clex_removal(llama_memory_i * memory);
+    ~llama_clex_removal();
+
+    llama_clex_removal(const llama_clex_removal &) = delete;
+
+private:
+    llama_kv_cache * const kv; // null: nothing is declared in memory of this kind
+
+    std::vector<llama_seq_id> seq_ids; // those with tokens and a declared length
+};
+
 struct llama_clex_cache {
     struct seq_state {
         int64_t n_declared =  0; // length declared by the host

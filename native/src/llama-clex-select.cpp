@@ -155,3 +155,19 @@ void llama_clex_cache::seq_cp(const llama_kv_cache & kv, llama_seq_id src, llama
         seqs[dst].n_declared = std::max(seqs[dst].n_declared, seqs[src].n_declared);
     }
 }
+
+llama_clex_removal::llama_clex_removal(llama_memory_i * memory) : kv(dynamic_cast<llama_kv_cache *>(memory)) {
+    for (llama_seq_id s = 0; kv && s < LLAMA_MAX_SEQ; ++s) {
+        if (kv->clex.seqs[s].n_declared > 0 && kv->seq_pos_max(s) >= 0) {
+            seq_ids.push_back(s);
+        }
+    }
+}
+
+llama_clex_removal::~llama_clex_removal() {
+    for (const llama_seq_id s : seq_ids) {
+        if (kv->seq_pos_max(s) < 0) {
+            kv->clex.seqs[s].n_declared = 0;
+        }
+    }
+}

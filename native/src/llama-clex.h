@@ -86,9 +86,10 @@ LLAMA_API bool llama_clex_set_policy(struct llama_context * ctx, enum llama_clex
 
 // Declare the length that a sequence will have once its prompt is processed, so that every batch of a long prompt uses
 // the table of the whole prompt. The longer of this and the actual length counts. 0 forgets it, and so does clearing
-// the memory; removing tokens, all of them too, does not. A copy of a whole sequence has the longer of both lengths, a
-// copy of a part has its own. Returns false without tables, for an invalid sequence and for a length beyond the last
-// bucket, unless clamped. A saved state carries it.
+// the memory or removing the last token of the sequence (declare after that); removing a part of its tokens does not,
+// nor does removing those of a sequence that has none. A copy of a whole sequence has the longer of both lengths, a copy
+// of a part has its own. Returns false without tables, for an invalid sequence and for a length beyond the last bucket,
+// unless clamped. A saved state carries it.
 LLAMA_API bool llama_clex_seq_reserve(struct llama_context * ctx, llama_seq_id seq_id, int32_t n_tokens);
 
 // bucket that the sequence used in the last decode that held it; -1 if there was none since its state was loaded
