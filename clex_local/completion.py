@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import random
+import reprlib
 import sys
 import time
 import uuid
@@ -13,6 +14,7 @@ from contextlib import closing
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from functools import partial
+from numbers import Integral
 from typing import Any
 
 import llama_cpp
@@ -194,6 +196,11 @@ class Completions(llama_cpp.Llama):
         logit_bias = call.logit_bias if logit_bias is None else logit_bias
         if call.tool is not None and options["grammar"] is not None:  # where a handler's fails, any JSON will do for it
             options["grammar"] = call.tool
+        _check_whole("max_tokens", max_tokens)
+        if seed is not None:
+            _check_whole("seed", seed)
+        if logprobs is not None:
+            _check_whole("logprobs", logprobs, least=0)
         infill = None if suffix is None else self._infill_tokens()
         tokens = self._prompt_tokens(prompt, suffix, infill)
         check_tokens(tokens, self._n_vocab, self.model_path)
@@ -212,6 +219,7 @@ class Completions(llama_cpp.Llama):
             biases = _biases(logit_bias)
             check_tokens(biases, self._n_vocab, self.model_path)
             options["logits_processor"] = [*given, _adding(biases)]
+        SamplerOptions(**{name: value for name, value in options.items() if name != "stopping_criteria"})
         room = self._n_ctx - len(tokens)
         completion = _Completion(
             self,
@@ -255,7 +263,7 @@ class Completions(llama_cpp.Llama):
             tokens = self.tokenize(data, add_bos=False, special=infill is None) if prompt else []
             is_text = True
         else:
-            tokens = [int(token) for token in prompt]
+            tokens = _token_list(prompt)
             # Chat handlers pass what a template wrote, which may or may not have begun with BOS.
             cached = tokens == self._input_ids.tolist()  # what a handler of images has evaluated itself
             is_text = self._chat_call is not None and not cached
@@ -537,6 +545,23 @@ def _encoded(text: str, what: str) -> bytes:
         raise CompletionError(f"{what} is no Unicode text: {error.reason}") from None
 
 
+def _check_whole(name: str, value: Any, least: int | None = None) -> None:
+    if not isinstance(value, Integral) or (least is not None and int(value) < least):
+        bound = "" if least is None else f" of at least {least}"
+        raise CompletionError(f"{name} must be a whole number{bound}, not {reprlib.repr(value)}")
+
+
+def _token_list(prompt: Any) -> list[int]:
+    """A prompt of tokens; bytes would be taken for their numbers."""
+    if isinstance(prompt, (bytes, bytearray, memoryview, Mapping)) or not isinstance(prompt, Iterable):
+        raise CompletionError(f"the prompt must be a text or a list of tokens, not {type(prompt).__name__}")
+    tokens = list(prompt)
+    wrong = [token for token in tokens if isinstance(token, bool) or not isinstance(token, Integral)]
+    if wrong:
+        raise CompletionError(f"the prompt has {reprlib.repr(wrong[0])} among its tokens, which are whole numbers")
+    return [int(token) for token in tokens]
+
+
 def _decoded(data: bytearray | bytes) -> str:
     return data.decode("utf-8", "ignore")
 
@@ -559,6 +584,8 @@ def _is_enough(criteria: Callable[..., bool], n_prompt: int, tokens: Sequence[in
 
 def _stops(stop: str | Iterable[str] | None) -> list[str]:
     """Stop strings as a list; an empty one would be found everywhere."""
+    if stop is not None and (isinstance(stop, (bytes, Mapping)) or not isinstance(stop, Iterable)):
+        raise CompletionError(f"stop must be a text or a list of texts, not {reprlib.repr(stop)}")
     stops = [] if stop is None else [stop] if isinstance(stop, str) else list(stop)
     for text in stops:
         if not isinstance(text, str):

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import ctypes
+import reprlib
 import weakref
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from math import inf
+from numbers import Integral, Real
 from typing import Any, cast
 
 import llama_cpp
@@ -19,6 +22,10 @@ from clex_local.grammar import grammar_sampler
 RANDOM_SEED = llama_cpp.LLAMA_DEFAULT_SEED
 _CANDIDATE = np.dtype([("id", np.int32), ("logit", np.float32), ("p", np.float32)], align=True)
 _MIROSTAT_M = 100
+_MOST_INT = 2**31 - 1
+_NUMBERS = {"top_p", "min_p", "typical_p", "temp", "repeat_penalty", "frequency_penalty", "presence_penalty"} | {
+    *("tfs_z", "mirostat_tau", "mirostat_eta")
+}
 _LEAST = 87  # exp(-87) is the least power that is a normal float
 
 LogitsProcessor = Callable[[npt.NDArray[np.intc], npt.NDArray[np.single]], npt.NDArray[np.single]]
@@ -26,6 +33,26 @@ LogitsProcessor = Callable[[npt.NDArray[np.intc], npt.NDArray[np.single]], npt.N
 
 class SamplingError(ClexError, ValueError):
     """Sampling was asked for what it cannot do, or no token is left to be drawn."""
+
+
+def _check_whole(name: str, value: Any) -> None:
+    """Refuse what is no whole number; of a larger one than llama.cpp's, ctypes drops the upper bits.
+
+    Raises:
+        SamplingError: it is none; the message has the argument's name.
+    """
+    if isinstance(value, bool) or not isinstance(value, Integral) or not -_MOST_INT <= int(value) <= _MOST_INT:
+        raise SamplingError(f"{name} must be a whole number of 32 bits, not {_shown(value)}")
+
+
+def _check_number(name: str, value: Any) -> None:
+    # Each comparison with NaN is false: llama.cpp would draw from all tokens, or none.
+    if isinstance(value, bool) or not isinstance(value, Real) or value != value or abs(value) == inf:
+        raise SamplingError(f"{name} must be a number, not {_shown(value)}")
+
+
+def _shown(value: Any) -> str:
+    return reprlib.repr(value)
 
 
 @dataclass(frozen=True)
@@ -53,6 +80,10 @@ class SamplerOptions:
     grammar: Any = None
 
     def __post_init__(self) -> None:
+        for name in sorted(_NUMBERS):
+            _check_number("temperature" if name == "temp" else name, getattr(self, name))
+        _check_whole("top_k", self.top_k)
+        _check_whole("mirostat_mode", self.mirostat_mode)
         if self.tfs_z != 1.0:
             raise SamplingError("tfs_z must be 1.0: llama.cpp has no tail-free sampling any more")
         if not self.penalize_nl:

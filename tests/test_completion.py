@@ -579,6 +579,38 @@ def test_formats_that_cannot_constrain_are_one_error(llm, response_format, messa
     assert "\n" not in str(caught.value)
 
 
+NAN = float("nan")
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        *({name: NAN} for name in ("temperature", "top_p", "min_p", "typical_p", "repeat_penalty")),
+        *({name: NAN} for name in ("frequency_penalty", "presence_penalty", "mirostat_tau", "mirostat_eta")),
+        *({"temperature": value} for value in ("0", None, float("inf"), [1])),
+        *({"top_k": value} for value in ("a", 1.5, None, 2**32 + 1, True)),
+        *({"max_tokens": value} for value in (2.5, "2", NAN)),
+        *({"logprobs": value} for value in (-1, "1", 1.5)),
+        *({"seed": value} for value in ("x", 1.5)),
+        *({"stop": value} for value in (5, b"ab", [None], [5], {"a": 1})),
+        *({"prompt": value} for value in (b"ab", bytearray(b"ab"), None, 5, ["a"], [[1, 2]], [1.5], [True, 2], {})),
+    ],
+    ids=str,
+)
+def test_an_argument_of_another_kind_is_one_error_at_once(llm, arguments):
+    for stream in (False, True):
+        with pytest.raises(ClexError, match=next(iter(arguments))) as caught:
+            llm.create_completion(**{"prompt": PROMPT, "max_tokens": 2, "stream": stream, **arguments})
+        assert isinstance(caught.value, ValueError)
+        assert "\n" not in str(caught.value)
+
+
+def test_numbers_of_numpy_are_numbers(llm):
+    options = {"temperature": np.float32(0), "top_k": np.int64(3), "max_tokens": np.int32(2), "seed": np.uint32(5)}
+    answer: Any = llm.create_completion(np.array(prompt_tokens(llm)), logprobs=np.int64(0), **options)
+    assert answer["usage"]["completion_tokens"] == 2
+
+
 def test_two_constraints_are_one_error(llm):
     with pytest.raises(ClexError, match="exclude"):
         llm.create_chat_completion(QUESTION, response_format={"type": "json_object"}, grammar=literal("a"))
