@@ -170,12 +170,29 @@ class Inputs:
         self.counts: dict[str, int] = {}
 
     def watch(self, module: torch.nn.Module, name: str) -> None:
-        def hook(module: torch.nn.Module, arguments: tuple[torch.Tensor, ...]) -> None:
-            rows = arguments[0].detach().double().reshape(-1, arguments[0].shape[-1]).numpy()
-            self.sums[name] = self.sums.get(name, 0.0) + (rows**2).sum(axis=0)
-            self.counts[name] = self.counts.get(name, 0) + len(rows)
+        module.register_forward_pre_hook(lambda module, arguments: self.add(name, arguments[0]))
 
-        module.register_forward_pre_hook(hook)
+    def add(self, name: str, given: torch.Tensor) -> None:
+        rows = given.detach().double().reshape(-1, given.shape[-1]).numpy()
+        self.sums[name] = self.sums.get(name, 0.0) + (rows**2).sum(axis=0)
+        self.counts[name] = self.counts.get(name, 0) + len(rows)
+
+    def watch_experts(self, layer: Any, name: str) -> None:
+        if hasattr(layer, "block_sparse_moe"):  # before transformers 5
+            for e, expert in enumerate(layer.block_sparse_moe.experts):
+                self.watch(expert.w1, f"{name}.ffn_gate_exps.{e}")
+                self.watch(expert.w2, f"{name}.ffn_down_exps.{e}")
+            return
+
+        def hook(module: Any, arguments: tuple[torch.Tensor, ...]) -> None:
+            given, chosen = arguments[:2]
+            for e in range(len(module.gate_up_proj)):
+                rows = given[(chosen == e).any(dim=-1)]
+                gate, up = (rows @ module.gate_up_proj[e].T).chunk(2, dim=-1)
+                self.add(f"{name}.ffn_gate_exps.{e}", rows)
+                self.add(f"{name}.ffn_down_exps.{e}", module.act_fn(gate) * up)
+
+        layer.mlp.experts.register_forward_pre_hook(hook)
 
     def mean(self, name: str) -> np.ndarray:
         return self.sums[name] / self.counts[name]
@@ -186,12 +203,7 @@ def test_an_importance_matrix_is_the_mean_square_of_the_inputs(tmp_path: Path, n
     import transformers
 
     folder = plain_folder(name, tmp_path / name)
-    config = json.loads((folder / "config.json").read_text())
-    kind = name.capitalize()
-    model = getattr(transformers, f"{kind}ForCausalLM")(
-        getattr(transformers, f"{kind}Config")(**config, attn_implementation="eager")
-    )
-    model.load_state_dict(load_file(folder / "model.safetensors"))
+    model: Any = transformers.AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager")
     inputs = Inputs()
     for i, layer in enumerate(model.eval().model.layers):
         for theirs, ours in (("q_proj", "attn_q"), ("v_proj", "attn_v"), ("o_proj", "attn_output")):
@@ -200,9 +212,7 @@ def test_an_importance_matrix_is_the_mean_square_of_the_inputs(tmp_path: Path, n
             inputs.watch(layer.mlp.gate_proj, f"blk.{i}.ffn_gate")
             inputs.watch(layer.mlp.down_proj, f"blk.{i}.ffn_down")
         else:
-            for e, expert in enumerate(layer.block_sparse_moe.experts):
-                inputs.watch(expert.w1, f"blk.{i}.ffn_gate_exps.{e}")
-                inputs.watch(expert.w2, f"blk.{i}.ffn_down_exps.{e}")
+            inputs.watch_experts(layer, f"blk.{i}")
 
     path = clex_convert.convert(folder, tmp_path / "f32.gguf", outtype="f32", **NTK).path
     found = compute_imatrix(path, TEXT, tmp_path / "imatrix.gguf", path, chunks=3)
@@ -215,7 +225,7 @@ def test_an_importance_matrix_is_the_mean_square_of_the_inputs(tmp_path: Path, n
         with torch.no_grad():
             model(torch.tensor(part[None]))
 
-    experts = config.get("num_local_experts", 0)
+    experts = getattr(model.config, "num_local_experts", 0)
     checked = 0
     for key in inputs.sums:
         if key.rpartition(".")[2].isdigit():
