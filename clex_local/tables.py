@@ -37,8 +37,8 @@ SUPPORTED_ARCHITECTURES: dict[str, tuple[str, ...]] = {
 _MAX_TOKENS = 2**31 - 1  # positions are 32-bit numbers
 
 # Beyond these a value has no use, and angles, factors or scores overflow somewhere. native/src/llama-clex.cpp has the
-# same. The smallest frequency is the smallest whose inverse is a number, the largest turns once for each position.
-INV_FREQ_RANGE = (np.finfo(np.float32).tiny, np.float32(2 * np.pi))
+# same. The smallest frequency is the smallest whose inverse is a number; trained tables of the authors' code reach 8.5.
+INV_FREQ_RANGE = (np.finfo(np.float32).tiny, np.float32(1e3))
 ATTN_SCALE_RANGE = (np.float32(1e-3), np.float32(1e3))
 
 FloatArray = npt.NDArray[np.float32]

@@ -372,7 +372,8 @@ LARGE = [
     ],
 )
 def test_what_a_template_costs_has_a_bound(monkeypatch, source, message):
-    monkeypatch.setattr(templates, "SECONDS", 0.2)
+    if "time" in message:
+        monkeypatch.setattr(templates, "SECONDS", 0.2)
     template = ChatTemplate(source, CONTROL, {})
     with pytest.raises(TemplateError, match=message):
         template.render([{"role": "user", "content": "Hi"}])
