@@ -33,6 +33,15 @@ class _Keeper:
             _kept.append(error)
 
 
+def _handlers() -> Iterator[tuple[signal.Signals | int, Callable[[int, Any], Any]]]:
+    """Python's handlers of signals, with their signals; none in a thread that runs no handlers."""
+    if threading.current_thread() is threading.main_thread():
+        for number in signal.valid_signals():
+            handler = signal.getsignal(number)
+            if callable(handler):
+                yield number, handler
+
+
 @contextmanager
 def kept_until_return() -> Iterator[None]:
     """Raise what a signal's handler raises inside the block, Ctrl-C's above all, when the block is left.
@@ -41,12 +50,9 @@ def kept_until_return() -> Iterator[None]:
     """
     keepers: dict[signal.Signals | int, _Keeper] = {}
     try:
-        if threading.current_thread() is threading.main_thread():
-            for number in signal.valid_signals():
-                handler = signal.getsignal(number)
-                if callable(handler):
-                    keepers[number] = _Keeper(handler)
-                    signal.signal(number, keepers[number])
+        for number, handler in _handlers():
+            keepers[number] = _Keeper(handler)
+            signal.signal(number, keepers[number])
         yield
     finally:
         for keeper in keepers.values():  # first, in case an interrupt keeps one of them from being replaced
@@ -65,12 +71,9 @@ def handled_later() -> Iterator[None]:
     handlers: dict[signal.Signals | int, Callable[[int, Any], Any]] = {}
     came: list[int] = []
     try:
-        if threading.current_thread() is threading.main_thread():
-            for number in signal.valid_signals():
-                handler = signal.getsignal(number)
-                if callable(handler):
-                    handlers[number] = handler
-                    signal.signal(number, lambda number, frame: came.append(number))
+        for number, handler in _handlers():
+            handlers[number] = handler
+            signal.signal(number, lambda number, frame: came.append(number))
         yield
     finally:
         for number, handler in handlers.items():

@@ -582,18 +582,15 @@ class Llama(Completions, ChatFormats):
             before = None if is_sealed(state) else self._native_state()
             size = llama_cpp.llama_state_set_data(self.ctx, data, state.llama_state_size)
             cached = self._cached()
-            if size == state.llama_state_size:
-                if before is not None and cached < state.n_tokens:
-                    llama_cpp.llama_state_set_data(self.ctx, before, len(before))
-                else:
-                    self._adopt(state)
-            elif cached < self.n_tokens:
-                self.reset()
-        if size != state.llama_state_size:
-            reason = errors[-1].split("error loading state: ")[-1] if errors else "llama.cpp did not take it"
-            raise StateError(refused + reason)
-        if before is not None and cached < state.n_tokens:
-            raise StateError(f"{refused}it counts {state.n_tokens:,} tokens, llama.cpp's part of it has {cached:,}")
+            if size != state.llama_state_size:
+                reason = errors[-1].split("error loading state: ")[-1] if errors else "llama.cpp did not take it"
+                if cached < self.n_tokens:
+                    self.reset()
+                raise StateError(refused + reason)
+            if before is not None and cached < state.n_tokens:
+                llama_cpp.llama_state_set_data(self.ctx, before, len(before))
+                raise StateError(f"{refused}it counts {state.n_tokens:,} tokens, llama.cpp's part of it has {cached:,}")
+            self._adopt(state)
 
     def _adopt(self, state: LlamaState) -> None:
         """Take what Python keeps of a state; llama.cpp has its part."""
