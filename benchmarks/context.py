@@ -23,7 +23,7 @@ from llama_cpp._logger import set_verbose
 
 PATCHED = hasattr(llama_cpp.llama_cpp._lib, "llama_clex_n_buckets")
 if PATCHED:
-    from clex_local import native
+    from clex_local import llama_clex
 
 KV_TYPES = {"f32": 0, "f16": 1, "bf16": 30, "q8_0": 8, "q5_1": 7, "q5_0": 6, "q4_1": 3, "q4_0": 2}
 
@@ -56,9 +56,9 @@ class Model:
         self.pointer = pointer
         self.vocab: Any = llama_cpp.llama_model_get_vocab(pointer)
         self.n_vocab = llama_cpp.llama_vocab_n_tokens(self.vocab)
-        self.original_context: int = native.original_context(pointer) if PATCHED else 0
-        buckets = native.n_buckets(pointer) if PATCHED else 0
-        self.factors = [native.scaling_factor(pointer, i) for i in range(buckets)]
+        self.original_context: int = llama_clex.original_context(pointer) if PATCHED else 0
+        buckets = llama_clex.n_buckets(pointer) if PATCHED else 0
+        self.factors = [llama_clex.scaling_factor(pointer, i) for i in range(buckets)]
 
     @property
     def n_bytes(self) -> int:
@@ -121,7 +121,7 @@ class Context:
 
     def declare(self, n_tokens: int) -> None:
         """Announce how long the sequence will be; nothing without tables."""
-        if self.model.factors and not native.seq_reserve(self.pointer, 0, n_tokens):
+        if self.model.factors and not llama_clex.seq_reserve(self.pointer, 0, n_tokens):
             raise ValueError(f"the tables do not cover {n_tokens:,} tokens")
 
     def decode(self, tokens: Sequence[int] | npt.NDArray[np.int32], position: int, all_logits: bool = False) -> float:
@@ -204,10 +204,10 @@ class Context:
     @property
     def factor(self) -> float | None:
         """Scaling factor t of the last decode; None without tables."""
-        return self.model.factors[native.seq_bucket(self.pointer, 0)] if self.model.factors else None
+        return self.model.factors[llama_clex.seq_bucket(self.pointer, 0)] if self.model.factors else None
 
     @property
     def rerotations(self) -> tuple[int, int, float]:
         """What was re-rotated so far: how often, how many cells, in how many seconds."""
-        stats = native.get_stats(self.pointer)
+        stats = llama_clex.get_stats(self.pointer)
         return stats.n_rerotations, stats.n_cells, stats.t_us / 1e6

@@ -9,7 +9,7 @@ import llama_cpp
 import numpy as np
 import numpy.typing as npt
 
-from clex_local import native
+from clex_local import llama_clex
 from clex_local.decoding import NOT_FINITE, DecodeError, decode_errors
 from clex_local.errors import ClexError
 from clex_local.tables import ContextError
@@ -83,7 +83,7 @@ def _encoded(llm: Llama, text: str) -> bytes:
 
 def _limit(llm: Llama) -> tuple[int, str]:
     """The longest text, in tokens, and what holds it."""
-    if native.causal(llm.ctx):
+    if llama_clex.causal(llm.ctx):
         return llm._n_ctx, "the context (n_ctx) holds"
     # All tokens see each other, so all of a text is computed at once; positions beyond the training may have no row.
     n_ubatch, trained = llm.context_params.n_ubatch, llm._model.n_ctx_train()
@@ -142,7 +142,7 @@ def _begin(llm: Llama, lengths: list[int]) -> None:
     llm._ctx.kv_cache_clear()
     if llm._has_tables:
         for i, length in enumerate(lengths):
-            native.seq_reserve(llm.ctx, i, length)
+            llama_clex.seq_reserve(llm.ctx, i, length)
 
 
 def _add(llm: Llama, tokens: list[int], position: int, sequence: int) -> None:

@@ -20,7 +20,7 @@ def declare_lengths(cls: type[BindingsLlama]) -> None:
 
     The method as it was is ``cls.eval.__wrapped__``.
     """
-    from clex_local import native
+    from clex_local import llama_clex
 
     original = cls.eval
 
@@ -28,7 +28,7 @@ def declare_lengths(cls: type[BindingsLlama]) -> None:
     def eval(self: BindingsLlama, tokens: Sequence[int]) -> None:
         # As the method does itself, too late: the declaration goes with the last token of what was cached.
         self._ctx.kv_cache_seq_rm(-1, self.n_tokens, -1)
-        native.seq_reserve(self.ctx, 0, self.n_tokens + len(tokens))
+        llama_clex.seq_reserve(self.ctx, 0, self.n_tokens + len(tokens))
         original(self, tokens)
 
     cls.eval = eval

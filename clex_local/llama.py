@@ -23,7 +23,7 @@ from llama_cpp.llama_cache import BaseLlamaCache
 from llama_cpp.llama_speculative import LlamaDraftModel
 from llama_cpp.llama_tokenizer import LlamaTokenizer
 
-from clex_local import native
+from clex_local import llama_clex
 from clex_local.arguments import (
     ArgumentError,
     ContextWarning,
@@ -279,7 +279,7 @@ class Llama(Completions, ChatFormats):
                 if self._lora_adapter is not None and not self._lora_adapter:
                     reason = errors[-1].split(": ", 1)[-1] if errors else "llama.cpp did not take it"
                     raise ModelError(f"{self.lora_path}: no adapter for {model_path}: {reason}")
-            self._has_tables = native.n_buckets(self.model) > 0
+            self._has_tables = llama_clex.n_buckets(self.model) > 0
             if self._has_tables:
                 check_rope(model_path, kwargs)
         except BaseException:
@@ -288,8 +288,8 @@ class Llama(Completions, ChatFormats):
             raise
         close_at_exit(self)
         if self._has_tables:
-            fixed = native.Policy.FIXED if policy == "fixed" else native.Policy.BY_LENGTH
-            native.set_policy(self.ctx, fixed, clamp)
+            fixed = llama_clex.Policy.FIXED if policy == "fixed" else llama_clex.Policy.BY_LENGTH
+            llama_clex.set_policy(self.ctx, fixed, clamp)
         elif 0 < trained < n_ctx and not kwargs.get("vocab_only") and not rope_arguments(kwargs):
             advice = f"pass n_ctx={trained}, or add tables: `clex-convert MODEL OUT.gguf --method ntk`"
             if architecture not in SUPPORTED_ARCHITECTURES or made == "baked":
@@ -337,13 +337,13 @@ class Llama(Completions, ChatFormats):
         """What the tables are and have done; None for a model without tables."""
         if not self._has_tables:
             return None
-        stats = native.get_stats(self.ctx)
-        bucket = native.seq_bucket(self.ctx, 0)
+        stats = llama_clex.get_stats(self.ctx)
+        bucket = llama_clex.seq_bucket(self.ctx, 0)
         return ClexState(
-            method=native.method(self.model),
-            original_context=native.original_context(self.model),
-            max_context=native.max_context(self.model),
-            buckets=tuple(native.scaling_factor(self.model, i) for i in range(native.n_buckets(self.model))),
+            method=llama_clex.method(self.model),
+            original_context=llama_clex.original_context(self.model),
+            max_context=llama_clex.max_context(self.model),
+            buckets=tuple(llama_clex.scaling_factor(self.model, i) for i in range(llama_clex.n_buckets(self.model))),
             bucket=None if bucket < 0 else bucket,
             rerotations=stats.n_rerotations,
             rerotated_cells=stats.n_cells,
@@ -408,12 +408,12 @@ class Llama(Completions, ChatFormats):
         total = self.n_tokens + len(tokens)
         if total > self._n_ctx:
             raise _too_long(total, self._n_ctx)
-        if len(tokens) > self.context_params.n_ubatch and not native.causal(self.ctx):
+        if len(tokens) > self.context_params.n_ubatch and not llama_clex.causal(self.ctx):
             raise _too_long(len(tokens), self.context_params.n_ubatch, "a ubatch, as they see each other,")
         # Before the declaration, which goes with the last token of what was cached.
         self._ctx.kv_cache_seq_rm(-1, self.n_tokens, -1)
         if self._has_tables:
-            native.seq_reserve(self.ctx, 0, total)
+            llama_clex.seq_reserve(self.ctx, 0, total)
             self._computed[self.n_tokens : total] = self._table(total)
         guesses, self._drafted = self._drafted, 0
         for start in range(0, len(tokens), self.n_batch):
@@ -523,11 +523,11 @@ class Llama(Completions, ChatFormats):
 
     def _table(self, n_tokens: int) -> int:
         """What decides the values computed for a token of a sequence of n_tokens: its bucket, or its length too."""
-        if native.log_scale(self.model):
+        if llama_clex.log_scale(self.model):
             return n_tokens
         if self._fixed:
             return 0
-        return native.bucket(self.model, min(n_tokens, native.max_context(self.model)))
+        return llama_clex.bucket(self.model, min(n_tokens, llama_clex.max_context(self.model)))
 
     @property
     def draft_model(self) -> LlamaDraftModel | None:
@@ -544,13 +544,13 @@ class Llama(Completions, ChatFormats):
         """Tokens that a sequence of n_tokens can grow by without any value of it being computed differently."""
         if not self._has_tables:
             return self._n_ctx - n_tokens
-        if native.log_scale(self.model):
+        if llama_clex.log_scale(self.model):
             return 0
-        bucket = native.bucket(self.model, n_tokens)
+        bucket = llama_clex.bucket(self.model, n_tokens)
         if self._fixed or bucket < 0:
             return self._n_ctx - n_tokens
-        last = int(native.scaling_factor(self.model, bucket) * native.original_context(self.model))
-        return (self._n_ctx if last == native.max_context(self.model) else last) - n_tokens
+        last = int(llama_clex.scaling_factor(self.model, bucket) * llama_clex.original_context(self.model))
+        return (self._n_ctx if last == llama_clex.max_context(self.model) else last) - n_tokens
 
     @_reading
     def save_state(self) -> LlamaState:

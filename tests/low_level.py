@@ -12,7 +12,7 @@ import numpy as np
 from llama_cpp._logger import set_verbose
 
 import clex_local  # noqa: F401, the library must be chosen before llama_cpp is imported
-from clex_local import native
+from clex_local import llama_clex
 from clex_local.log import logged
 
 set_verbose(False)
@@ -109,11 +109,11 @@ class Context:
         return np.stack(out)
 
     def bucket(self, sequence: int = 0) -> int:
-        return native.seq_bucket(self.pointer, sequence)
+        return llama_clex.seq_bucket(self.pointer, sequence)
 
     @property
     def rerotated_cells(self) -> int:
-        return native.get_stats(self.pointer).n_cells
+        return llama_clex.get_stats(self.pointer).n_cells
 
     def last_position(self, sequence: int = 0) -> int:
         return llama_cpp.llama_memory_seq_pos_max(self.memory, sequence)

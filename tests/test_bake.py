@@ -20,7 +20,7 @@ from low_level import Context, Model
 from test_architectures import MODELS
 from tiny_models import LENGTH, kind_of, make_model
 
-from clex_local import Llama, chat, inspection, native
+from clex_local import Llama, chat, inspection, llama_clex
 from clex_local.arguments import ContextWarning
 from clex_local.baked import Baked
 from clex_local.errors import ClexError
@@ -70,7 +70,7 @@ def ours(path: Path, ids: np.ndarray, declared: int = 0) -> np.ndarray:
     """The last logits of a prompt by our library; `declared` is the length that chooses its table."""
     model = Model(path)
     with Context(model, n_ctx=max(256, declared)) as context:
-        assert not declared or native.seq_reserve(context.pointer, 0, declared)
+        assert not declared or llama_clex.seq_reserve(context.pointer, 0, declared)
         logits = context.feed(ids, 0)
     model.close()
     return logits
@@ -84,7 +84,7 @@ def bake(source: Path, context: int, target: Path, **options: Any) -> Path:
         assert not [key for key in file.keys() if key.startswith("clex.")]  # noqa: SIM118
         assert file.get(f"{file.get('general.architecture')}.context_length") == context
     model = Model(target)
-    assert native.n_buckets(model.pointer) == 0  # nor does our library see tables in it
+    assert llama_clex.n_buckets(model.pointer) == 0  # nor does our library see tables in it
     model.close()
     return target
 

@@ -13,7 +13,7 @@ import pytest
 from low_level import F16, F32, Q8_0, Context, Model
 from random_gguf import make_model, random_tokens
 
-from clex_local import native
+from clex_local import llama_clex
 
 CHUNK = 1024  # cells that are re-rotated at a time
 LENGTH = 3 * CHUNK
@@ -131,7 +131,7 @@ def test_prompt_of_many_batches_goes_on_after_an_abort_anywhere(model, unified, 
     def begin(context):
         context.feed(tokens[:50], 0, 0)
         context.feed(tokens[:60], 0, 1)
-        native.seq_reserve(context.pointer, 0, 200)
+        llama_clex.seq_reserve(context.pointer, 0, 200)
 
     with Context(model, **options) as context:
         begin(context)
@@ -178,12 +178,12 @@ def test_decode_that_is_refused_changes_nothing(model, unified):
 
 def test_length_beyond_the_tables_cannot_be_declared(model):
     with Context(model, n_seq=2) as context:
-        assert not native.seq_reserve(context.pointer, 0, 257)
-        assert not native.seq_reserve(context.pointer, -1, 10)
-        assert not native.seq_reserve(context.pointer, 10**6, 10)
-        assert native.seq_reserve(context.pointer, 1, 256)
-        assert native.set_policy(context.pointer, native.Policy.BY_LENGTH, True)
-        assert native.seq_reserve(context.pointer, 0, 257)
+        assert not llama_clex.seq_reserve(context.pointer, 0, 257)
+        assert not llama_clex.seq_reserve(context.pointer, -1, 10)
+        assert not llama_clex.seq_reserve(context.pointer, 10**6, 10)
+        assert llama_clex.seq_reserve(context.pointer, 1, 256)
+        assert llama_clex.set_policy(context.pointer, llama_clex.Policy.BY_LENGTH, True)
+        assert llama_clex.seq_reserve(context.pointer, 0, 257)
 
 
 def test_positions_are_not_divided(model):

@@ -20,7 +20,7 @@ from low_level import Model
 from random_gguf import make_model, model_parts
 from test_readme import README
 
-from clex_local import ClexError, Llama, inspect, native
+from clex_local import ClexError, Llama, inspect, llama_clex
 from clex_local.gguf_file import GGUFFile
 from clex_local.inspection import main
 from clex_local.memory import ModelShape, compute_bytes, kv_bytes
@@ -78,9 +78,9 @@ def test_the_buckets_are_those_that_the_library_chooses(tmp_path):
     path.write_bytes(gguf_bytes(keys, tensors))
     model, found = Model(path), inspect(path)
     for index, bucket in enumerate(found.buckets):
-        assert native.bucket(model.pointer, bucket.first) == native.bucket(model.pointer, bucket.last) == index
-        assert native.attn_scale(model.pointer, index) == bucket.attn_scale
-    assert native.bucket(model.pointer, found.max_context + 1) == -1
+        assert llama_clex.bucket(model.pointer, bucket.first) == llama_clex.bucket(model.pointer, bucket.last) == index
+        assert llama_clex.attn_scale(model.pointer, index) == bucket.attn_scale
+    assert llama_clex.bucket(model.pointer, found.max_context + 1) == -1
     model.close()
 
 
@@ -149,15 +149,15 @@ def longrope(tmp_path):
 
 def test_longrope_factors_become_the_tables_of_the_library(longrope, monkeypatch):
     found, model = inspect(longrope), Model(longrope)
-    assert found.tables.method == native.method(model.pointer) == "longrope"
-    assert native.n_buckets(model.pointer) == len(found.buckets) == 2
+    assert found.tables.method == llama_clex.method(model.pointer) == "longrope"
+    assert llama_clex.n_buckets(model.pointer) == len(found.buckets) == 2
     assert not found.tables_in_file
     for i, bucket in enumerate(found.buckets):
-        np.testing.assert_allclose(found.tables.inv_freq[i], native.inv_freq(model.pointer, i), rtol=1e-6)
-        assert bucket.factor == native.scaling_factor(model.pointer, i)
+        np.testing.assert_allclose(found.tables.inv_freq[i], llama_clex.inv_freq(model.pointer, i), rtol=1e-6)
+        assert bucket.factor == llama_clex.scaling_factor(model.pointer, i)
         assert bucket.attn_scale == 1.25**2
     assert [(bucket.first, bucket.last) for bucket in found.buckets] == [(1, 64), (65, 300)]
-    assert native.max_context(model.pointer) == found.max_context == 300
+    assert llama_clex.max_context(model.pointer) == found.max_context == 300
     model.close()
     assert "2 made of the LongRoPE factors" in run(longrope)
     monkeypatch.setenv("LLAMA_CLEX_LONGROPE_DISABLE", "1")

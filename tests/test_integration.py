@@ -185,9 +185,9 @@ found = [answer(path, prompt)]
 import clex_local
 clex_local.install()
 found.append(answer(path, prompt))
-from clex_local import native
-print(json.dumps([[text, isinstance(model, clex_local.Llama), native.seq_bucket(model.ctx, 0),
-                   native.get_stats(model.ctx).n_rerotations] for text, model in found]))
+from clex_local import llama_clex
+print(json.dumps([[text, isinstance(model, clex_local.Llama), llama_clex.seq_bucket(model.ctx, 0),
+                   llama_clex.get_stats(model.ctx).n_rerotations] for text, model in found]))
 """
 
 

@@ -8,7 +8,7 @@ import pytest
 from low_level import F16, F32, Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, Context, Model
 from random_gguf import make_model, random_tokens
 
-from clex_local import native
+from clex_local import llama_clex
 
 IQ4_NL = 20
 QUANTIZED = [Q8_0, Q5_1, Q5_0, Q4_1, Q4_0, IQ4_NL]
@@ -33,14 +33,14 @@ def cut(context, position, sequence=0):
 
 def cross(context, length, sequence=0, end=50):
     """Bring a sequence to the table of a length."""
-    assert native.seq_reserve(context.pointer, sequence, length)
+    assert llama_clex.seq_reserve(context.pointer, sequence, length)
     context.feed([5], end, sequence)
     cut(context, end, sequence)
 
 
 def probe(context, length=130, sequence=0, end=50):
     """What the sequence answers to each of some tokens: logits [tokens, n_vocab]."""
-    assert native.seq_reserve(context.pointer, sequence, length)
+    assert llama_clex.seq_reserve(context.pointer, sequence, length)
     out = []
     for token in PROBES:
         out.append(context.feed([token], end, sequence))
@@ -70,7 +70,7 @@ def exact(model):
 @pytest.mark.parametrize("kind", QUANTIZED)
 def test_error_after_many_crossings_is_a_small_multiple_of_the_first(model, exact, kind):
     with context_of(model, kind) as context:
-        assert native.seq_reserve(context.pointer, 0, 130)
+        assert llama_clex.seq_reserve(context.pointer, 0, 130)
         context.feed(PREFIX, 0)  # in the table that is asked for
         in_place = probe(context)
     with context_of(model, kind) as context:
@@ -126,7 +126,7 @@ def test_keys_that_are_shifted_over_and_over_are_rounded_once_more(model, kind):
             size = count // steps
             llama_cpp.llama_memory_seq_rm(context.memory, 0, 0, size)
             llama_cpp.llama_memory_seq_add(context.memory, 0, size, -1, -size)
-            native.seq_reserve(context.pointer, 0, 60)
+            llama_clex.seq_reserve(context.pointer, 0, 60)
             context.feed([5], last(context), 0)
             cut(context, last(context) - 1)
 
@@ -185,7 +185,7 @@ def test_a_cell_that_is_used_again_keeps_nothing_of_its_last_key(model):
         context.feed(PREFIX[::-1], 0)
         cross(context, 250)
         cut(context, 0)
-        native.seq_reserve(context.pointer, 0, 0)
+        llama_clex.seq_reserve(context.pointer, 0, 0)
         context.feed(PREFIX, 0)
         np.testing.assert_array_equal(wanted, probe(context))
         llama_cpp.llama_memory_clear(context.memory, True)

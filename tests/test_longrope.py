@@ -10,7 +10,7 @@ import torch
 from low_level import F32, WARN, Context, Model, logged
 from tiny_models import LENGTH, assert_growing, convert_plainly, make_model
 
-from clex_local import Llama, native
+from clex_local import Llama, llama_clex
 from clex_local.gguf_file import GGUFFile
 from clex_local.tables import Tables
 
@@ -78,7 +78,7 @@ def test_switch_leaves_the_choice_to_the_context(pair, ids, monkeypatch):
     assert np.abs(own_logits(path, ids[:20]) - reference_logits(model, ids[:20])).max() > 0.05
     np.testing.assert_allclose(own_logits(path, ids[:200]), reference_logits(model, ids[:200]), atol=1e-4, rtol=0)
     loaded = Model(path)
-    assert native.n_buckets(loaded.pointer) == 0
+    assert llama_clex.n_buckets(loaded.pointer) == 0
     loaded.close()
 
 
@@ -105,7 +105,7 @@ def test_factors_of_no_use_are_left_to_stock(pair, tmp_path):
         file.write(np.float32(0).tobytes())
     with logged(WARN) as lines:
         model = Model(broken)
-    assert native.n_buckets(model.pointer) == 0
+    assert llama_clex.n_buckets(model.pointer) == 0
     model.close()
     assert any("rope_factors_long.weight holds a factor that is of no use" in line for line in lines), lines
 

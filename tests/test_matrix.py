@@ -8,7 +8,7 @@ import pytest
 from low_level import BF16, F16, F32, Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, Context, Model, refusal
 from random_gguf import make_model, random_tokens
 
-from clex_local import native
+from clex_local import llama_clex
 
 IDS = random_tokens(256)
 STEPS = 20
@@ -28,11 +28,11 @@ def model(request, tmp_path_factory):
     loaded.close()
 
 
-def run(model, policy=native.Policy.BY_LENGTH, **options):
+def run(model, policy=llama_clex.Policy.BY_LENGTH, **options):
     """Logits [STEPS, 3, n_vocab] of sequences that go from 60, 120 and (a copy of the first) 60 tokens."""
     out = []
     with Context(model, n_seq=3, **options) as context:
-        native.set_policy(context.pointer, policy, False)
+        llama_clex.set_policy(context.pointer, policy, False)
         context.feed(IDS[:60], 0, 0)
         context.feed(IDS[20:140], 0, 1)
         llama_cpp.llama_memory_seq_cp(context.memory, 0, 2, -1, -1)
@@ -41,7 +41,7 @@ def run(model, policy=native.Policy.BY_LENGTH, **options):
                 (IDS[s + 60 + i], p + i, [k], True) for k, (s, p) in enumerate([(0, 60), (80, 120), (40, 60)])
             )
             out.append([context.logits(k) for k in range(3)])
-        if policy == native.Policy.BY_LENGTH:
+        if policy == llama_clex.Policy.BY_LENGTH:
             # the copy shares its cells with its source where there is one stream
             assert context.rerotated_cells == 64 + 128 + (4 if options.get("unified") else 64)
     return np.array(out)
@@ -71,7 +71,7 @@ def test_every_cache_is_close_to_f32(model, exact, type_k, flash_attn):
 
 
 def test_another_table_is_further_away_than_any_bound(model, exact):
-    assert error(run(model, native.Policy.FIXED), exact) > max(K_BOUNDS.values()) + max(V_BOUNDS.values())
+    assert error(run(model, llama_clex.Policy.FIXED), exact) > max(K_BOUNDS.values()) + max(V_BOUNDS.values())
 
 
 @pytest.mark.parametrize(("head", "n_head_kv"), [(16, 1), (16, 2), (48, 2), (80, 1)])

@@ -8,7 +8,7 @@ import pytest
 from gguf_maker import rewrite
 from low_level import Context, Model
 
-from clex_local import native
+from clex_local import llama_clex
 from clex_local.gguf_file import GGUFFile
 from clex_local.log import ERROR, logged
 from clex_local.tables import ATTN_SCALE_RANGE, INV_FREQ_RANGE, TablesError, read_tables
@@ -60,7 +60,7 @@ def load(path):
     with logged(ERROR) as lines:
         model = llama_cpp.llama_model_load_from_file(str(path).encode(), llama_cpp.llama_model_default_params())
     if model:
-        count = native.n_buckets(model)
+        count = llama_clex.n_buckets(model)
         llama_cpp.llama_model_free(model)
         return count, lines
     return None, lines

@@ -13,7 +13,7 @@ import pytest
 from low_level import Context, Model
 from random_gguf import N_VOCAB, make_model
 
-from clex_local import native
+from clex_local import llama_clex
 
 N_SEQ, LIMIT = 4, 256
 OPERATIONS = 250  # of one program
@@ -83,7 +83,7 @@ class Machine:
             for what, *values in sequence.history:
                 if what == "feed":
                     tokens, position, declared, logits = values
-                    native.seq_reserve(alone.pointer, 0, declared)
+                    llama_clex.seq_reserve(alone.pointer, 0, declared)
                     np.testing.assert_allclose(logits, alone.feed(tokens, position), atol=TOLERANCE, rtol=0)
                 elif what == "cut":
                     llama_cpp.llama_memory_seq_rm(alone.memory, 0, values[0], -1)
@@ -150,7 +150,7 @@ class Machine:
 
     def declare(self, a: int, b: int, c: int) -> None:
         s, length = a % N_SEQ, (0 if b % 2 else c % (LIMIT + 1))
-        assert native.seq_reserve(self.context.pointer, s, length)
+        assert llama_clex.seq_reserve(self.context.pointer, s, length)
         self.sequences[s].declared = length
 
     def copy(self, a: int, b: int, c: int) -> None:

@@ -11,7 +11,7 @@ import pytest
 from llama_cpp.llama_speculative import LlamaDraftModel, LlamaPromptLookupDecoding
 from random_gguf import make_model, ntk_tables, random_tokens
 
-from clex_local import ClexError, Llama, native
+from clex_local import ClexError, Llama, llama_clex
 
 IDS = random_tokens(300)
 
@@ -82,11 +82,11 @@ def first(llm, prompt):
 
 def test_tables_are_described(load, tiny, tiny_log_scale):
     model = load(tiny).model
-    assert (native.method(model), native.log_scale(model)) == ("ntk", False)
-    np.testing.assert_array_equal(np.stack([native.inv_freq(model, i) for i in range(4)]), ntk_tables(4, 32))
-    assert (native.inv_freq(model, 4).size, native.inv_freq(model, -1).size) == (0, 0)
-    assert [native.attn_scale(model, i) for i in (-1, 0, 3, 4)] == [0, 1, 1, 0]
-    assert native.log_scale(load(tiny_log_scale).model)
+    assert (llama_clex.method(model), llama_clex.log_scale(model)) == ("ntk", False)
+    np.testing.assert_array_equal(np.stack([llama_clex.inv_freq(model, i) for i in range(4)]), ntk_tables(4, 32))
+    assert (llama_clex.inv_freq(model, 4).size, llama_clex.inv_freq(model, -1).size) == (0, 0)
+    assert [llama_clex.attn_scale(model, i) for i in (-1, 0, 3, 4)] == [0, 1, 1, 0]
+    assert llama_clex.log_scale(load(tiny_log_scale).model)
 
 
 @pytest.mark.parametrize("name", ["tiny", "tiny_log_scale"])
@@ -216,7 +216,7 @@ def test_fixed_policy_uses_the_table_of_the_context(load, tiny):
     np.testing.assert_allclose(grown, fixed.scores[99], atol=2e-5, rtol=0)
     # the same as declaring the context's size
     llm = load(tiny)
-    native.seq_reserve(llm.ctx, 0, 256)
+    llama_clex.seq_reserve(llm.ctx, 0, 256)
     llama_cpp.Llama.eval.__wrapped__(llm, IDS[:100])  # which declares nothing
     np.testing.assert_allclose(logits(llm), grown, atol=2e-5, rtol=0)
 
@@ -241,20 +241,20 @@ def test_clamp_uses_the_last_table_beyond_it(load, tiny, tmp_path):
 def test_policy_can_change_with_a_full_cache(load, tiny):
     llm = load(tiny)
     llm.eval(IDS[:50])
-    assert native.set_policy(llm.ctx, native.Policy.FIXED, False)
+    assert llama_clex.set_policy(llm.ctx, llama_clex.Policy.FIXED, False)
     llm.eval(IDS[50:51])
     assert (llm.clex.bucket, llm.clex.rerotated_cells) == (3, 50)
-    assert native.set_policy(llm.ctx, native.Policy.BY_LENGTH, False)
+    assert llama_clex.set_policy(llm.ctx, llama_clex.Policy.BY_LENGTH, False)
     llm.eval(IDS[51:52])
     assert (llm.clex.bucket, llm.clex.rerotated_cells) == (0, 101)
-    assert not native.set_policy(llm.ctx, 2, False)
+    assert not llama_clex.set_policy(llm.ctx, 2, False)
     assert llm.clex.bucket == 0
 
 
 def test_model_without_tables_has_no_policy(load, tmp_path):
     llm = load(make_model(tmp_path / "plain.gguf", tables=False), prefix_reuse="exact")
-    assert (llm.clex, native.method(llm.model)) == (None, "")
-    assert not native.set_policy(llm.ctx, native.Policy.FIXED, False)
+    assert (llm.clex, llama_clex.method(llm.model)) == (None, "")
+    assert not llama_clex.set_policy(llm.ctx, llama_clex.Policy.FIXED, False)
     first(llm, IDS[:30])
     first(llm, IDS[:40])
 

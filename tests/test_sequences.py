@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from low_level import F16, F32, Q8_0, Context, Model
 
-from clex_local import native
+from clex_local import llama_clex
 
 STARTS = (60, 30, 126)
 STEPS = 20
@@ -100,7 +100,7 @@ def declared_alone(model, pieces):
     out, position = [], 0
     with Context(model) as context:
         for tokens, declared in pieces:
-            assert native.seq_reserve(context.pointer, 0, declared)
+            assert llama_clex.seq_reserve(context.pointer, 0, declared)
             out.append(context.feed(tokens, position))
             position += len(tokens)
     return out
@@ -116,7 +116,7 @@ def test_sequences_that_share_cells_agree_on_the_bucket_of_the_longest(model, go
         context.feed(ids[40:50], 40, 1)
         copy(context, 1, 2, 40, 50)  # nothing that sequence 0 has
         if longest == "declared":
-            assert native.seq_reserve(context.pointer, 0, 90)
+            assert llama_clex.seq_reserve(context.pointer, 0, 90)
             context.feed(ids[40:41], 40, 0)
         else:
             context.feed(ids[40:90], 40, 0)
@@ -171,8 +171,8 @@ def test_copy_of_a_whole_sequence_has_its_declared_length(model, golden, unified
     ids = golden["ids"]
     pieces = [(ids[:40], 100), (ids[40:50], 100)]
     with Context(model, n_seq=3, unified=unified) as context:
-        assert native.seq_reserve(context.pointer, 0, 100)
-        assert native.seq_reserve(context.pointer, 2, 150)
+        assert llama_clex.seq_reserve(context.pointer, 0, 100)
+        assert llama_clex.seq_reserve(context.pointer, 2, 150)
         context.feed(ids[:40], 0, 0)
         copy(context, 0, 1)
         copy(context, 0, 2)
@@ -199,7 +199,7 @@ def test_copy_of_a_whole_sequence_has_its_declared_length(model, golden, unified
 def test_copy_of_a_part_does_not_have_the_declared_length(model, golden):
     ids = golden["ids"]
     with Context(model, n_seq=2, unified=True) as context:
-        assert native.seq_reserve(context.pointer, 0, 100)
+        assert llama_clex.seq_reserve(context.pointer, 0, 100)
         context.feed(ids[:40], 0, 0)
         copy(context, 0, 1, 0, 20)
         context.feed(ids[20:21], 20, 1)
@@ -231,7 +231,7 @@ def removed_in_two_parts(context: Context, s: int) -> None:
 def test_sequence_that_is_used_again_does_not_have_the_length_declared_for_its_last_text(model, golden, empty, copied):
     ids = golden["ids"]
     with Context(model, n_seq=2, unified=True) as context:
-        assert native.seq_reserve(context.pointer, 0, 200)
+        assert llama_clex.seq_reserve(context.pointer, 0, 200)
         context.feed(ids[50:80], 0, 0)
         assert context.bucket(0) == 3
         empty(context, 0)
@@ -250,7 +250,7 @@ def test_length_declared_for_an_empty_sequence_outlasts_a_removal_and_an_aborted
     """A host removes what there may be before a prompt, and tries a decode again that it has aborted."""
     ids = golden["ids"]
     with Context(model) as context:
-        assert native.seq_reserve(context.pointer, 0, 200)
+        assert llama_clex.seq_reserve(context.pointer, 0, 200)
         removed(context, 0)
         with context.abort_at(5):
             assert context.try_decode([(t, i, [0], i == 39) for i, t in enumerate(ids[:40])]) == 2

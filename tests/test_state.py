@@ -13,7 +13,7 @@ from gguf_maker import rewrite
 from low_level import BF16, ERROR, F16, Q8_0, Context, Model, logged
 from random_gguf import make_model, random_tokens
 
-from clex_local import Llama, native
+from clex_local import Llama, llama_clex
 from clex_local.llama import StateError
 
 IDS = random_tokens(256)
@@ -105,10 +105,10 @@ def test_state_of_another_cache_type_goes_on_as_well(model, options):
 @pytest.mark.parametrize("whole", [True, False])
 def test_declared_length_is_part_of_the_state(model, whole):
     with Context(model) as context:
-        native.seq_reserve(context.pointer, 0, 200)
+        llama_clex.seq_reserve(context.pointer, 0, 200)
         expected = context.feed(IDS[:200], 0)
     with Context(model) as context:
-        native.seq_reserve(context.pointer, 0, 200)
+        llama_clex.seq_reserve(context.pointer, 0, 200)
         context.feed(IDS[:50], 0)
         state = context.save() if whole else context.save_sequence(0)
     with Context(model) as context:

@@ -212,14 +212,14 @@ def _save(values: npt.NDArray[np.float64], file: Any) -> None:
 
 def _compare_tables(path: Path, model: Any) -> None:
     """The tables as the library has loaded them."""
-    from clex_local import native
+    from clex_local import llama_clex
 
     tables = read_tables(path)
     if tables is None:
         return
     for bucket, factor in enumerate(tables.scaling_factors):
-        same = native.inv_freq(model, bucket).tobytes() == tables.inv_freq[bucket].tobytes()
-        if not same or native.scaling_factor(model, bucket) != factor:
+        same = llama_clex.inv_freq(model, bucket).tobytes() == tables.inv_freq[bucket].tobytes()
+        if not same or llama_clex.scaling_factor(model, bucket) != factor:
             report({"tables": f"bucket {bucket + 1}"})
             raise SystemExit(1)
 

@@ -16,7 +16,7 @@ import llama_cpp
 import numpy as np
 import numpy.typing as npt
 
-from clex_local import native
+from clex_local import llama_clex
 from clex_local.decoding import NOT_FINITE, decode_failure
 from clex_local.memory import default_threads
 
@@ -77,7 +77,7 @@ class Decoder:
             raise SystemExit(1)
         self.vocabulary: Any = llama_cpp.llama_model_get_vocab(self.model)
         self.n_vocab = llama_cpp.llama_vocab_n_tokens(self.vocabulary)
-        self.original_context = native.original_context(self.model) or llama_cpp.llama_model_n_ctx_train(self.model)
+        self.original_context = llama_clex.original_context(self.model) or llama_cpp.llama_model_n_ctx_train(self.model)
         self.n_ctx = min(n_ctx, self.original_context)
         self.n_batch = min(n_batch, self.n_ctx)
         options = llama_cpp.llama_context_default_params()

@@ -230,14 +230,14 @@ def main() -> None:
     import ctypes
 
     from clex_convert.decoder import Decoder
-    from clex_local import native
+    from clex_local import llama_clex
 
-    imatrix = ctypes.c_void_p(native.imatrix_init())
+    imatrix = ctypes.c_void_p(llama_clex.imatrix_init())
     decoder = Decoder(
         Path(wanted["model"]),
         CHUNK,
         n_batch=_BATCH,
-        callback=native.imatrix_collect,
+        callback=llama_clex.imatrix_collect,
         user_data=imatrix,
     )
     tokens, size = decoder.tokenize(Path(wanted["text"]).read_bytes()), decoder.n_ctx
@@ -255,7 +255,7 @@ def main() -> None:
             decoder.decode(part[start : start + decoder.n_batch], start)
         report({"done": (chunk + 1) / chunks})
     dataset = os.path.basename(wanted["text"]).encode(errors="replace")
-    if not native.imatrix_save(imatrix, os.fsencode(wanted["target"]), dataset, chunks, size):
+    if not llama_clex.imatrix_save(imatrix, os.fsencode(wanted["target"]), dataset, chunks, size):
         report({"unsaved": True})
         raise SystemExit(1)
 

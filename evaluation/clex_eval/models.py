@@ -380,9 +380,9 @@ class GGUFModel:
         return clex.buckets[-1 if self._policy == "fixed" else clex.bucket_of(min(n_tokens, clex.max_context))]
 
     def _declare(self, n_tokens: int) -> None:
-        from clex_local import native
+        from clex_local import llama_clex
 
-        if self._maximum and not native.seq_reserve(self._llm.ctx, 0, n_tokens):
+        if self._maximum and not llama_clex.seq_reserve(self._llm.ctx, 0, n_tokens):
             raise ClexError(f"{self.path}: its tables do not cover {n_tokens:,} tokens")
 
     def _decode(self, tokens: npt.NDArray[np.int32], position: int, first: int) -> None:
