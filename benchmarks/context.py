@@ -18,8 +18,9 @@ import llama_cpp
 import numpy as np
 import numpy.typing as npt
 import psutil
-from clex_eval.models import likelihoods
 from llama_cpp._logger import set_verbose
+
+from clex_eval.models import likelihoods
 
 PATCHED = hasattr(llama_cpp.llama_cpp._lib, "llama_clex_n_buckets")
 if PATCHED:

@@ -10,12 +10,12 @@ from pathlib import Path
 import click
 import numpy as np
 import numpy.typing as npt
-from clex_convert import convert
-from clex_convert.imatrix import compute_imatrix
 
 from benchmarks.context import Context, Model
 from benchmarks.markdown import put_table, row
 from benchmarks.text import emma
+from clex_convert import convert
+from clex_convert.imatrix import compute_imatrix
 
 DOCUMENT = Path(__file__).parent.parent / "docs" / "quantization.md"
 

@@ -11,10 +11,10 @@ from pathlib import Path
 import llama_cpp
 import numpy as np
 import pytest
-from clex_convert import convert
-from random_gguf import make_model
 
+from clex_convert import convert
 from clex_local._library import library_path
+from helpers.random_gguf import make_model
 
 CPUINFO = Path("/proc/cpuinfo")
 FLAGS = CPUINFO.read_text() if CPUINFO.exists() else ""

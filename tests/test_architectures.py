@@ -12,15 +12,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+
 from clex_convert import convert
 from clex_convert import tables as make_tables
-from gguf_maker import rewrite
-from low_level import ERROR, WARN, Context, Model, logged
-from tiny_models import LENGTH, Reference, assert_growing, convert_plainly, kind_of, make_model
-
 from clex_local._library import library_path
 from clex_local.gguf_file import GGUFFile
 from clex_local.tables import SUPPORTED_ARCHITECTURES, Tables, read_tables
+from helpers.gguf_maker import rewrite
+from helpers.low_level import ERROR, WARN, Context, Model, logged
+from helpers.tiny_models import LENGTH, Reference, assert_growing, convert_plainly, kind_of, make_model
 
 SCALES = [1, 1.25, 0.8, 1.5]
 

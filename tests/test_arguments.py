@@ -8,14 +8,14 @@ import warnings
 import llama_cpp
 import numpy as np
 import pytest
-from gguf_maker import gguf_bytes
 from llama_cpp.llama_cache import LlamaDiskCache, LlamaRAMCache
-from random_gguf import make_model
 
 from clex_local import Llama
 from clex_local.arguments import ArgumentError, ContextWarning
 from clex_local.errors import ModelError
 from clex_local.tables import ContextError
+from helpers.gguf_maker import gguf_bytes
+from helpers.random_gguf import make_model
 
 
 @pytest.fixture(scope="module")

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from flash_attention import QUANTIZED, TYPES, Case, Ggml, Library
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
+from helpers.flash_attention import QUANTIZED, TYPES, Case, Ggml, Library
 
 SIZES = (64, 80, 96, 128, 192, 256)
 MASKS = ("none", "causal", "causal", "random", "blocks", "rows", "all")

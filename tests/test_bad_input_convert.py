@@ -15,14 +15,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import clex_convert
 import click.testing
 import numpy as np
 import pytest
 import torch
-from clex_convert import cli
-from gguf_maker import MODEL, gguf_bytes
 from safetensors.torch import load_file, save_file
+
+import clex_convert
+from clex_convert import cli
+from helpers.gguf_maker import MODEL, gguf_bytes
 
 DATA = Path(__file__).parent / "data"
 UP, DOWN = "model.clex_layer.proj_func.ode_up_proj", "model.clex_layer.proj_func.ode_down_proj"

@@ -12,14 +12,10 @@ from typing import Any
 import click.testing
 import numpy as np
 import pytest
+
 from clex_convert import ConvertError, cli, convert
 from clex_convert.gguf_writer import GGUFWriter, TensorData, tensors_of
 from clex_eval.models import Coverage, coverage, open_model
-from gguf_maker import rewrite
-from low_level import Context, Model
-from test_architectures import MODELS
-from tiny_models import LENGTH, kind_of, make_model
-
 from clex_local import Llama, chat, inspection, llama_clex
 from clex_local.arguments import ContextWarning
 from clex_local.baked import Baked
@@ -27,6 +23,10 @@ from clex_local.errors import ClexError
 from clex_local.gguf_file import GGUFFile
 from clex_local.inspection import inspect
 from clex_local.tables import read_tables
+from helpers.gguf_maker import rewrite
+from helpers.low_level import Context, Model
+from helpers.tiny_models import LENGTH, kind_of, make_model
+from test_architectures import MODELS
 
 DATA = Path(__file__).parent / "data"
 PLAIN, SECOND, LAST = 50, 128, 250  # tokens in the first, second and last bucket of 64

@@ -6,13 +6,13 @@ import re
 
 import numpy as np
 import pytest
-from gguf_maker import gguf_bytes
-from low_level import F16, Q4_0, Q8_0, Context, Model, logged
-from random_gguf import N_VOCAB, make_model, model_parts
 
 from clex_local.errors import ClexError
 from clex_local.gguf_file import GGUFFile
 from clex_local.memory import ModelShape, kv_bytes, plan_context
+from helpers.gguf_maker import gguf_bytes
+from helpers.low_level import F16, Q4_0, Q8_0, Context, Model, logged
+from helpers.random_gguf import N_VOCAB, make_model, model_parts
 
 INFO = 2
 WINDOW = np.uint32(32)

@@ -6,21 +6,21 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-import clex_convert
 import click.testing
 import numpy as np
 import pytest
+
+import clex_convert
 from clex_convert import cli
 from clex_convert.check import TEXT, check_result
 from clex_convert.checkpoint import Rope
 from clex_convert.contents import Contents, with_tables
 from clex_convert.weights import OdeSettings
-from gguf_maker import MODEL, gguf_bytes
-from low_level import Context, Model
-
 from clex_local import Llama
 from clex_local.gguf_file import GGUFFile
 from clex_local.tables import Tables, read_tables
+from helpers.gguf_maker import MODEL, gguf_bytes
+from helpers.low_level import Context, Model
 
 
 def log_probabilities(path: Path, tokens: list[int]) -> np.ndarray:

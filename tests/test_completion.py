@@ -9,11 +9,11 @@ from typing import Any
 import llama_cpp
 import numpy as np
 import pytest
-from gguf_maker import gguf_bytes
 from llama_cpp import LlamaGrammar, LlamaRAMCache, LogitsProcessorList, StoppingCriteriaList
-from random_gguf import N_VOCAB, model_parts
 
 from clex_local import ClexError, Llama
+from helpers.gguf_maker import gguf_bytes
+from helpers.random_gguf import N_VOCAB, model_parts
 
 PROMPT = "ab cab"
 BOS, EOS = 1, 2

@@ -5,11 +5,11 @@ from __future__ import annotations
 import llama_cpp
 import pytest
 from llama_cpp.llama_speculative import LlamaPromptLookupDecoding
-from random_gguf import make_model, random_tokens
 
 from clex_local import ClexError, Llama
 from clex_local.session import Session
 from clex_local.tables import ContextError
+from helpers.random_gguf import make_model, random_tokens
 
 IDS = random_tokens(512)
 

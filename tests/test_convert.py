@@ -11,17 +11,17 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import clex_convert
 import click.testing
 import numpy as np
 import pytest
 import torch
-from clex_convert import cli, ode, quantize, weights
-from gguf_maker import MODEL, TENSORS, gguf_bytes
 from safetensors.torch import load_file, save_file
 
+import clex_convert
+from clex_convert import cli, ode, quantize, weights
 from clex_local.gguf_file import GGUFFile
 from clex_local.tables import read_tables
+from helpers.gguf_maker import MODEL, TENSORS, gguf_bytes
 
 DATA = Path(__file__).parent / "data"
 UP, DOWN = "model.clex_layer.proj_func.ode_up_proj", "model.clex_layer.proj_func.ode_down_proj"

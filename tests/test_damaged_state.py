@@ -11,14 +11,14 @@ from contextlib import contextmanager
 import llama_cpp
 import numpy as np
 import pytest
-from gguf_maker import gguf_bytes
-from low_level import ERROR, F16, Context, Model, logged
-from random_gguf import make_model, model_parts, random_tokens
-from state_bytes import StateBytes, checksum
 
 from clex_local import Llama
 from clex_local.llama import StateError
 from clex_local.tables import ContextError
+from helpers.gguf_maker import gguf_bytes
+from helpers.low_level import ERROR, F16, Context, Model, logged
+from helpers.random_gguf import make_model, model_parts, random_tokens
+from helpers.state_bytes import StateBytes, checksum
 
 IDS = random_tokens(256)
 ON_DEVICE = 2

@@ -10,13 +10,13 @@ from pathlib import Path
 import llama_cpp
 import numpy as np
 import pytest
-from gguf_maker import gguf_bytes
-from low_level import ERROR, Context, Model, logged
-from random_gguf import model_parts, random_tokens
 
 from clex_local import Llama
 from clex_local.decoding import NOT_FINITE, DecodeError
 from clex_local.errors import ClexError
+from helpers.gguf_maker import gguf_bytes
+from helpers.low_level import ERROR, Context, Model, logged
+from helpers.random_gguf import model_parts, random_tokens
 
 POISON = 9  # the token whose embedding is no number
 IDS = [token for token in random_tokens(40) if token != POISON]
@@ -121,7 +121,7 @@ LIMITED = """
 import resource, sys
 import llama_cpp
 import numpy as np
-from low_level import Context, Model
+from helpers.low_level import Context, Model
 
 def limit(extra):
     pages = int(open("/proc/self/statm").read().split()[0])

@@ -7,14 +7,14 @@ from pathlib import Path
 import llama_cpp
 import numpy as np
 import pytest
-from gguf_maker import gguf_bytes
-from random_gguf import make_model, model_parts
 
 from clex_local import ClexError, Llama
 from clex_local.arguments import ContextWarning
 from clex_local.embedding import EmbeddingError
 from clex_local.errors import ModelError
 from clex_local.tables import ContextError
+from helpers.gguf_maker import gguf_bytes
+from helpers.random_gguf import make_model, model_parts
 
 NONE, MEAN, CLS, LAST, RANK = range(5)
 POOLED = {

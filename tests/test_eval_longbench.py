@@ -8,11 +8,11 @@ import sys
 from dataclasses import replace
 
 import pytest
+
 from clex_eval.longbench import longbench, prompt_tokens
 from clex_eval.metrics import score
 from clex_eval.models import open_model
 from clex_eval.records import DATA_SETS, read
-
 from clex_local.errors import ClexError
 
 CITY = "The town of Vellmar lies on a hill. " * 40 + "Its mayor is Anna Lindqvist. " + "The streets are narrow. " * 40

@@ -9,17 +9,17 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from click.testing import CliRunner, Result
+
 from clex_eval import ppl
 from clex_eval.cli import main
 from clex_eval.models import coverage, likelihoods, open_model
 from clex_eval.options import LENGTHS, Length, names
 from clex_eval.report import Column, Report, plot_curves, plot_heat_map, run
-from click.testing import CliRunner, Result
-from low_level import F32, GPU_LAYERS
-from tiny_models import LENGTH, convert_plainly, make_model
-
 from clex_local import ClexError, Llama
 from clex_local.session import PromptTooLong
+from helpers.low_level import F32, GPU_LAYERS
+from helpers.tiny_models import LENGTH, convert_plainly, make_model
 
 DATA = Path(__file__).parent / "data"
 EXACT = dict(cache_type="f32", threads=1, n_gpu_layers=GPU_LAYERS)

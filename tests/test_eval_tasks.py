@@ -9,6 +9,7 @@ import subprocess
 import sys
 
 import pytest
+
 from clex_eval.haystack import FILLER, filler, hide, words
 from clex_eval.models import open_model
 from clex_eval.options import Length
@@ -17,7 +18,6 @@ from clex_eval.passkey import question as passkey
 from clex_eval.passkey import score as passkey_score
 from clex_eval.ruler import TASKS, niah_multikey, ruler, score
 from clex_eval.tasks import in_groups
-
 from clex_local.errors import ClexError
 
 

@@ -10,10 +10,10 @@ from pathlib import Path
 import llama_cpp
 import numpy as np
 import pytest
-from low_level import F16, F32, Q8_0, Context, Model
-from random_gguf import make_model, random_tokens
 
 from clex_local import llama_clex
+from helpers.low_level import F16, F32, Q8_0, Context, Model
+from helpers.random_gguf import make_model, random_tokens
 
 CHUNK = 1024  # cells that are re-rotated at a time
 LENGTH = 3 * CHUNK
@@ -200,8 +200,8 @@ OUT_OF_MEMORY = """
 import resource, sys
 from pathlib import Path
 import numpy as np
-from low_level import Context, Model
-from random_gguf import make_model, random_tokens
+from helpers.low_level import Context, Model
+from helpers.random_gguf import make_model, random_tokens
 
 # Keys wide enough that re-rotating a chunk needs far more memory than the ubatches of 16 tokens ever did.
 model = Model(make_model(Path(sys.argv[1]), original=1024, n_buckets=2, head=256, n_head=4, n_head_kv=4, n_layer=1))

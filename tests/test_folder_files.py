@@ -11,13 +11,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
+
 from clex_convert import convert
 from clex_convert.errors import ConvertError
 from clex_convert.gguf_writer import tensors_of
-from clex_train.model import load_model
-from safetensors.torch import load_file, save_file
-
 from clex_local.gguf_file import GGUFFile
+from clex_train.model import load_model
 
 DATA = Path(__file__).parent / "data"
 LLAMA, PHI2 = DATA / "llama", DATA / "phi2"

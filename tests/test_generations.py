@@ -13,11 +13,12 @@ from typing import Any
 
 import pytest
 import torch
+from packaging.requirements import Requirement
+
 from clex_convert.transformers_folder import load_config, load_tokenizer, rope_scaling, rope_theta
 from clex_eval.folder import FolderModel, folder_coverage
 from clex_train.model import load_model
-from packaging.requirements import Requirement
-from tiny_models import make_model
+from helpers.tiny_models import make_model
 
 DATA = Path(__file__).parent / "data"
 LLAMA, PHI2 = DATA / "llama", DATA / "phi2"

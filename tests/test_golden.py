@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from low_level import F16, F32, GPU_LAYERS
 
 from clex_local import Llama
+from helpers.low_level import F16, F32, GPU_LAYERS
 
 EXACT = dict(type_k=F32, type_v=F32)
 FAST = dict(type_k=F16, type_v=F16, flash_attn=True)

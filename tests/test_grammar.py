@@ -8,11 +8,11 @@ from typing import Any
 import llama_cpp
 import numpy as np
 import pytest
-from random_gguf import make_model
 
 from clex_local import Llama
 from clex_local.grammar import GrammarError, grammar_of_schema
 from clex_local.sampler import Sampler, SamplerOptions, SamplingError
+from helpers.random_gguf import make_model
 
 N = {"type": "integer"}
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 from itertools import islice
 from pathlib import Path
 
-import hostile_gguf as hostile
 import numpy as np
 import pytest
-from gguf_maker import gguf_bytes
 
 from clex_local import ClexError, Llama
+from helpers import hostile_gguf as hostile
+from helpers.gguf_maker import gguf_bytes
 
 FILES = {
     "truncations": hostile.truncations,

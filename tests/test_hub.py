@@ -16,16 +16,16 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
-import clex_convert
 import numpy as np
 import pytest
-from clex_convert.hub_client import forget_sessions
-from gguf_maker import MODEL, gguf_bytes
 from huggingface_hub import constants
 from safetensors.torch import load_file, save_file
 
+import clex_convert
+from clex_convert.hub_client import forget_sessions
 from clex_local.gguf_file import GGUFFile
 from clex_local.tables import read_tables
+from helpers.gguf_maker import MODEL, gguf_bytes
 
 LLAMA = Path(__file__).parent / "data" / "llama"
 COMMAND = "from clex_convert.cli import main; main()"

@@ -15,10 +15,6 @@ import matplotlib
 import numpy as np
 import pytest
 from click.testing import CliRunner
-from gguf_maker import MODEL, gguf_bytes, rewrite
-from low_level import Model
-from random_gguf import make_model, model_parts
-from test_readme import README
 
 from clex_local import ClexError, Llama, inspect, llama_clex
 from clex_local.gguf_file import GGUFFile
@@ -26,6 +22,10 @@ from clex_local.inspection import main
 from clex_local.memory import ModelShape, compute_bytes, kv_bytes
 from clex_local.plot import plot
 from clex_local.tables import read_tables
+from helpers.gguf_maker import MODEL, gguf_bytes, rewrite
+from helpers.low_level import Model
+from helpers.random_gguf import make_model, model_parts
+from test_readme import README
 
 
 def run(*arguments: object) -> str:

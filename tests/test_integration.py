@@ -15,9 +15,9 @@ from pathlib import Path
 import llama_cpp
 import numpy as np
 import pytest
-from random_gguf import make_model
 
 from clex_local import Llama
+from helpers.random_gguf import make_model
 
 
 def run(*arguments: object, **env: str) -> subprocess.CompletedProcess[str]:

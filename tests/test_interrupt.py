@@ -8,7 +8,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from random_gguf import make_model
+
+from helpers.random_gguf import make_model
 
 # The log is read by Python, so a signal that comes with a line is handled in the middle of the load.
 SIGNAL_AT = """

@@ -14,13 +14,13 @@ from pathlib import Path
 import llama_cpp
 import numpy as np
 import pytest
-from gguf_maker import gguf_bytes
-from random_gguf import make_model, model_parts
 
 from clex_local import ClexError, Llama
 from clex_local.errors import ModelError
 from clex_local.lifetime import ClosedError
 from clex_local.session import Session
+from helpers.gguf_maker import gguf_bytes
+from helpers.random_gguf import make_model, model_parts
 
 CHAT = [{"role": "user", "content": "a"}]
 

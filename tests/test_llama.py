@@ -11,12 +11,12 @@ from contextlib import closing
 import llama_cpp
 import numpy as np
 import pytest
-from random_gguf import make_model
 
 from clex_local import ClexError, Llama
 from clex_local import memory as memory_module
 from clex_local.llama import Settings
 from clex_local.memory import ModelShape, cache_plan, default_threads
+from helpers.random_gguf import make_model
 
 
 @pytest.fixture

@@ -8,8 +8,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from gguf_maker import rewrite
-from random_gguf import make_model
+
+from helpers.gguf_maker import rewrite
+from helpers.random_gguf import make_model
 
 
 def run(code: str, *arguments: object, **env: str) -> subprocess.CompletedProcess[str]:

@@ -7,12 +7,12 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from low_level import F32, WARN, Context, Model, logged
-from tiny_models import LENGTH, assert_growing, convert_plainly, make_model
 
 from clex_local import Llama, llama_clex
 from clex_local.gguf_file import GGUFFile
 from clex_local.tables import Tables
+from helpers.low_level import F32, WARN, Context, Model, logged
+from helpers.tiny_models import LENGTH, assert_growing, convert_plainly, make_model
 
 LONGEST = 4 * LENGTH
 SWITCH = "LLAMA_CLEX_LONGROPE_DISABLE"

@@ -7,19 +7,19 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import clex_convert
 import click.testing
 import numpy as np
 import peft
 import pytest
 import torch
 import transformers
-from clex_convert import cli
 from safetensors.torch import load_file, save_file
-from test_architectures import MODELS, tolerance
-from tiny_models import assert_growing, convert_plainly, make_model
 
+import clex_convert
+from clex_convert import cli
 from clex_local.gguf_file import GGUFFile
+from helpers.tiny_models import assert_growing, convert_plainly, make_model
+from test_architectures import MODELS, tolerance
 
 DATA = Path(__file__).parent / "data"
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]

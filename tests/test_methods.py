@@ -8,15 +8,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from clex_convert import ConvertError, frequencies, tables, weights
-from clex_convert.methods import METHODS
-from clex_convert.ode import ClexLayer, integrate
-from clex_convert.transformers_folder import set_rope_scaling
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import LlamaConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
+from clex_convert import ConvertError, frequencies, tables, weights
+from clex_convert.methods import METHODS
+from clex_convert.ode import ClexLayer, integrate
+from clex_convert.transformers_folder import set_rope_scaling
 from clex_local.tables import Tables
 
 DATA = Path(__file__).parent / "data"

@@ -15,17 +15,18 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
+
 from clex_convert import ConvertError, convert
 from clex_convert.checkpoint import Checkpoint
 from clex_convert.model_classes import MODEL_CLASSES
 from clex_convert.model_config import ModelConfig, read_model_config
 from clex_convert.model_tensors import check_tensors, expected_tensors
 from clex_convert.scaling import Scaling
-from gguf_maker import MODEL, gguf_bytes
-from low_level import Context, Model
-from safetensors.torch import load_file, save_file
+from helpers.gguf_maker import MODEL, gguf_bytes
+from helpers.low_level import Context, Model
+from helpers.tiny_models import LENGTH, SIZES, kind_of, make_model
 from test_architectures import EXPERTS, MODELS, tolerance
-from tiny_models import LENGTH, SIZES, kind_of, make_model
 
 # Variants of the classes that llama.cpp computes, beside those of test_architectures.
 VARIANTS = {

@@ -5,13 +5,13 @@ from __future__ import annotations
 import llama_cpp
 import numpy as np
 import pytest
-from gguf_maker import rewrite
-from low_level import Context, Model
 
 from clex_local import llama_clex
 from clex_local.gguf_file import GGUFFile
 from clex_local.log import ERROR, logged
 from clex_local.tables import ATTN_SCALE_RANGE, INV_FREQ_RANGE, TablesError, read_tables
+from helpers.gguf_maker import rewrite
+from helpers.low_level import Context, Model
 
 F32 = np.float32
 INV_FREQ = np.ones(4 * 16, F32)

@@ -21,10 +21,11 @@ import numpy as np
 import psutil
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
+
 from clex_convert import ConvertError, convert
 from clex_convert.quantize import file_type
-from gguf_maker import MODEL, gguf_bytes
-from safetensors.torch import load_file, save_file
+from helpers.gguf_maker import MODEL, gguf_bytes
 
 LLAMA = Path(__file__).parent / "data" / "llama"
 COMMAND = [sys.executable, "-c", "from clex_convert.cli import main; main()"]

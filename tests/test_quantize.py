@@ -9,21 +9,21 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import clex_convert
 import click.testing
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
+
+import clex_convert
 from clex_convert import cli, quantize
 from clex_convert.check import TEXT
 from clex_convert.hf import conversion_scripts
 from clex_convert.imatrix import compute_imatrix, read_imatrix
-from gguf_maker import MODEL, _string, _value, gguf_bytes
-from low_level import Context, Model
-from safetensors.torch import load_file, save_file
-
 from clex_local import Llama
 from clex_local.gguf_file import GGUFFile, tensor_types
+from helpers.gguf_maker import MODEL, _string, _value, gguf_bytes
+from helpers.low_level import Context, Model
 
 DATA = Path(__file__).parent / "data"
 NTK: dict[str, Any] = {"method": "ntk", "check": "none"}

@@ -10,10 +10,10 @@ from typing import Any
 import llama_cpp
 import numpy as np
 import pytest
-from low_level import Context, Model
-from random_gguf import N_VOCAB, make_model
 
 from clex_local import llama_clex
+from helpers.low_level import Context, Model
+from helpers.random_gguf import N_VOCAB, make_model
 
 N_SEQ, LIMIT = 4, 256
 OPERATIONS = 250  # of one program

@@ -7,15 +7,15 @@ from pathlib import Path
 
 import click
 import pytest
+
 from clex_convert.cli import main as clex_convert
 from clex_eval.longbench import command as clex_eval_longbench
 from clex_eval.passkey import command as clex_eval_passkey
 from clex_eval.ppl import command as clex_eval_ppl
 from clex_eval.ruler import command as clex_eval_ruler
-from clex_train.cli import main as clex_train
-
 from clex_local.chat import main as clex_chat
 from clex_local.inspection import main as clex_inspect
+from clex_train.cli import main as clex_train
 
 README = Path(__file__).parent.parent / "README.md"
 COMMANDS = {

@@ -9,9 +9,9 @@ import llama_cpp
 import numpy as np
 import pytest
 from llama_cpp.llama_speculative import LlamaDraftModel, LlamaPromptLookupDecoding
-from random_gguf import make_model, ntk_tables, random_tokens
 
 from clex_local import ClexError, Llama, llama_clex
+from helpers.random_gguf import make_model, ntk_tables, random_tokens
 
 IDS = random_tokens(300)
 
@@ -229,7 +229,7 @@ def test_clamp_uses_the_last_table_beyond_it(load, tiny, tmp_path):
     clamped.eval(IDS)
     assert clamped.clex.bucket == 3
     # tables whose last bucket reaches further but holds the same frequencies
-    from gguf_maker import rewrite
+    from helpers.gguf_maker import rewrite
 
     factors = np.array([1, 2, 3, 8], np.float32)
     longer = load(rewrite(tiny, tmp_path / "longer.gguf", {"clex.scaling_factors": factors}))

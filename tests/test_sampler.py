@@ -9,12 +9,12 @@ from typing import Any, cast
 import llama_cpp
 import numpy as np
 import pytest
-from gguf_maker import gguf_bytes
 from llama_cpp import LlamaGrammar
 from llama_cpp.llama_speculative import LlamaDraftModel
-from random_gguf import N_VOCAB, model_parts
 
 from clex_local import ClexError, Llama
+from helpers.gguf_maker import gguf_bytes
+from helpers.random_gguf import N_VOCAB, model_parts
 
 PROMPT = [5, 100, 100, 7, 265, 270, 100, 8]
 STEPS = 24

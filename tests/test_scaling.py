@@ -16,15 +16,15 @@ import numpy as np
 import pytest
 import torch
 import transformers
+
 from clex_convert import ConvertError, cli, convert
 from clex_convert.checkpoint import Checkpoint
 from clex_convert.gguf_source import GGUFSource
 from clex_convert.transformers_folder import rope_scaling, set_rope_scaling
-from gguf_maker import MODEL, gguf_bytes
-from low_level import Context, Model
-from tiny_models import LENGTH, convert_plainly, make_model
-
 from clex_local.gguf_file import GGUFFile
+from helpers.gguf_maker import MODEL, gguf_bytes
+from helpers.low_level import Context, Model
+from helpers.tiny_models import LENGTH, convert_plainly, make_model
 
 LONG = 4 * LENGTH
 HALF = 16  # frequencies of a head of the tiny models

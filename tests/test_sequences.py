@@ -5,9 +5,9 @@ from __future__ import annotations
 import llama_cpp
 import numpy as np
 import pytest
-from low_level import F16, F32, Q8_0, Context, Model
 
 from clex_local import llama_clex
+from helpers.low_level import F16, F32, Q8_0, Context, Model
 
 STARTS = (60, 30, 126)
 STEPS = 20

@@ -8,15 +8,15 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import clex_convert
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from test_architectures import MODELS, tolerance
-from tiny_models import assert_growing, make_model
 
+import clex_convert
 from clex_local.gguf_file import GGUFFile
+from helpers.tiny_models import assert_growing, make_model
+from test_architectures import MODELS, tolerance
 
 LLAMA = Path(__file__).parent / "data" / "llama"
 

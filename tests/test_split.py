@@ -8,14 +8,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import clex_convert
 import numpy as np
 import pytest
-from clex_convert.hf import conversion_scripts
-from gguf_maker import MODEL, TENSORS, gguf_bytes, rewrite
 
+import clex_convert
+from clex_convert.hf import conversion_scripts
 from clex_local.errors import ClexError
 from clex_local.gguf_file import GGUFFile
+from helpers.gguf_maker import MODEL, TENSORS, gguf_bytes, rewrite
 
 COUNT = 3
 CONTEXT = {"llama.context_length"}

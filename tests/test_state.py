@@ -9,12 +9,12 @@ import sys
 import llama_cpp
 import numpy as np
 import pytest
-from gguf_maker import rewrite
-from low_level import BF16, ERROR, F16, Q8_0, Context, Model, logged
-from random_gguf import make_model, random_tokens
 
 from clex_local import Llama, llama_clex
 from clex_local.llama import StateError
+from helpers.gguf_maker import rewrite
+from helpers.low_level import BF16, ERROR, F16, Q8_0, Context, Model, logged
+from helpers.random_gguf import make_model, random_tokens
 
 IDS = random_tokens(256)
 

@@ -8,13 +8,13 @@ from typing import Any
 
 import numpy as np
 import pytest
-from gguf_maker import MODEL, TENSORS, gguf_bytes
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from clex_local.errors import ClexError
 from clex_local.gguf_file import GGUFError, GGUFFile, GGUFHeader
 from clex_local.tables import ContextError, Tables, TablesError, read_tables
+from helpers.gguf_maker import MODEL, TENSORS, gguf_bytes
 
 
 def some_tables(**changes: Any) -> Tables:

@@ -9,10 +9,10 @@ import sys
 from pathlib import Path
 
 import pytest
-from gguf_maker import gguf_bytes
-from random_gguf import model_parts
 
 from clex_local.gguf_file import GGUFFile, GGUFHeader
+from helpers.gguf_maker import gguf_bytes
+from helpers.random_gguf import model_parts
 
 BLOCK = 256  # the largest of any type; rows of the model are as long
 TYPES = [*range(4), *range(6, 31), 34, 35, *range(39, 43)]  # those that were taken out of ggml are missing
@@ -23,7 +23,7 @@ CHILD = """
 import json, sys
 import llama_cpp
 import numpy as np
-from low_level import ERROR, Context, logged
+from helpers.low_level import ERROR, Context, logged
 
 out = []
 for path in sys.argv[1:]:

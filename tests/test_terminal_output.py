@@ -8,10 +8,10 @@ import sys
 
 import numpy as np
 import pytest
-from gguf_maker import MODEL, gguf_bytes, rewrite
 
 from clex_local.errors import shown
 from clex_local.terminal import json_line, printable
+from helpers.gguf_maker import MODEL, gguf_bytes, rewrite
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="needs a pseudo-terminal")
 

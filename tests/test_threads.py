@@ -23,7 +23,7 @@ SCRIPT = """
 import ctypes, sys
 import numpy as np
 sys.path.insert(0, sys.argv[3])
-from low_level import F16, F32, Q8_0, Context, Model
+from helpers.low_level import F16, F32, Q8_0, Context, Model
 import llama_cpp
 
 fix = ctypes.CDLL(sys.argv[2]).ggml_clex_threads_fix

@@ -11,25 +11,25 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import clex_convert
 import numpy as np
 import peft
 import pytest
 import torch
 import transformers
+from click.testing import CliRunner
+from datasets import Dataset
+from safetensors.torch import load_file, save_file
+
+import clex_convert
+from clex_local.errors import ClexError
+from clex_local.tables import read_tables
 from clex_train.cli import main
 from clex_train.data import load_sequences
 from clex_train.model import clex_layer, load_model
 from clex_train.positions import draw_positions
 from clex_train.train import TrainResult, train
 from clex_train.trainer import ClexTrainer, Feeding
-from click.testing import CliRunner
-from datasets import Dataset
-from safetensors.torch import load_file, save_file
-from tiny_models import SIZES, make_model
-
-from clex_local.errors import ClexError
-from clex_local.tables import read_tables
+from helpers.tiny_models import SIZES, make_model
 
 UP, DOWN = (f"model.clex_layer.proj_func.ode_{name}_proj" for name in ("up", "down"))
 # A step of the ODE's integration per unit of t, and few tokens: fast.

@@ -9,14 +9,14 @@ import numpy as np
 import pytest
 import torch
 import transformers
+
 from clex_convert.frequencies import ntk, plain
+from clex_local.tables import Tables
 from clex_train.errors import TrainError
 from clex_train.layer import ClexLayer, ClexSettings
 from clex_train.model import ARCHITECTURES, add_clex, clex_layer, load_model
+from helpers.tiny_models import LENGTH, Reference, kind_of, make_model
 from test_architectures import MODELS
-from tiny_models import LENGTH, Reference, kind_of, make_model
-
-from clex_local.tables import Tables
 
 GOLDEN = ["llama", "llama-log-scale", "mixtral", "phi2"]
 SETTINGS = ClexSettings(max_factor=4, time_dt=0.25, log_scale=True)

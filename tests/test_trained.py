@@ -5,10 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+
 from clex_convert import convert
 from clex_eval.options import Length
 from clex_eval.ppl import perplexity
-from low_level import GPU_LAYERS
+from helpers.low_level import GPU_LAYERS
 
 ROOT = Path(__file__).parent.parent
 MODEL = ROOT / "examples" / "bytes"

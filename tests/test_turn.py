@@ -9,10 +9,10 @@ from contextlib import suppress
 
 import pytest
 from llama_cpp import LlamaRAMCache
-from random_gguf import make_model
 
 from clex_local import ClexError, Llama
 from clex_local.turn import StreamError, Turn
+from helpers.random_gguf import make_model
 
 PROMPTS = [f"thread {i} says {i} " * 6 for i in range(4)]
 WAIT = 60  # seconds; no test takes so long unless it hangs

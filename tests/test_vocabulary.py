@@ -5,13 +5,13 @@ from __future__ import annotations
 import llama_cpp
 import numpy as np
 import pytest
-from gguf_maker import gguf_bytes
 from llama_cpp.llama_speculative import LlamaDraftModel
-from random_gguf import N_VOCAB, model_parts
 
 from clex_local import ClexError, Llama
 from clex_local.session import Session
 from clex_local.vocabulary import TokenError
+from helpers.gguf_maker import gguf_bytes
+from helpers.random_gguf import N_VOCAB, model_parts
 
 LENGTHS = (31, 32, 33, 48, 63, 64, 65, 128, 1000)
 FIRST = 259  # of the letters in the vocabulary

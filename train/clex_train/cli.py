@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import click
-from clex_convert.weights import ACTIVATIONS
 
+from clex_convert.weights import ACTIVATIONS
 from clex_local.command import Command, rope_scaling, say
 from clex_local.errors import ClexError
 from clex_train.names import ATTENTIONS, POSITIONS

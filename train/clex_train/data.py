@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from clex_convert.errors import one_line
 from datasets import Dataset, Features, IterableDataset, Value, load_dataset, load_from_disk
 from datasets import Sequence as ListOf
 from transformers import PreTrainedTokenizerBase
 
+from clex_convert.errors import one_line
 from clex_train.errors import TrainError
 
 COLUMN = "text"

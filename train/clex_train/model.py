@@ -14,15 +14,15 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from transformers import AttentionInterface, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
 from clex_convert.checkpoint import Checkpoint
 from clex_convert.errors import one_line
 from clex_convert.ode import plain_frequencies
 from clex_convert.transformers_folder import load_config, rope_scaling, rope_theta, set_rope_scaling
 from clex_convert.weights import DEFAULT_ACTIVATION, DEFAULT_TIME_DT
-from transformers import AttentionInterface, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
-from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-
 from clex_local.errors import ClexError
 from clex_train.errors import TrainError
 from clex_train.layer import ClexLayer, ClexSettings

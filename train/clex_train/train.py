@@ -16,12 +16,12 @@ from typing import Any
 
 import peft
 import torch
-from clex_convert.errors import one_line
-from clex_convert.model_files import read_config
-from clex_convert.transformers_folder import load_tokenizer, name_rope_as_before_5
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments, set_seed
 
+from clex_convert.errors import one_line
+from clex_convert.model_files import read_config
+from clex_convert.transformers_folder import load_tokenizer, name_rope_as_before_5
 from clex_train.data import collate, load_sequences
 from clex_train.errors import TrainError
 from clex_train.layer import ClexLayer, ClexSettings

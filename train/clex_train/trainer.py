@@ -16,7 +16,6 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate.utils import DistributedType
-from clex_convert.errors import disk_full, writing
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import (
@@ -29,6 +28,7 @@ from transformers import (
 from transformers.trainer_callback import PrinterCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from clex_convert.errors import disk_full, writing
 from clex_train.errors import TrainError
 from clex_train.layer import ClexLayer
 from clex_train.model import clex_layer

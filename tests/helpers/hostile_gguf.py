@@ -1,6 +1,7 @@
 """Malformed GGUF files, and a process that opens many of them within bounds of time and memory.
 
-``python tests/hostile_gguf.py MODE FOLDER`` opens every file of a folder and prints a JSON line before and after each.
+``python -m helpers.hostile_gguf MODE FOLDER FIRST LAST`` in tests/ opens files of a folder and prints a JSON line
+before and after each.
 """
 
 from __future__ import annotations
@@ -19,14 +20,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from gguf_maker import MODEL, TENSORS, gguf_bytes, gguf_fields
-from random_gguf import model_parts, ntk_tables
 from rich.console import Console
 
 from clex_local import ClexError, Llama, inspect
 from clex_local.inspection import show
 from clex_local.tables import TablesError, read_tables
+from helpers.gguf_maker import MODEL, TENSORS, gguf_bytes, gguf_fields
+from helpers.random_gguf import model_parts, ntk_tables
 
+TESTS = Path(__file__).parent.parent
 SECONDS = 2  # of processor time for one file
 MEMORY = 512 << 20  # bytes of address space that opening it may add
 
@@ -327,8 +329,8 @@ def run(mode: str, paths: list[Path]) -> Iterator[tuple[Path, str]]:
     """
     left = list(paths)
     while left:
-        command = [sys.executable, __file__, mode, str(left[0].parent), left[0].name, left[-1].name]
-        done = subprocess.run(command, capture_output=True, text=True, errors="replace")
+        command = [sys.executable, "-m", "helpers.hostile_gguf", mode, str(left[0].parent), left[0].name, left[-1].name]
+        done = subprocess.run(command, capture_output=True, text=True, errors="replace", cwd=TESTS)
         lines = [json.loads(line) for line in done.stdout.splitlines() if line.startswith('{"')]
         for line in lines:
             if "outcome" in line:

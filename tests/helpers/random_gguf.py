@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from gguf_maker import gguf_bytes
+
+from helpers.gguf_maker import gguf_bytes
 
 N_VOCAB = 288
 

@@ -14,11 +14,11 @@ from pathlib import Path
 import numpy as np
 import torch
 import transformers
+
 from clex_convert.hf import conversion_scripts
 from clex_convert.transformers_folder import cache_argument
-from low_level import Context, Model
-
 from clex_local.tables import Tables, read_tables
+from helpers.low_level import Context, Model
 
 LENGTH = 64  # tokens of the first bucket
 SIZES = dict(

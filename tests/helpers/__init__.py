@@ -1,0 +1,1 @@
+"""What tests share: makers of model files, small models, and the C API at its lowest level."""
