@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import sys
 from typing import Any, NoReturn
 
 import click
 
+from clex_local.command_options import in_options
 from clex_local.errors import LONGEST, ClexError, escaped, shown
+from clex_local.options import json_object
 
 INTERRUPTED = 130  # what a shell reports for a command that Ctrl-C ended
 SETTINGS = {"help_option_names": ["-h", "--help"], "max_content_width": 100, "show_default": True}
@@ -18,12 +19,9 @@ SETTINGS = {"help_option_names": ["-h", "--help"], "max_content_width": 100, "sh
 def rope_scaling(context: click.Context, option: click.Parameter, text: str | None) -> dict[str, Any] | None:
     """The value of an option --rope-scaling: a JSON object."""
     try:
-        value = None if text is None else json.loads(text)
-    except (ValueError, RecursionError):
-        value = text
-    if value is None or isinstance(value, dict):
-        return value
-    raise click.BadParameter('must be a JSON object, such as {"rope_type": "yarn", "factor": 4}')
+        return None if text is None else json_object(text)
+    except ValueError as error:
+        raise click.BadParameter(str(error)) from None
 
 
 def say(text: str, *, err: bool = False) -> None:
@@ -44,7 +42,18 @@ class _Interrupted(Exception):
 
 
 class Command(click.Command):
-    """A command whose every error is one line on stderr."""
+    """A command whose every error is one line on stderr.
+
+    Texts of the library name options by their fields, in backticks; help and errors show them as the command's options.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        for param in self.params:
+            if isinstance(param, click.Option):
+                param.help = in_options(param.help or "", self.params)
+                if isinstance(param.show_default, str):
+                    param.show_default = in_options(param.show_default, self.params)
 
     def main(self, *args: Any, **kwargs: Any) -> NoReturn:
         """Run and leave with an exit code: 1 for an error, 2 for wrong usage, 130 for Ctrl-C."""
@@ -65,12 +74,14 @@ class Command(click.Command):
         """As click's, which would answer Ctrl-C with an empty line."""
         try:
             return super().invoke(ctx)
+        except ClexError as error:  # worded here, because a group does not know the options of its commands
+            raise click.ClickException(in_options(str(error), self.params)) from error
         except KeyboardInterrupt:
             raise _Interrupted from None
 
     def fail(self, message: str, code: int = 1) -> int:
         """Print an error as every command does; returns the exit code."""
-        say(f"{self.name}: error: {escaped(message, LONGEST)}", err=True)
+        say(f"{self.name}: error: {escaped(in_options(message, self.params), LONGEST)}", err=True)
         return code
 
 
