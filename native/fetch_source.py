@@ -21,7 +21,7 @@ NATIVE = Path(__file__).resolve().parent
 PIN = NATIVE / "llama-cpp-python.txt"
 # What the two libraries and the converter need; the rest of the tree (models, docs, tools) is 10 times as large.
 KEEP = ("cmake", "conversion", "ggml", "gguf-py", "include", "licenses", "src", "vendor", "CMakeLists.txt", "LICENSE")
-
+STAMP = ".clex-fingerprint"  # what a prepared source was made from
 
 PINNED = ("--require-hashes", "--requirement", str(PIN))
 
@@ -70,7 +70,7 @@ def fingerprint(patches: list[Path]) -> str:
 
 def fetch(target: Path, patches: list[Path]) -> bool:
     """Make `target` hold the patched source; return False where it already did."""
-    stamp = target / ".clex-fingerprint"
+    stamp = target / STAMP
     wanted = fingerprint(patches)
     if stamp.exists() and stamp.read_text() == wanted:
         return False
@@ -86,7 +86,7 @@ def fetch(target: Path, patches: list[Path]) -> bool:
         extract(archives[0], fresh)
         for patch in patches:
             apply_patch(patch, fresh)
-        (fresh / ".clex-fingerprint").write_text(wanted)
+        (fresh / STAMP).write_text(wanted)
         replace_changed(fresh, target)
     return True
 
