@@ -24,6 +24,7 @@ import numpy.typing as npt
 from benchmarks.markdown import put_table, row
 from benchmarks.small_model import CONTEXT, FOLDER, MAX_FACTOR, folder
 from benchmarks.text import emma
+from clex_eval.options import json_settings
 
 DOCS = Path(__file__).parent.parent / "docs"
 DOCUMENT = DOCS / "evaluation.md"
@@ -54,7 +55,8 @@ class Variant:
 
     def result(self, seed: int) -> Path:
         """Where its measurement is kept."""
-        values = [f"{key}={value}" for key, value in self.run.items()]
+        # Measurements that were kept before have the JSON's name of the cache's type.
+        values = [f"{key}={value}" for key, value in json_settings(self.run).items()]
         if self.lengths != LENGTHS:
             values.append("-".join(map(str, self.lengths)))
         return RESULTS / f"{self.gguf(seed).stem}--{'-'.join(values)}.json"
@@ -97,10 +99,10 @@ POLICIES = {
     "fixed (t = 16)": Variant("clex", run={"policy": "fixed"}),
 }
 TYPES = {
-    "F32, F32": Variant("clex", outtype="f32", run={"cache_type": "f32"}),
+    "F32, F32": Variant("clex", outtype="f32", run={"kv_type": "f32"}),
     "F16, F16": Variant("clex", outtype="f16"),
-    "F16, q8_0": Variant("clex", outtype="f16", run={"cache_type": "q8_0"}),
-    "F16, q4_0": Variant("clex", outtype="f16", run={"cache_type": "q4_0"}),
+    "F16, q8_0": Variant("clex", outtype="f16", run={"kv_type": "q8_0"}),
+    "F16, q4_0": Variant("clex", outtype="f16", run={"kv_type": "q4_0"}),
     "Q8_0, F16": Variant("clex"),
     "Q4_K_M, F16": Variant("clex", outtype="q4_k_m"),
 }
@@ -202,12 +204,12 @@ def references() -> str:
     from clex_eval.ppl import perplexity
 
     cached = RESULTS / "reference.json"
-    runtime = Variant("clex", outtype="f32", run={"cache_type": "f32"})
+    runtime = Variant("clex", outtype="f32", run={"kv_type": "f32"})
     if not cached.exists():
         rows = list(
             perplexity(
                 [runtime.folder(1), runtime.gguf(1)], emma().read_text(encoding="utf-8"), tokens=1 << 15,
-                lengths=[Length(tokens=n) for n in LENGTHS], cache_type="f32",
+                lengths=[Length(tokens=n) for n in LENGTHS], kv_type="f32",
             )
         )  # fmt: skip
         keep(cached, rows)

@@ -15,7 +15,8 @@ import pytest
 
 from clex_convert import ConvertError, cli, convert
 from clex_convert.gguf_writer import GGUFWriter, TensorData, tensors_of
-from clex_eval.models import Coverage, coverage, open_model
+from clex_eval.loading import coverage, open_for_evaluation
+from clex_eval.models import Coverage
 from clex_local import Llama, chat, inspection, llama_clex
 from clex_local.arguments import ContextWarning
 from clex_local.baked import Baked
@@ -301,7 +302,7 @@ def test_a_baked_file_says_so(golden_dir, golden_gguf, tmp_path, source):
     assert "64 tokens, 128 with the baked table" in shown
     assert "one baked for 128 tokens, method clex: runs as in llama.cpp, short prompts too" in shown
     assert coverage(path) == Coverage(LENGTH, None, SECOND)
-    with open_model(path) as model:
+    with open_for_evaluation(path) as model:
         assert (model.original_context_length, model.context_length) == (LENGTH, SECOND)
     with pytest.raises(ClexError, match="is baked for 128 tokens, not the 200 asked for; convert the model that it w"):
         chat.open_model(path, 200)

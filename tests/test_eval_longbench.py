@@ -9,9 +9,9 @@ from dataclasses import replace
 
 import pytest
 
+from clex_eval.loading import open_for_evaluation
 from clex_eval.longbench import longbench, prompt_tokens
 from clex_eval.metrics import score
-from clex_eval.models import open_model
 from clex_eval.records import DATA_SETS, read
 from clex_local.errors import ClexError
 
@@ -50,7 +50,7 @@ def points(jsonl, answer, **fields):
 
 @pytest.fixture(scope="module")
 def model(smollm):
-    with open_model(smollm, context=512, threads=1) as model:
+    with open_for_evaluation(smollm, ctx=512, threads=1) as model:
         yield model
 
 
@@ -134,7 +134,7 @@ def test_text_in_braces_is_not_filled_in(model, jsonl):
 def test_records_are_answered_and_scored(smollm, jsonl):
     mayor = record(context=CITY[1300:1700])
     file = jsonl(mayor, {**mayor, "_id": "0002"}, record(context=CITY * 2, dataset="hotpotqa"))
-    rows = list(longbench([smollm], [file], context=256, limit=1, threads=1))
+    rows = list(longbench([smollm], [file], ctx=256, limit=1, threads=1))
     assert [(row["dataset"], row["metric"], row["records"], row["truncated"]) for row in rows] == [
         ("multifieldqa_en", "qa_f1", 1, 0),
         ("hotpotqa", "qa_f1", 1, 1),

@@ -13,7 +13,8 @@ from click.testing import CliRunner, Result
 
 from clex_eval import ppl
 from clex_eval.cli import main
-from clex_eval.models import coverage, likelihoods, open_model
+from clex_eval.loading import coverage, open_for_evaluation
+from clex_eval.models import likelihoods
 from clex_eval.options import LENGTHS, Length, names
 from clex_eval.report import Column, Report, plot_curves, plot_heat_map, run
 from clex_local import ClexError, Llama
@@ -22,7 +23,7 @@ from helpers.low_level import F32, GPU_LAYERS
 from helpers.tiny_models import LENGTH, convert_plainly, make_model
 
 DATA = Path(__file__).parent / "data"
-EXACT = dict(cache_type="f32", threads=1, n_gpu_layers=GPU_LAYERS)
+EXACT = dict(kv_type="f32", threads=1, n_gpu_layers=GPU_LAYERS)
 
 
 @pytest.fixture(scope="module")
@@ -99,7 +100,7 @@ def test_both_kinds_of_models_give_what_transformers_logits_say(folder, words, s
 def test_a_window_has_one_table_and_gives_the_likelihoods_of_the_authors_code(golden_gguf, golden_npz):
     golden = golden_npz("llama")
     ids = golden["ids"].astype(np.int32)
-    with open_model(golden_gguf("llama"), batch=32, **EXACT) as model:
+    with open_for_evaluation(golden_gguf("llama"), batch=32, **EXACT) as model:
         for n in (40, 64, 65, 128, 129, 200):
             expected = likelihoods(golden[f"full_{n}"], ids[n - 3 : n + 1])
             np.testing.assert_allclose(model.negative_log_likelihoods(ids[: n + 1], last=4), expected, atol=5e-4)
@@ -112,7 +113,7 @@ def test_a_growing_window_gets_the_tables_of_its_chunks(golden_gguf, golden_npz,
     count = len(ids) - 1
     for a in range(0, count, 100):
         llm.eval(ids[a : min(a + 100, count)].tolist())
-    with open_model(golden_gguf(name), **EXACT) as model:
+    with open_for_evaluation(golden_gguf(name), **EXACT) as model:
         grown = model.negative_log_likelihoods(ids, prefill="growing", chunk=100)
         whole = model.negative_log_likelihoods(ids)
     np.testing.assert_allclose(grown, likelihoods(llm.scores[:count], ids[1:]), atol=1e-5)
@@ -213,7 +214,10 @@ def test_likelihoods_of_extreme_logits():
 
 
 def test_both_kinds_of_models_speak_alike(folder):
-    with open_model(folder, context=128) as theirs, open_model(folder / "plain.gguf", context=128, **EXACT) as ours:
+    with (
+        open_for_evaluation(folder, ctx=128) as theirs,
+        open_for_evaluation(folder / "plain.gguf", ctx=128, **EXACT) as ours,
+    ):
         assert (ours.original_context_length, ours.context_length, ours.bos) == (LENGTH, 128, (1,))
         assert (theirs.original_context_length, theirs.context_length, theirs.bos) == (LENGTH, 128, (1,))
         text = "sun and low, of the </s> tor"
@@ -238,7 +242,7 @@ def test_both_kinds_of_models_speak_alike(folder):
 
 
 def test_an_answer_does_not_depend_on_what_was_asked_before(golden_gguf):
-    with open_model(golden_gguf("llama"), **EXACT) as model:
+    with open_for_evaluation(golden_gguf("llama"), **EXACT) as model:
         prompt = model.tokenize("the sun of the low " * 20, bos=True)[:200]
         fresh = model.generate(prompt, 20)
         model.negative_log_likelihoods(np.array(prompt[::-1], np.int32))

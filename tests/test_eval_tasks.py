@@ -11,7 +11,7 @@ import sys
 import pytest
 
 from clex_eval.haystack import FILLER, filler, hide, words
-from clex_eval.models import open_model
+from clex_eval.loading import open_for_evaluation
 from clex_eval.options import Length
 from clex_eval.passkey import passkey as passkey_rows
 from clex_eval.passkey import question as passkey
@@ -23,14 +23,14 @@ from clex_local.errors import ClexError
 
 @pytest.fixture(scope="module")
 def model(smollm):
-    with open_model(smollm, context=1024, threads=1) as model:
+    with open_for_evaluation(smollm, ctx=1024, threads=1) as model:
         yield model
 
 
 @pytest.fixture(scope="module", params=["llama", "phi2"])
 def tiny(golden_gguf, request):
     """Models whose small vocabularies take several tokens for a word; the second has no chat template."""
-    with open_model(golden_gguf(request.param), context=256, threads=1) as model:
+    with open_for_evaluation(golden_gguf(request.param), ctx=256, threads=1) as model:
         yield model
 
 

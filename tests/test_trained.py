@@ -36,7 +36,7 @@ def gguf(folder: Path, **options) -> Path:
 
 def test_the_runtime_predicts_as_transformers_does_at_every_length(tmp_path, text):
     factors = (1, 2, 4, 8, 16)
-    found = read([MODEL, gguf(tmp_path, outtype="f32")], text, factors, tokens=4096, cache_type="f32")
+    found = read([MODEL, gguf(tmp_path, outtype="f32")], text, factors, tokens=4096, kv_type="f32")
     assert found[5:] == pytest.approx(found[:5], rel=1e-5)
 
 

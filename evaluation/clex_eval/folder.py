@@ -14,7 +14,7 @@ from clex_convert.model_files import read_config
 from clex_convert.scaling import kind_of
 from clex_convert.transformers_folder import cache_argument, load_config, load_tokenizer
 from clex_convert.weights import settings_from
-from clex_eval.models import Coverage, Prefill, Progress, cut, feeding, held, likelihoods
+from clex_eval.models import Coverage, Prefill, Progress, before_stop, likelihoods, plan_prefill
 from clex_local.errors import ClexError
 
 
@@ -47,9 +47,9 @@ def folder_coverage(folder: Path) -> Coverage:
 
 
 class FolderModel:
-    """A folder in transformers; see ``Model`` and ``open_model``."""
+    """A folder in transformers; see ``Model``."""
 
-    def __init__(self, path: Path, covers: Coverage, context: int, *, clamp: bool, threads: int | None) -> None:
+    def __init__(self, path: Path, covers: Coverage, ctx: int, *, clamp: bool, threads: int | None) -> None:
         with extra_packages():
             import torch
             import transformers
@@ -59,7 +59,7 @@ class FolderModel:
         transformers.logging.disable_progress_bar()
         self.path, self.name = path, path.resolve().name
         self.original_context_length = covers.original
-        self.context_length = held(covers, context, clamp)
+        self.context_length = covers.context_size(ctx, clamp)
         self._largest = covers.maximum // covers.original if covers.maximum else None
         if threads:
             torch.set_num_threads(threads)
@@ -136,7 +136,7 @@ class FolderModel:
             if fed[0] in ends:
                 break
             tokens += fed
-            if (before := cut(self.detokenize(tokens), stop)) is not None:
+            if (before := before_stop(self.detokenize(tokens), stop)) is not None:
                 return before
         return self.detokenize(tokens)
 
@@ -152,7 +152,7 @@ class FolderModel:
         """As ``Model`` says; a chunk, or the whole of a one-shot prefill, is one pass."""
         import torch
 
-        total, step, first = feeding(self, len(tokens), prefill, chunk, last)
+        total, step, first = plan_prefill(self, len(tokens), prefill, chunk, last)
         cache = self._cache() if step < total else None
         ids = torch.tensor(tokens[None, :-1].astype(np.int64))
         parts = [np.empty(0)]

@@ -17,9 +17,10 @@ from typing import Any
 import click
 
 from clex_eval import report
+from clex_eval.loading import open_for_evaluation
 from clex_eval.metrics import METRICS, check_packages, score
-from clex_eval.models import Model, open_model
-from clex_eval.options import model_options, names, output_options
+from clex_eval.models import Model
+from clex_eval.options import json_settings, model_options, names, output_options
 from clex_eval.records import Record, read
 from clex_eval.report import Column, Report, working
 from clex_eval.tasks import in_groups
@@ -99,7 +100,7 @@ def ask(
     models: Sequence[Path],
     records: Sequence[Record],
     *,
-    context: int = 0,
+    ctx: int = 0,
     template: str | None = None,
     **options: Any,
 ) -> Iterator[Answer]:
@@ -108,7 +109,7 @@ def ask(
         work.expect(len(models) * len(records))
         for path, name in zip(models, names(models), strict=True):
             work.name(name)
-            with open_model(path, context=context, **options) as model:
+            with open_for_evaluation(path, ctx=ctx, **options) as model:
                 for record in records:
                     tokens, full = prompt_tokens(model, record, template)
                     text = model.generate(tokens, record.kind.max_tokens)
@@ -120,7 +121,7 @@ def longbench(
     models: Sequence[Path],
     files: Sequence[Path],
     *,
-    context: int = 0,
+    ctx: int = 0,
     metric: str | None = None,
     template: str | None = None,
     limit: int | None = None,
@@ -133,11 +134,11 @@ def longbench(
     Args:
         models: GGUF files or Hugging Face folders.
         files: in LongBench's format.
-        context: tokens that a prompt and its answer may have; 0 for all that a model covers.
+        ctx: tokens that a prompt and its answer may have; 0 for all that a model covers.
         metric: key of METRICS for data sets that are not LongBench's.
         template: prompt in place of our own, with {context} and {input}.
         limit: records of each data set, from its beginning.
-        options: keyword arguments of ``open_model``.
+        options: keyword arguments of ``open_for_evaluation``.
 
     Raises:
         ClexError: a file is not in this format, or a model cannot be run.
@@ -148,7 +149,7 @@ def longbench(
             sets.setdefault(record.dataset, []).append(record)
     records = [record for found in sets.values() for record in islice(found, limit)]
     check_packages(record.kind.metric for record in records)
-    found = ask(models, records, context=context, template=template, **options)
+    found = ask(models, records, ctx=ctx, template=template, **options)
     for group in in_groups(found, lambda answer: (answer.model, answer.record.dataset)):
         yield {
             "model": group[0].model,
@@ -192,7 +193,6 @@ def plot(rows: Iterable[dict[str, Any]], output: Path) -> None:
 @model_options
 @click.option(
     "--ctx",
-    "context",
     metavar="N",
     type=click.IntRange(min=1),
     show_default="all that the model covers",
@@ -214,7 +214,7 @@ def plot(rows: Iterable[dict[str, Any]], output: Path) -> None:
 @output_options
 def command(
     models: tuple[Path, ...],
-    context: int | None,
+    ctx: int | None,
     metric: str | None,
     prompt: Path | None,
     limit: int | None,
@@ -245,8 +245,8 @@ def command(
         Column("score", "score", lambda share: f"{100 * share:.1f}"),
     ]
     found = Report("longbench", columns)
-    given: dict[str, Any] = {"context": context or 0, "metric": metric, "limit": limit, **options}
-    found.settings = {"models": models, "files": files, "prompt": prompt, **given}
+    given: dict[str, Any] = {"ctx": ctx or 0, "metric": metric, "limit": limit, **options}
+    found.settings = {"models": models, "files": files, "prompt": prompt, **json_settings(given)}
     report.run(
         found,
         longbench(models, files, template=template, **given),

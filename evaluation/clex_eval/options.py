@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -13,6 +13,7 @@ import click
 from clex_local.memory import KV_TYPES
 
 F = TypeVar("F", bound=Callable[..., Any])
+_JSON_NAMES = {"ctx": "context", "kv_type": "cache_type"}
 
 
 @dataclass(frozen=True)
@@ -67,7 +68,7 @@ def lengths_option(default: str | None = None) -> Callable[[F], F]:
 
 
 def model_options(command: F) -> F:
-    """MODEL... and how they are run: the keyword arguments of ``open_model`` but for the context, and ``models``."""
+    """MODEL... as ``models``, and how they are run: keyword arguments of ``open_for_evaluation``, without ``ctx``."""
     return _all(
         command,
         click.argument(
@@ -75,7 +76,6 @@ def model_options(command: F) -> F:
         ),
         click.option(
             "--kv-type",
-            "cache_type",
             metavar="TYPE",
             type=click.Choice(list(KV_TYPES)),
             default="f16",
@@ -127,6 +127,11 @@ def output_options(command: F) -> F:
         ),
         click.option("--json", "as_json", is_flag=True, help="Print one JSON object in place of the table."),
     )
+
+
+def json_settings(options: Mapping[str, Any]) -> dict[str, Any]:
+    """How a report's JSON says with which options it was measured, under the names that it has had since version 1."""
+    return {_JSON_NAMES.get(name, name): value for name, value in options.items()}
 
 
 def _all(command: F, *decorators: Callable[[F], F]) -> F:

@@ -13,7 +13,7 @@ import click
 from clex_eval import report
 from clex_eval.haystack import fill, hide
 from clex_eval.models import Model
-from clex_eval.options import Length, lengths_option, model_options, output_options
+from clex_eval.options import Length, json_settings, lengths_option, model_options, output_options
 from clex_eval.report import Column, Report
 from clex_eval.tasks import Cell, Depths, Question, Result, answers, ask, in_groups, mean, percent, room, trials_options
 from clex_local.command import SETTINGS
@@ -74,7 +74,7 @@ def passkey(
         depths: where in the text the key is, 0 to 100.
         trials: keys for each length and depth.
         seed: of the keys.
-        options: ``notes`` of ``ask``, and keyword arguments of ``open_model``.
+        options: ``notes`` of ``ask``, and keyword arguments of ``open_for_evaluation``.
 
     Raises:
         ClexError: a model cannot be run, or not at such a length.
@@ -156,7 +156,7 @@ def command(
     ]
     found = Report("passkey", columns)
     found.settings = {"lengths": [str(length) for length in lengths], "depths": depths, "trials": trials, "seed": seed}
-    found.settings |= {**options, "models": models}
+    found.settings |= {**json_settings(options), "models": models}
     report.run(
         found,
         passkey(models, lengths, depths, trials=trials, seed=seed, notes=found.notes, **options),

@@ -13,8 +13,9 @@ import click
 import numpy as np
 import numpy.typing as npt
 
-from clex_eval.models import Coverage, Model, Prefill, coverage, open_model
-from clex_eval.options import Length, lengths_option, model_options, names, output_options
+from clex_eval.loading import coverage, open_for_evaluation
+from clex_eval.models import Coverage, Model, Prefill
+from clex_eval.options import Length, json_settings, lengths_option, model_options, names, output_options
 from clex_eval.report import Column, Report, plot_curves, run, working
 from clex_eval.windows import TOKENS, FloatArray, Scored, mean_and_error, span_of, window_likelihoods
 from clex_local.command import SETTINGS
@@ -52,7 +53,7 @@ def perplexity(
         original_context: L in place of what the models say.
         source: what an error calls the text.
         notes: what a reader should know is added to them.
-        **options: those of ``open_model``.
+        **options: those of ``open_for_evaluation``.
 
     Yields:
         One row for each model and length; docs/clex-eval.md lists the keys.
@@ -72,7 +73,7 @@ def perplexity(
     with working() as work:
         for number, (name, path, covers, wanted) in enumerate(plans):
             block = min(covers.original, BLOCK)
-            with open_model(path, context=max(wanted), **options) as model:
+            with open_for_evaluation(path, ctx=max(wanted), **options) as model:
                 read = _tokens(model, text, 1 + 2 * longest + max(tokens or TOKENS, longest))
                 span = span_of(longest, len(read) - (not model.bos), tokens, stride, source)
                 work.expect(sum(span.count // min(stride or n, n) * n for n in wanted) * (len(plans) - number))
@@ -335,7 +336,7 @@ def command(
         tokens=tokens, stride=stride, prefill=prefill, chunk=chunk, by=by, original_context=original_context, **options
     )
     settings = {"text": str(text), "lengths": [str(length) for length in lengths or default_lengths()]}
-    report = report_of(len(models) > 1, stride is not None, settings | given)
+    report = report_of(len(models) > 1, stride is not None, settings | json_settings(given))
     rows = perplexity(models, content, lengths=lengths, source=str(text), notes=report.notes, **given)
     run(
         report,

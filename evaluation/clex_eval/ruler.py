@@ -17,7 +17,7 @@ import click
 from clex_eval import report
 from clex_eval.haystack import fill, hide, largest, words
 from clex_eval.models import Model
-from clex_eval.options import Length, lengths_option, model_options, output_options
+from clex_eval.options import Length, json_settings, lengths_option, model_options, output_options
 from clex_eval.report import Column, Report
 from clex_eval.tasks import Cell, Depths, Question, Task, answers, ask, in_groups, mean, percent, room, trials_options
 from clex_local.command import SETTINGS
@@ -190,7 +190,7 @@ def ruler(
         depths: where the needles of niah_* are, 0 to 100, with a row for each. Default: anywhere.
         trials: questions for each row and length.
         seed: of the questions.
-        options: ``notes`` of ``ask``, and keyword arguments of ``open_model``.
+        options: ``notes`` of ``ask``, and keyword arguments of ``open_for_evaluation``.
 
     Raises:
         ClexError: a model cannot be run, or a task does not fit in a length.
@@ -291,7 +291,7 @@ def command(
     ]
     found = Report("ruler", columns)
     found.settings = {"lengths": [str(length) for length in lengths], "tasks": tasks, "depths": depths}
-    found.settings |= {"trials": trials, "seed": seed, **options, "models": models}
+    found.settings |= {"trials": trials, "seed": seed, **json_settings(options), "models": models}
     report.run(
         found,
         ruler(models, lengths, tasks, depths, trials=trials, seed=seed, notes=found.notes, **options),

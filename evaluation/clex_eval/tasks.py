@@ -11,7 +11,8 @@ from typing import Any, NamedTuple, TypeVar
 
 import click
 
-from clex_eval.models import Model, open_model
+from clex_eval.loading import open_for_evaluation
+from clex_eval.models import Model
 from clex_eval.options import Length, names
 from clex_eval.ppl import plan
 from clex_eval.report import working
@@ -86,7 +87,7 @@ def ask(
         seed: of the random choices.
         stop: strings that end an answer.
         notes: what a reader should know is added to them.
-        options: keyword arguments of ``open_model``.
+        options: keyword arguments of ``open_for_evaluation``.
 
     Raises:
         ClexError: a model does not cover a length, a task does not fit in it, or a model cannot be run.
@@ -99,7 +100,7 @@ def ask(
         work.expect(len(models) * len(cells) * trials)
         for path, name, (covers, sizes, _) in zip(models, names(models), plans, strict=True):
             work.name(name)
-            with open_model(path, context=max(sizes), **options) as model:
+            with open_for_evaluation(path, ctx=max(sizes), **options) as model:
                 for cell in cells:
                     size = cell.length.of(covers.original)
                     for trial in range(trials):

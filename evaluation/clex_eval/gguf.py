@@ -1,0 +1,222 @@
+"""GGUF files, computed by the quantized runtime."""
+
+from __future__ import annotations
+
+import ctypes
+import warnings
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from clex_eval.models import Coverage, Policy, Prefill, Progress, before_stop, likelihoods, plan_prefill
+from clex_local import inspect
+from clex_local.decoding import decode_failure
+from clex_local.errors import ClexError
+
+
+def gguf_coverage(path: Path) -> Coverage:
+    """The context lengths of a file, by its metadata.
+
+    Raises:
+        ClexError: it is no model.
+    """
+    found = inspect(path)
+    if not found.original_context:
+        raise ClexError(f"{path}: not a language model (it has no context length)")
+    baked = found.baked.context_length if found.baked else None
+    return Coverage(found.original_context, found.max_context if found.tables else None, baked)
+
+
+class GGUFModel:
+    """A GGUF file in the quantized runtime; see ``Model``."""
+
+    def __init__(
+        self,
+        path: Path,
+        covers: Coverage,
+        ctx: int,
+        *,
+        kv_type: str | None,
+        policy: Policy,
+        clamp: bool,
+        flash_attn: bool | None,
+        batch: int,
+        threads: int | None,
+        n_gpu_layers: int,
+    ) -> None:
+        from jinja2 import TemplateError
+
+        from clex_local import Llama
+        from clex_local.arguments import ContextWarning
+        from clex_local.memory import KV_TYPES
+
+        self.path = path
+        self.name = path.name.removesuffix(".gguf")
+        self.original_context_length = covers.original
+        self.context_length = covers.context_size(ctx, clamp)
+        self._policy, self._clamp, self._maximum = policy, clamp, covers.maximum
+        # The runtime's fixed policy takes the table of the context's size.
+        n_ctx = max(self.context_length, covers.maximum or 0) if policy == "fixed" else self.context_length
+        cache = None if kv_type is None else KV_TYPES[kv_type][0]
+        try:
+            with warnings.catch_warnings():
+                # How a model does beyond its training is what is measured.
+                warnings.simplefilter("ignore", ContextWarning)
+                self._llm = Llama(
+                    str(path),
+                    n_ctx=n_ctx,
+                    n_batch=batch,
+                    n_ubatch=batch,
+                    n_threads=threads,
+                    n_gpu_layers=n_gpu_layers,
+                    type_k=cache,
+                    type_v=cache,
+                    flash_attn=flash_attn,
+                    policy=policy,
+                    clamp=clamp,
+                    prefix_reuse="exact",  # so that what is cached of an earlier prompt changes no answer
+                    verbose=False,
+                )
+        except TemplateError as error:
+            raise ClexError(f"{path}: its chat template is not valid: {error}") from error
+        import llama_cpp
+
+        vocab = self._llm._model.vocab
+        wanted = llama_cpp.llama_vocab_get_add_bos(vocab) and self._llm.token_bos() >= 0
+        self.bos = (self._llm.token_bos(),) if wanted else ()
+        self._vocab = vocab
+        self._batch = llama_cpp.llama_batch_init(self._llm.n_batch, 0, 1)
+        for i in range(self._llm.n_batch):
+            self._batch.n_seq_id[i] = 1
+            self._batch.seq_id[i][0] = 0
+
+    def __enter__(self) -> GGUFModel:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Free the memory."""
+        import llama_cpp
+
+        if self._llm is not None:
+            llama_cpp.llama_batch_free(self._batch)
+            self._llm.close()
+            self._llm: Any = None
+
+    @cached_property
+    def _session(self) -> Any:
+        from clex_local.session import Sampling, Session
+
+        return Session(self._llm, sampling=Sampling(temp=0))
+
+    def tokenize(self, text: str, *, bos: bool = False, special: bool = False) -> list[int]:
+        """As ``Model`` says."""
+        tokens = self._llm.tokenize(text.encode(), add_bos=False, special=special) if text else []
+        return [*self.bos, *tokens] if bos else tokens
+
+    def detokenize(self, tokens: Sequence[int]) -> str:
+        """As ``Model`` says."""
+        return b"".join(map(self._session.piece, tokens)).decode("utf-8", "replace")
+
+    def chat(self, message: str, answer: str = "") -> list[int]:
+        """As ``Model`` says."""
+        return self._session.prompt(message, answer)
+
+    def generate(self, prompt: Sequence[int], max_tokens: int, stop: Sequence[str] = ()) -> str:
+        """As ``Model`` says."""
+        import llama_cpp
+
+        from clex_local.session import PromptTooLong
+
+        if len(prompt) + max_tokens > self.context_length:
+            raise PromptTooLong(len(prompt) + max_tokens, self.context_length)
+        tokens: list[int] = []
+        stream = self._llm.generate(list(prompt), temp=0.0)
+        try:
+            for token in stream:
+                if llama_cpp.llama_vocab_is_eog(self._vocab, token):
+                    break
+                tokens.append(token)
+                text = self.detokenize(tokens)
+                if (before := before_stop(text, stop)) is not None:
+                    return before
+                if len(tokens) == max_tokens:
+                    break
+        except RuntimeError as error:  # what the bindings make of a failed llama_decode
+            raise ClexError(f"{self.path}: the model could not go on: {error}") from error
+        finally:
+            stream.close()
+        return self.detokenize(tokens)
+
+    def negative_log_likelihoods(
+        self,
+        tokens: npt.NDArray[np.int32],
+        *,
+        prefill: Prefill = "one-shot",
+        chunk: int | None = None,
+        last: int | None = None,
+        progress: Progress | None = None,
+    ) -> npt.NDArray[np.float64]:
+        """As ``Model`` says."""
+        import llama_cpp
+
+        total, step, first = plan_prefill(self, len(tokens), prefill, chunk, last)
+        llm = self._llm
+        llm.reset()  # what it had cached is overwritten
+        memory: Any = llama_cpp.llama_get_memory(llm.ctx)
+        llama_cpp.llama_memory_clear(memory, False)
+        parts = [np.empty(0)]
+        for start in range(0, total, step):
+            end = min(start + step, total)
+            self._declare(end)
+            for a in range(start, end, llm.n_batch):
+                b = min(a + llm.n_batch, end)
+                self._decode(tokens[a:b], a, first)
+                rows = b - max(a, first)
+                if rows > 0:
+                    parts.append(likelihoods(self._logits(rows), tokens[b - rows + 1 : b + 1]))
+                if progress:
+                    progress(b - a)
+        return np.concatenate(parts)
+
+    def scaling_factor(self, n_tokens: int) -> float | None:
+        """As ``Model`` says."""
+        clex = self._llm.clex
+        if clex is None:
+            return None
+        return clex.buckets[-1 if self._policy == "fixed" else clex.bucket_of(min(n_tokens, clex.max_context))]
+
+    def _declare(self, n_tokens: int) -> None:
+        from clex_local import llama_clex
+
+        if self._maximum and not llama_clex.seq_reserve(self._llm.ctx, 0, n_tokens):
+            raise ClexError(f"{self.path}: its tables do not cover {n_tokens:,} tokens")
+
+    def _decode(self, tokens: npt.NDArray[np.int32], position: int, first: int) -> None:
+        """Compute a batch, and the logits of its tokens from position `first` on."""
+        import llama_cpp
+
+        batch, count = self._batch, len(tokens)
+        batch.n_tokens = count
+
+        def array(pointer: Any) -> npt.NDArray[Any]:
+            return np.ctypeslib.as_array(pointer, (count,))
+
+        array(batch.token)[:] = tokens
+        array(batch.pos)[:] = np.arange(position, position + count)
+        array(batch.logits)[:] = np.arange(position, position + count) >= first
+        status = llama_cpp.llama_decode(self._llm.ctx, batch)
+        if status:
+            raise ClexError(f"{self.path}: cannot compute {count} tokens at {position}: {decode_failure(status)}")
+
+    def _logits(self, rows: int) -> npt.NDArray[np.float32]:
+        import llama_cpp
+
+        pointer = ctypes.cast(llama_cpp.llama_get_logits(self._llm.ctx), ctypes.POINTER(ctypes.c_float))
+        return np.ctypeslib.as_array(pointer, (rows, self._llm.n_vocab()))
