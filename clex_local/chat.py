@@ -74,7 +74,7 @@ def open_model(
     if ctx and ctx > maximum:
         raise ClexError(
             f"{path} was trained for {maximum:,} tokens and has no tables to cover the {ctx:,} asked for; "
-            f"`clex-convert MODEL OUT.gguf --method ntk` adds them"
+            f"`clex-convert MODEL OUT.gguf` adds them"
         )
 
     import llama_cpp

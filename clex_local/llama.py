@@ -291,7 +291,7 @@ class Llama(Completions, ChatFormats):
             fixed = llama_clex.Policy.FIXED if policy == "fixed" else llama_clex.Policy.BY_LENGTH
             llama_clex.set_policy(self.ctx, fixed, clamp)
         elif 0 < trained < n_ctx and not kwargs.get("vocab_only") and not rope_arguments(kwargs):
-            advice = f"pass n_ctx={trained}, or add tables: `clex-convert MODEL OUT.gguf --method ntk`"
+            advice = f"pass n_ctx={trained}, or add tables: `clex-convert MODEL OUT.gguf`"
             if architecture not in SUPPORTED_ARCHITECTURES or made == "baked":
                 advice = f"pass n_ctx={trained}"
             trained_for = f"{made} for {trained:,} tokens, without tables for a context of {n_ctx:,}"

@@ -248,7 +248,10 @@ def test_half_of_a_layer(capfd: Any, tmp_path: Path, out: Path) -> None:
 
 
 def test_no_layer_at_all(capfd: Any, tmp_path: Path, source: Path, out: Path) -> None:
-    assert "has no CLEX layer; pass its weights with --clex-weights, or --method ntk" in refused(capfd, source, out)
+    tensors = load_file(LLAMA / "model.safetensors")
+    del tensors[UP], tensors[DOWN]
+    line = refused(capfd, folder(tmp_path, tensors=tensors), out)
+    assert "its config names CLEX, but it has no CLEX layer; pass its weights with --clex-weights, or --method" in line
     assert "pass them with --clex-weights" in refused(capfd, source, out, "--method", "clex")
 
 
@@ -352,7 +355,7 @@ def test_an_output_that_exists(capfd: Any, source: Path, out: Path) -> None:
     out.write_text("precious")
     assert "already exists; pass --overwrite" in refused(capfd, source, out, "--method", "ntk")
     # Also when the conversion fails after all.
-    assert "has no CLEX layer" in refused(capfd, source, out, "--overwrite")
+    assert "pass them with --clex-weights" in refused(capfd, source, out, "--method", "clex", "--overwrite")
 
 
 def test_outputs_that_cannot_be(capfd: Any, tmp_path: Path, source: Path, out: Path) -> None:

@@ -444,7 +444,7 @@ def test_a_context_beyond_the_tables(small_buckets):
 def test_a_context_beyond_the_training(smollm):
     line = error_line(run(smollm, "-p", "x", "--ctx", 32768))
     assert "was trained for 8,192 tokens and has no tables to cover the 32,768 asked for" in line
-    assert "clex-convert MODEL OUT.gguf --method ntk" in line
+    assert "`clex-convert MODEL OUT.gguf` adds them" in line
 
 
 def test_a_context_beyond_the_memory(small_buckets, monkeypatch):

@@ -168,6 +168,24 @@ def test_a_factor_covers_every_token_that_it_names() -> None:
     assert made.context_lengths == [1000, 1300, 1700]
 
 
+# the method where none is chosen
+
+
+@pytest.mark.parametrize(("head_dim", "wanted"), [(None, "yarn"), (8, "yarn"), (20, "ntk")])
+def test_a_model_without_scaling_gets_what_reads_best_without_training(head_dim: int | None, wanted: str) -> None:
+    sizes: dict[str, Any] = dict(dim=8, base=1e4, original_context=LENGTH)
+    made, chosen = (tables(method, head_dim=head_dim, **sizes) for method in (None, wanted))
+    assert made.method == wanted
+    np.testing.assert_array_equal(made.inv_freq, chosen.inv_freq)
+
+
+def test_weights_are_used_without_being_told() -> None:
+    known = dict(np.load(DATA / "table_zero-64.npz"))
+    sizes: dict[str, Any] = dict(dim=int(known["dim"]), base=float(known["base"]), original_context=LENGTH)
+    made = tables(None, weights={key: known[key] for key in weights.NAMES}, max_factor=2, **sizes)
+    assert made.method == "clex"
+
+
 # the learned dynamics between whole factors
 
 
@@ -250,7 +268,6 @@ def test_factors_of_no_use_are_refused(factors: list[float], message: str) -> No
 
 YARN, LONG = {"type": "yarn", "factor": 4}, {"type": "longrope", "factor": 4, "short_factor": [1] * 4}
 REFUSED: list[tuple[str | None, dict[str, Any], str]] = [
-    (None, {}, "no scaling of its own: choose a method"),
     ("longrope", {}, "pass its short_factor and long_factor with --rope-scaling"),
     (
         "clex",

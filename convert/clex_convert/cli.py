@@ -53,7 +53,8 @@ def _factors(context: click.Context, option: click.Parameter, text: str | None) 
     "--method",
     type=click.Choice(list(METHODS)),
     help=f"How the tables are made. {_METHODS_HELP}.  [default: clex where a CLEX layer is found, the GGUF file's own "
-    "where it has tables, otherwise what the source's own RoPE scaling asks for]",
+    "where it has tables, what the source's own RoPE scaling asks for where it has one, otherwise yarn (ntk where only "
+    "a part of each head is rotated)]",
 )
 @click.option(
     "--clex-weights",

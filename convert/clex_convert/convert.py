@@ -89,7 +89,8 @@ def convert(
         outtype: type of the tensors, one of `clex_convert.quantize.OUTTYPES`, or ``copy`` to keep a GGUF file's tensors
             bit for bit; default ``q4_k_m`` for a folder, ``copy`` for a GGUF file.
         method: a key of `clex_convert.methods.METHODS`; default ``clex`` where the weights of a CLEX layer are found,
-            the tables of a GGUF file that has some, otherwise what the RoPE scaling of the source asks for.
+            the tables of a GGUF file that has some, otherwise what the RoPE scaling of the source asks for, and
+            `clex_convert.methods.default_method` for a source without one.
         clex_weights: safetensors file with ode_up_proj and ode_down_proj, for a GGUF file or instead of the folder's.
         original_context: tokens that scaling factor 1 covers; default and upper bound is the source's context length.
         factors: scaling factors t, ascending from 1 and not only whole ones; one table for each.

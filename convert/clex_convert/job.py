@@ -20,6 +20,7 @@ from clex_convert.methods import original_context as usual_context
 from clex_convert.methods import tables as make_tables
 from clex_convert.output import Output
 from clex_convert.quantize import OUTTYPES, UNQUANTIZED, Recipe, needs_imatrix, plans, quantize, tensor_types_of
+from clex_convert.scaling import kind_of
 from clex_convert.weights import OdeSettings, read_weights
 from clex_local.tables import Tables
 
@@ -328,10 +329,10 @@ def _tables(
             return _own_tables(own, str(model.path), original_context, factors, options)
         if weights is not None:
             method = "clex"
-        elif method is None and rope.scaling.kind == "default":
+        elif method is None and kind_of(rope.facts.get("rope_scaling", {})) == "clex":
             raise ConvertError(
-                f"{model.path}: has no CLEX layer; pass its weights with --clex-weights, or --method ntk for "
-                "NTK-aware scaling without training"
+                f"{model.path}: its config names CLEX, but it has no CLEX layer; pass its weights with --clex-weights, "
+                "or --method yarn for tables without training"
             )
     elif weights_path is not None:
         raise ConvertError(f"the method {method} has no weights; drop --clex-weights or use --method clex")

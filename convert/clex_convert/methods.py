@@ -199,6 +199,19 @@ def original_context(method: str | None, scaling: Scaling, context: int) -> int:
     return max(context, scaling.reach)
 
 
+def default_method(dim: int, head_dim: int | None = None) -> str:
+    """The method for a model that has neither a CLEX layer nor a scaling of its own.
+
+    YaRN reads long contexts best without training (docs/evaluation.md). Its attention factor cannot be expressed where
+    only a part of each head is rotated; there NTK-aware scaling takes its place.
+
+    Args:
+        dim: rotary dimension d of a head.
+        head_dim: size of a head; None for d.
+    """
+    return "yarn" if head_dim in (None, dim) else "ntk"
+
+
 def _factors(
     name: str, scaling: Scaling, context: int, given: Sequence[float] | None, max_factor: float | None
 ) -> npt.NDArray[np.float64]:
@@ -258,7 +271,8 @@ def tables(
 
     Args:
         method: a key of `METHODS`; None for what `scaling` asks for: one table for ``llama3``, ``linear`` and
-            ``yarn``, the method ``ntk`` for ``dynamic``, ``longrope`` for itself.
+            ``yarn``, the method ``ntk`` for ``dynamic``, ``longrope`` for itself; for a model without scaling ``clex``
+            with `weights`, otherwise `default_method`.
         dim: rotary dimension d of a head, even, at least 4.
         base: RoPE base of the model (rope_theta).
         original_context: L, tokens that scaling factor 1 covers.
@@ -304,10 +318,12 @@ def tables(
         scaling = read_scaling(scaling or {}, "scaling", context=original_context, dim=dim)
     if factors is not None and max_factor is not None:
         raise ConvertError("--factors and --max-factor exclude each other: pass one of them")
+    if method is None and scaling.kind == "default":
+        method = "clex" if weights is not None else default_method(dim, head_dim)
     name, make = _chosen(method, scaling, fixed_only=factors is None and max_factor is None)
     if name == "clex" and weights is None:
         raise ConvertError(
-            "the method clex needs the weights of a CLEX layer: pass them with --clex-weights, or use --method ntk"
+            "the method clex needs the weights of a CLEX layer: pass them with --clex-weights, or use --method yarn"
         )
     if make is _fixed:
         factors = [1]
@@ -341,8 +357,6 @@ def _chosen(method: str | None, scaling: Scaling, *, fixed_only: bool) -> tuple[
     """Name of the tables' method, and what makes them."""
     kind = scaling.kind
     if method is None:
-        if kind == "default":
-            raise ScalingError(f"the model has no scaling of its own: choose a method ({', '.join(METHODS)})")
         if scaling.fixed:
             if not fixed_only:
                 able = ", ".join(name for name in METHODS if kind in METHODS[name].on)
