@@ -16,13 +16,14 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from clex_local import architectures
 from clex_local.baked import Baked, baked_in
 from clex_local.command import SETTINGS, Command
 from clex_local.errors import ClexError, escaped
 from clex_local.gguf_file import GGUFFile
 from clex_local.memory import KV_TYPES, ModelShape, compute_bytes, gib, kv_bytes, kv_type_fits
 from clex_local.rope import Rope, count, longrope_tables, read_rope
-from clex_local.tables import SUPPORTED_ARCHITECTURES, Tables, named_tables
+from clex_local.tables import Tables, named_tables
 
 KV_SHOWN = ("f16", "q8_0", "q4_0")
 _MOST_ROWS = 64  # buckets in a table for people
@@ -371,7 +372,7 @@ def _no_tables(found: Inspection) -> str:
     if found.baked is not None:
         what = f"one baked for {found.baked.context_length:,} tokens, method {escaped(found.baked.method, 40)}"
         return f"{what}: runs as in llama.cpp, short prompts too"
-    if found.architecture in SUPPORTED_ARCHITECTURES:
+    if architectures.find(found.architecture).tables:
         return "none: runs as in llama.cpp; clex-convert adds some"
     return "none: runs as in llama.cpp; clex-convert has none for this architecture"
 

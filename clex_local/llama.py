@@ -23,7 +23,7 @@ from llama_cpp.llama_cache import BaseLlamaCache
 from llama_cpp.llama_speculative import LlamaDraftModel
 from llama_cpp.llama_tokenizer import LlamaTokenizer
 
-from clex_local import llama_clex
+from clex_local import architectures, llama_clex
 from clex_local.arguments import (
     ArgumentError,
     ContextWarning,
@@ -55,7 +55,7 @@ from clex_local.memory import (
 )
 from clex_local.prompt_cache import PromptCache
 from clex_local.saved_state import fault, is_sealed, seal
-from clex_local.tables import SUPPORTED_ARCHITECTURES, ContextError, named_tables
+from clex_local.tables import ContextError, named_tables
 from clex_local.turn import Turn
 from clex_local.vocabulary import Tokenizer, check_tokens
 
@@ -292,7 +292,7 @@ class Llama(Completions, ChatFormats):
             llama_clex.set_policy(self.ctx, fixed, clamp)
         elif 0 < trained < n_ctx and not kwargs.get("vocab_only") and not rope_arguments(kwargs):
             advice = f"pass n_ctx={trained}, or add tables: `clex-convert MODEL OUT.gguf`"
-            if architecture not in SUPPORTED_ARCHITECTURES or made == "baked":
+            if not architectures.find(architecture).tables or made == "baked":
                 advice = f"pass n_ctx={trained}"
             trained_for = f"{made} for {trained:,} tokens, without tables for a context of {n_ctx:,}"
             warnings.warn(f"{model_path}: {trained_for}; {advice}", ContextWarning, stacklevel=2)

@@ -9,9 +9,10 @@ from typing import Any
 
 import numpy as np
 
+from clex_local import architectures
 from clex_local.errors import escaped
 from clex_local.gguf_file import GGUFFile
-from clex_local.tables import MAX_DIMENSION, SUPPORTED_ARCHITECTURES, Tables, TablesError, rope_dimension_count
+from clex_local.tables import MAX_DIMENSION, Tables, TablesError, rope_dimension_count
 
 DEFAULT_BASE = 10000.0  # llama.cpp's, where the key is absent
 _F32 = 0  # ggml_type
@@ -86,7 +87,7 @@ def longrope_tables(file: GGUFFile) -> Tables | None:
     arch = file.get("general.architecture")
     if os.environ.get("LLAMA_CLEX_LONGROPE_DISABLE") is not None:
         return None
-    if not isinstance(arch, str) or arch not in SUPPORTED_ARCHITECTURES:
+    if not architectures.find(arch).tables:
         return None
     trained, dimension = count(file, f"{arch}.context_length"), rope_dimension_count(file)
     original = count(file, f"{arch}.rope.scaling.original_context_length", trained)

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from clex_local import architectures
 from clex_local.errors import ClexError, ModelError
 from clex_local.gguf_file import GGUFFile
 
@@ -17,23 +18,6 @@ VERSION = 1
 # Far more than there is a use for; they bound what a hostile file can ask for.
 MAX_BUCKETS = 4096
 MAX_DIMENSION = 2**16  # rotary dimension of a head
-
-# GGUF architectures that the runtime can rotate, and the Hugging Face classes that become each of them.
-SUPPORTED_ARCHITECTURES: dict[str, tuple[str, ...]] = {
-    "llama": ("LlamaForCausalLM", "MistralForCausalLM", "MixtralForCausalLM"),
-    "mistral3": (),  # GGUF files only: the folders all ask for YaRN
-    "phi2": ("PhiForCausalLM",),
-    "phi3": ("Phi3ForCausalLM",),
-    "gptneox": ("GPTNeoXForCausalLM",),
-    "qwen2": ("Qwen2ForCausalLM",),
-    "qwen2moe": ("Qwen2MoeForCausalLM",),
-    "qwen3": ("Qwen3ForCausalLM",),
-    "qwen3moe": ("Qwen3MoeForCausalLM",),
-    "stablelm": ("StableLmForCausalLM",),
-    "falcon": ("FalconForCausalLM",),
-    "olmo2": ("Olmo2ForCausalLM",),
-}
-
 _MAX_TOKENS = 2**31 - 1  # positions are 32-bit numbers
 
 # Beyond these a value has no use, and angles, factors or scores overflow somewhere. native/src/llama-clex.cpp has the
@@ -248,9 +232,11 @@ def tables_of(file: GGUFFile) -> Tables | None:
             _check_version(file.get(key))
 
     architecture = file.get("general.architecture")
-    if not isinstance(architecture, str) or architecture not in SUPPORTED_ARCHITECTURES:
-        supported, named = ", ".join(SUPPORTED_ARCHITECTURES), str(architecture)[:40]
-        raise TablesError(f"clex.* tables cannot be used with the architecture {named!r}, only with {supported}")
+    if not architectures.find(architecture).tables:
+        raise TablesError(
+            f"clex.* tables cannot be used with the architecture {str(architecture)[:40]!r}, only with "
+            f"{architectures.names_with_tables()}"
+        )
     factors, inv_freq = file.get("clex.scaling_factors"), file.get("clex.inv_freq")
     n_rot = rope_dimension_count(file)
     row = n_rot // 2 if n_rot is not None else inv_freq.size // max(factors.size, 1)

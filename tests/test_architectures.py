@@ -16,8 +16,9 @@ import pytest
 from clex_convert import convert
 from clex_convert import tables as make_tables
 from clex_local._library import library_path
+from clex_local.architectures import with_tables
 from clex_local.gguf_file import GGUFFile
-from clex_local.tables import SUPPORTED_ARCHITECTURES, Tables, read_tables
+from clex_local.tables import Tables, read_tables
 from helpers.gguf_maker import rewrite
 from helpers.low_level import ERROR, WARN, Context, Model, logged
 from helpers.tiny_models import LENGTH, Reference, assert_growing, convert_plainly, kind_of, make_model
@@ -130,7 +131,7 @@ def test_hooks_change_nothing_without_tables(pair, ids, stock_library, tmp_path)
 
 
 def test_every_class_that_can_be_converted_is_compared():
-    classes = {name for names in SUPPORTED_ARCHITECTURES.values() for name in names}
+    classes = {name for row in with_tables() for name in row.classes}
     assert classes - {"MixtralForCausalLM"} == {f"{kind_of(name)}ForCausalLM" for name in MODELS}  # golden: mixtral
 
 

@@ -11,16 +11,17 @@ import torch
 import transformers
 
 from clex_convert.frequencies import ntk, plain
+from clex_local.architectures import trainable_classes
 from clex_local.tables import Tables
 from clex_train.errors import TrainError
 from clex_train.layer import ClexLayer, ClexSettings
-from clex_train.model import ARCHITECTURES, add_clex, clex_layer, load_model
+from clex_train.model import add_clex, clex_layer, load_model
 from helpers.tiny_models import LENGTH, Reference, kind_of, make_model
 from test_architectures import MODELS
 
 GOLDEN = ["llama", "llama-log-scale", "mixtral", "phi2"]
 SETTINGS = ClexSettings(max_factor=4, time_dt=0.25, log_scale=True)
-COMPARED = [name for name in MODELS if f"{kind_of(name)}ForCausalLM" in ARCHITECTURES]
+COMPARED = [name for name in MODELS if f"{kind_of(name)}ForCausalLM" in trainable_classes()]
 
 
 def trained(model: transformers.PreTrainedModel, settings: ClexSettings = SETTINGS) -> ClexLayer:

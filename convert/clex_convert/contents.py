@@ -12,16 +12,10 @@ import numpy.typing as npt
 from clex_convert.checkpoint import Rope
 from clex_convert.errors import ConvertError
 from clex_convert.scaling import FREQUENCY_TENSORS
+from clex_local import architectures
 from clex_local.baked import Baked
 from clex_local.tables import Tables
 
-# Tensors of frequency factors that stock llama.cpp's graph of an architecture takes, whatever the context's size.
-# Source: calls of get_rope_factors in src/models/ of llama.cpp.
-_FACTORS = {
-    "llama": ("rope_freqs.weight",),
-    "mistral3": ("rope_freqs.weight",),
-    "phi3": ("rope_factors_long.weight", "rope_factors_short.weight"),
-}
 _EXACT = 1e-6  # relative; some roundings to float32
 
 
@@ -66,7 +60,7 @@ def with_tables(tables: Tables, architecture: str, rope: Rope) -> Contents:
     own, tensors = {}, {}
     if rope.is_scaled_in(tables):
         tensors = rope.scaling.gguf_tensors(rope.dim, rope.base)
-        if set(tensors) <= set(_FACTORS.get(architecture, ())):
+        if set(tensors) <= set(architectures.find(architecture).factor_tensors):
             own = {f"{architecture}.{key}": value for key, value in rope.scaling.gguf_keys().items()}
         else:
             tensors = {}
@@ -114,15 +108,14 @@ def baked(tables: Tables, context: int, architecture: str, rope: Rope) -> Conten
     tensors: dict[str, npt.NDArray[np.float32]] = {}
     plain = rope.base ** (-2 * np.arange(inv_freq.size) / rope.dim)
     if not np.allclose(inv_freq, plain, rtol=_EXACT, atol=0):
-        if architecture in _FACTORS:
+        if names := architectures.find(architecture).factor_tensors:
             with np.errstate(over="ignore"):
                 factors = (plain / inv_freq).astype(np.float32)
             if not (np.isfinite(factors) & (factors > 0)).all():
                 raise ConvertError("--bake: the frequencies are too far from the model's for factors in float32")
-            tensors = {name: factors for name in _FACTORS[architecture]}
+            tensors = {name: factors for name in names}
         else:
             keys |= _series(inv_freq, architecture, tables.method)
-    names = {name for names in _FACTORS.values() for name in names}
     scaling = (f"{architecture}.rope.scaling.", f"{architecture}.rope.scale_linear")
     covered = tables.context_lengths[bucket]
     if bucket == 0:
@@ -130,7 +123,7 @@ def baked(tables: Tables, context: int, architecture: str, rope: Rope) -> Conten
     else:
         note = f"every prompt, short ones too, gets the frequencies made for up to {covered} tokens"
     keys |= Baked(tables.method, tables.original_context_length, context).metadata()
-    return Contents(context, keys, tensors, ("clex.", *scaling, *names), (note,))
+    return Contents(context, keys, tensors, ("clex.", *scaling, *FREQUENCY_TENSORS), (note,))
 
 
 def _series(inv_freq: npt.NDArray[np.float64], architecture: str, method: str) -> dict[str, Any]:
@@ -138,9 +131,10 @@ def _series(inv_freq: npt.NDArray[np.float64], architecture: str, method: str) -
     steps, logs = np.arange(inv_freq.size), np.log(inv_freq)
     slope, start = np.polyfit(steps, logs, 1) if inv_freq.size > 1 else (math.nan, math.nan)
     if not np.allclose(np.exp(start + slope * steps), inv_freq, rtol=_EXACT, atol=0):
+        able = [row.name for row in architectures.with_tables() if row.factor_tensors]
         raise ConvertError(
             f"--bake: stock llama.cpp takes no frequency factors for the architecture {architecture}, only for "
-            f"{', '.join(_FACTORS)}; of the tables of {method}, this one cannot be had without them"
+            f"{', '.join(able)}; of the tables of {method}, this one cannot be had without them"
         )
     keys: dict[str, Any] = {f"{architecture}.rope.freq_base": np.float32(math.exp(-slope * inv_freq.size))}
     if abs(start) > _EXACT:

@@ -17,11 +17,11 @@ from clex_convert.gguf_parts import open_parts
 from clex_convert.gguf_writer import GGUFWriter, TensorData, tensors_of
 from clex_convert.scaling import FREQUENCY_TENSORS, Scaling, read_gguf_scaling, read_scaling
 from clex_convert.weights import OdeSettings
+from clex_local import architectures
 from clex_local.baked import baked_in
 from clex_local.errors import ClexError, escaped
 from clex_local.tables import (
     MAX_DIMENSION,
-    SUPPORTED_ARCHITECTURES,
     Tables,
     TablesError,
     rope_dimension_count,
@@ -95,10 +95,10 @@ class GGUFSource:
 
     def _check_model(self) -> str:
         file, architecture = self.file, self.file.get("general.architecture")
-        if not isinstance(architecture, str) or architecture not in SUPPORTED_ARCHITECTURES:
+        if not isinstance(architecture, str) or not architectures.find(architecture).tables:
             raise ConvertError(
                 f"{self.path}: the architecture {str(architecture)[:40]!r} is not supported; "
-                f"supported: {', '.join(SUPPORTED_ARCHITECTURES)}"
+                f"supported: {architectures.names_with_tables()}"
             )
         kind = str(file.get("general.type", "model"))[:40]
         if kind != "model" or not self.tensors:

@@ -13,7 +13,7 @@ from typing import Any
 
 from clex_convert.errors import ConvertError, one_line
 from clex_convert.model_classes import MODEL_CLASSES, ModelClass
-from clex_local.tables import SUPPORTED_ARCHITECTURES
+from clex_local import architectures
 
 # Sizes without which nothing can be said of a model; the classes have defaults, those of one released size.
 _SIZES = ("hidden_size", "num_attention_heads", "num_hidden_layers", "vocab_size")
@@ -60,7 +60,7 @@ class ModelConfig:
     @property
     def gguf_architecture(self) -> str:
         """Name of the model's architecture in GGUF."""
-        return next(name for name, classes in SUPPORTED_ARCHITECTURES.items() if self.architecture in classes)
+        return architectures.of_class(self.architecture).name
 
     @property
     def rotary_dim(self) -> int:

@@ -23,16 +23,12 @@ from clex_convert.errors import one_line
 from clex_convert.ode import plain_frequencies
 from clex_convert.transformers_folder import load_config, rope_scaling, rope_theta, set_rope_scaling
 from clex_convert.weights import DEFAULT_ACTIVATION, DEFAULT_TIME_DT
+from clex_local.architectures import trainable_classes
 from clex_local.errors import ClexError
 from clex_train.errors import TrainError
 from clex_train.layer import ClexLayer, ClexSettings
 from clex_train.names import ATTENTIONS
 from clex_train.positions import factor_for
-
-ARCHITECTURES = (
-    *("LlamaForCausalLM", "MistralForCausalLM", "MixtralForCausalLM", "GPTNeoXForCausalLM", "PhiForCausalLM"),
-    *("Phi3ForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM", "Qwen3MoeForCausalLM", "Olmo2ForCausalLM"),
-)
 
 
 class Rotation(NamedTuple):
@@ -57,7 +53,7 @@ def add_clex(model: PreTrainedModel, settings: ClexSettings, original_context: i
     of the row's tokens, those in the cache included and padding excluded.
 
     Args:
-        model: one of ARCHITECTURES with plain RoPE.
+        model: of a class that `clex_local.architectures` calls trainable, with plain RoPE.
         settings: of the layer; they go into the model's config.
         original_context: L in tokens; the config's max_position_embeddings becomes it.
 
@@ -65,8 +61,8 @@ def add_clex(model: PreTrainedModel, settings: ClexSettings, original_context: i
         TrainError: another architecture, or RoPE that is scaled already.
     """
     config, name = model.config, type(model).__name__
-    if name not in ARCHITECTURES:
-        raise TrainError(f"a CLEX layer cannot be added to {name}; supported: {', '.join(ARCHITECTURES)}")
+    if name not in trainable_classes():
+        raise TrainError(f"a CLEX layer cannot be added to {name}; supported: {', '.join(trainable_classes())}")
     if kind_of_scaling(config) not in (None, "default"):
         raise TrainError(
             f"the model's RoPE is scaled already (rope_scaling is {kind_of_scaling(config)}); a CLEX layer needs plain "
