@@ -60,14 +60,14 @@ def ask(terminal: Terminal, shown: str, message: str) -> None:
 def main() -> None:
     """Convert, ask, explain."""
     FOLDER.mkdir(parents=True, exist_ok=True)
-    source, model = embedded_model(), FOLDER / "smollm2-ntk.gguf"
+    source, model = embedded_model(), FOLDER / "smollm2-long.gguf"
     print(
         f"The model, {source.name}, was trained on 8192 tokens.\nTo see buckets change within a minute, its tables are "
         f"made as if that had been {ORIGINAL_CONTEXT}:\nbucket 1 covers {ORIGINAL_CONTEXT} tokens, bucket 2 twice as "
         "many, and so on.\n"
     )
-    command = ["clex-convert", str(source), str(model), "--method", "ntk"]
-    command += ["--original-context", str(ORIGINAL_CONTEXT), "--max-factor", "4", "--overwrite"]
+    command = ["clex-convert", str(source), str(model), "--original-context", str(ORIGINAL_CONTEXT)]
+    command += ["--max-factor", "4", "--overwrite"]
     print("$ " + " ".join(command), flush=True)
     if code := subprocess.run([Path(sys.executable).with_name(command[0]), *command[1:]]).returncode:
         sys.exit(code)
