@@ -13,11 +13,12 @@ SANITIZE := build/sanitize/.built
 TRANSFORMERS4 := build/transformers4/.built
 
 SANITIZE_FLAGS := -O1 -g1 -fno-omit-frame-pointer -fsanitize=address,undefined
-SANITIZED_TESTS := $(addprefix tests/test_,sequences.py matrix.py random.py state.py failure.py reuse.py native_tables.py golden.py)
+# By file and not by marker alone, so that nothing else is imported under the sanitizers.
+SANITIZED_TESTS = $(shell grep -l pytest.mark.sanitize tests/test_*.py)
 
-# Those that load, convert, train or evaluate model folders, or reach the hub.
-FOLDER_TESTS := $(addprefix tests/test_,architectures.py convert.py eval_ppl.py folder_files.py generations.py hub.py \
-	lora.py scaling.py sources.py train.py train_model.py)
+# Markers of pyproject.toml, such as AREA=convert or AREA="native or runtime"; everything without.
+AREA ?=
+PYTEST = $(BIN)/python -m pytest --numprocesses $(WORKERS)
 
 NATIVE_SOURCES := CMakeLists.txt pyproject.toml $(wildcard native/*.py native/*.txt native/patches/* native/src/* startup/*)
 
@@ -26,9 +27,9 @@ NATIVE_SOURCES := CMakeLists.txt pyproject.toml $(wildcard native/*.py native/*.
 demo: $(NATIVE) ## set everything up, add tables to a small chat model and ask about a text longer than its context
 	$(BIN)/python examples/demo.py
 
-test: $(NATIVE) $(STOCK) $(FRAMEWORKS) $(TRANSFORMERS4) ## set everything up and run the tests, those of folders with transformers 5 and 4
-	$(BIN)/python -m pytest --numprocesses $(WORKERS)
-	PYTHONPATH="$(CURDIR)/build/transformers4" $(BIN)/python -m pytest --numprocesses $(WORKERS) $(FOLDER_TESTS)
+test: $(NATIVE) $(STOCK) $(FRAMEWORKS) $(TRANSFORMERS4) ## set everything up and run the tests of AREA, those of folders with transformers 5 and 4
+	$(PYTEST) $(if $(AREA),-m "$(AREA)")
+	PYTHONPATH="$(CURDIR)/build/transformers4" $(PYTEST) -m "folders$(if $(AREA), and ($(AREA)))" || test $$? -eq 5  # none
 
 # For GCC. The interpreter is not built with the sanitizers, so their libraries come first; it leaks on purpose.
 sanitize: $(NATIVE) $(STOCK) $(SANITIZE) ## the tests of the native library under AddressSanitizer and UBSan

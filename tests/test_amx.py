@@ -20,6 +20,7 @@ CPUINFO = Path("/proc/cpuinfo")
 FLAGS = CPUINFO.read_text() if CPUINFO.exists() else ""
 
 pytestmark = [
+    pytest.mark.native,
     pytest.mark.skipif("amx_int8" not in FLAGS, reason="this CPU has no AMX"),
     pytest.mark.skipif(
         b"AMX_INT8 = 1" not in llama_cpp.llama_print_system_info(), reason="the library was built without AMX"

@@ -23,6 +23,8 @@ from helpers.gguf_maker import rewrite
 from helpers.low_level import ERROR, WARN, Context, Model, logged
 from helpers.tiny_models import LENGTH, Reference, assert_growing, convert_plainly, kind_of, make_model
 
+pytestmark = [pytest.mark.convert, pytest.mark.native, pytest.mark.folders]
+
 SCALES = [1, 1.25, 0.8, 1.5]
 
 EXPERTS = dict(moe_intermediate_size=64, num_experts=4, num_experts_per_tok=2)

@@ -17,6 +17,8 @@ from clex_local.tables import ContextError
 from helpers.gguf_maker import gguf_bytes
 from helpers.random_gguf import make_model
 
+pytestmark = pytest.mark.runtime
+
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):

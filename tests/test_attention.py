@@ -9,6 +9,8 @@ from hypothesis import strategies as st
 
 from helpers.flash_attention import QUANTIZED, TYPES, Case, Ggml, Library
 
+pytestmark = pytest.mark.native
+
 SIZES = (64, 80, 96, 128, 192, 256)
 MASKS = ("none", "causal", "causal", "random", "blocks", "rows", "all")
 WORK = 2_000_000  # products of two numbers, of one case; as much again for V

@@ -25,6 +25,8 @@ import clex_convert
 from clex_convert import cli
 from helpers.gguf_maker import MODEL, gguf_bytes
 
+pytestmark = pytest.mark.convert
+
 DATA = Path(__file__).parent / "data"
 UP, DOWN = "model.clex_layer.proj_func.ode_up_proj", "model.clex_layer.proj_func.ode_down_proj"
 LLAMA = DATA / "llama"

@@ -29,6 +29,8 @@ from helpers.low_level import Context, Model
 from helpers.tiny_models import LENGTH, kind_of, make_model
 from test_architectures import MODELS
 
+pytestmark = pytest.mark.convert
+
 DATA = Path(__file__).parent / "data"
 PLAIN, SECOND, LAST = 50, 128, 250  # tokens in the first, second and last bucket of 64
 F32_TENSOR = 0  # ggml_type

@@ -14,6 +14,8 @@ from helpers.gguf_maker import gguf_bytes
 from helpers.low_level import F16, Q4_0, Q8_0, Context, Model, logged
 from helpers.random_gguf import N_VOCAB, make_model, model_parts
 
+pytestmark = pytest.mark.runtime
+
 INFO = 2
 WINDOW = np.uint32(32)
 

@@ -21,6 +21,8 @@ from clex_local.memory import ModelShape, available_bytes, compute_bytes, kv_byt
 from clex_local.session import CHATML, PLAIN, PromptTooLong, Sampling, Session
 from clex_local.terminal import BucketWatch
 
+pytestmark = pytest.mark.chat
+
 COMMAND = [sys.executable, "-m", "clex_local.chat"]
 GREEDY = Sampling(temp=0)
 GIB = 2**30

@@ -22,6 +22,8 @@ from clex_local.tables import Tables, read_tables
 from helpers.gguf_maker import MODEL, gguf_bytes
 from helpers.low_level import Context, Model
 
+pytestmark = pytest.mark.convert
+
 
 def log_probabilities(path: Path, tokens: list[int]) -> np.ndarray:
     """Those of every next token, float64 [tokens, n_vocab], one token at a time."""

@@ -15,6 +15,8 @@ from clex_local import ClexError, Llama
 from helpers.gguf_maker import gguf_bytes
 from helpers.random_gguf import N_VOCAB, model_parts
 
+pytestmark = pytest.mark.runtime
+
 PROMPT = "ab cab"
 BOS, EOS = 1, 2
 CHAT = "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}"

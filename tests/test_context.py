@@ -11,6 +11,8 @@ from clex_local.session import Session
 from clex_local.tables import ContextError
 from helpers.random_gguf import make_model, random_tokens
 
+pytestmark = pytest.mark.runtime
+
 IDS = random_tokens(512)
 
 

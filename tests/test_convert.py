@@ -23,6 +23,8 @@ from clex_local.gguf_file import GGUFFile
 from clex_local.tables import read_tables
 from helpers.gguf_maker import MODEL, TENSORS, gguf_bytes
 
+pytestmark = [pytest.mark.convert, pytest.mark.folders]
+
 DATA = Path(__file__).parent / "data"
 UP, DOWN = "model.clex_layer.proj_func.ode_up_proj", "model.clex_layer.proj_func.ode_down_proj"
 

@@ -20,6 +20,8 @@ from helpers.low_level import ERROR, F16, Context, Model, logged
 from helpers.random_gguf import make_model, model_parts, random_tokens
 from helpers.state_bytes import StateBytes, checksum
 
+pytestmark = pytest.mark.native
+
 IDS = random_tokens(256)
 ON_DEVICE = 2
 HOWS = ["whole", "sequence", "file", "sequence file"]

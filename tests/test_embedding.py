@@ -16,6 +16,8 @@ from clex_local.tables import ContextError
 from helpers.gguf_maker import gguf_bytes
 from helpers.random_gguf import make_model, model_parts
 
+pytestmark = pytest.mark.runtime
+
 NONE, MEAN, CLS, LAST, RANK = range(5)
 POOLED = {
     NONE: lambda rows: rows,

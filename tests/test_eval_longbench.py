@@ -15,6 +15,8 @@ from clex_eval.metrics import score
 from clex_eval.records import DATA_SETS, read
 from clex_local.errors import ClexError
 
+pytestmark = pytest.mark.evaluation
+
 CITY = "The town of Vellmar lies on a hill. " * 40 + "Its mayor is Anna Lindqvist. " + "The streets are narrow. " * 40
 
 

@@ -22,6 +22,8 @@ from clex_local.session import PromptTooLong
 from helpers.low_level import F32, GPU_LAYERS
 from helpers.tiny_models import LENGTH, convert_plainly, make_model
 
+pytestmark = [pytest.mark.evaluation, pytest.mark.folders]
+
 DATA = Path(__file__).parent / "data"
 EXACT = dict(kv_type="f32", threads=1, n_gpu_layers=GPU_LAYERS)
 

@@ -20,6 +20,8 @@ from clex_eval.ruler import TASKS, niah_multikey, ruler, score
 from clex_eval.tasks import in_groups
 from clex_local.errors import ClexError
 
+pytestmark = pytest.mark.evaluation
+
 
 @pytest.fixture(scope="module")
 def model(smollm):

@@ -15,6 +15,8 @@ from clex_local import llama_clex
 from helpers.low_level import F16, F32, Q8_0, Context, Model
 from helpers.random_gguf import make_model, random_tokens
 
+pytestmark = [pytest.mark.native, pytest.mark.sanitize]
+
 CHUNK = 1024  # cells that are re-rotated at a time
 LENGTH = 3 * CHUNK
 IDS = random_tokens(LENGTH + 16)

@@ -19,6 +19,8 @@ from clex_convert.gguf_writer import tensors_of
 from clex_local.gguf_file import GGUFFile
 from clex_train.model import load_model
 
+pytestmark = [pytest.mark.convert, pytest.mark.folders]
+
 DATA = Path(__file__).parent / "data"
 LLAMA, PHI2 = DATA / "llama", DATA / "phi2"
 NAMES = sorted(load_file(LLAMA / "model.safetensors"))

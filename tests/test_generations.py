@@ -20,6 +20,8 @@ from clex_eval.folder import FolderModel, folder_coverage
 from clex_train.model import load_model
 from helpers.tiny_models import make_model
 
+pytestmark = [pytest.mark.convert, pytest.mark.train, pytest.mark.folders]
+
 DATA = Path(__file__).parent / "data"
 LLAMA, PHI2 = DATA / "llama", DATA / "phi2"
 

@@ -8,6 +8,8 @@ import pytest
 from clex_local import Llama
 from helpers.low_level import F16, F32, GPU_LAYERS
 
+pytestmark = [pytest.mark.native, pytest.mark.sanitize]
+
 EXACT = dict(type_k=F32, type_v=F32)
 FAST = dict(type_k=F16, type_v=F16, flash_attn=True)
 

@@ -14,6 +14,8 @@ from clex_local.grammar import GrammarError, grammar_of_schema
 from clex_local.sampler import Sampler, SamplerOptions, SamplingError
 from helpers.random_gguf import make_model
 
+pytestmark = pytest.mark.runtime
+
 N = {"type": "integer"}
 
 

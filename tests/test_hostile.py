@@ -12,6 +12,8 @@ from clex_local import ClexError, Llama
 from helpers import hostile_gguf as hostile
 from helpers.gguf_maker import gguf_bytes
 
+pytestmark = [pytest.mark.runtime, pytest.mark.convert]
+
 FILES = {
     "truncations": hostile.truncations,
     "cut-models": hostile.cut_models,

@@ -27,6 +27,8 @@ from clex_local.gguf_file import GGUFFile
 from clex_local.tables import read_tables
 from helpers.gguf_maker import MODEL, gguf_bytes
 
+pytestmark = [pytest.mark.convert, pytest.mark.folders]
+
 LLAMA = Path(__file__).parent / "data" / "llama"
 COMMAND = "from clex_convert.cli import main; main()"
 COMMIT, OLD = "c0" * 20, "01d" * 13 + "0"

@@ -27,6 +27,8 @@ from helpers.low_level import Model
 from helpers.random_gguf import make_model, model_parts
 from test_readme import README
 
+pytestmark = pytest.mark.inspect
+
 
 def run(*arguments: object) -> str:
     result = CliRunner().invoke(main, [str(argument) for argument in arguments])

@@ -19,6 +19,8 @@ import pytest
 from clex_local import Llama
 from helpers.random_gguf import make_model
 
+pytestmark = pytest.mark.runtime
+
 
 def run(*arguments: object, **env: str) -> subprocess.CompletedProcess[str]:
     """A Python of its own."""

@@ -11,6 +11,8 @@ import pytest
 
 from helpers.random_gguf import make_model
 
+pytestmark = pytest.mark.runtime
+
 # The log is read by Python, so a signal that comes with a line is handled in the middle of the load.
 SIGNAL_AT = """
 import ctypes, signal, sys

@@ -10,6 +10,8 @@ from helpers.gguf_maker import gguf_bytes
 from helpers.low_level import BF16, F16, F32, Q4_0, Q8_0, Context, Model
 from helpers.random_gguf import model_parts, random_tokens
 
+pytestmark = pytest.mark.native
+
 IDS = random_tokens(80)
 # RMS error of the logits over their standard deviation, about 1.4 times what was measured; 0.016 and more where the
 # shift is one less.

@@ -22,6 +22,8 @@ from clex_local.session import Session
 from helpers.gguf_maker import gguf_bytes
 from helpers.random_gguf import make_model, model_parts
 
+pytestmark = pytest.mark.runtime
+
 CHAT = [{"role": "user", "content": "a"}]
 
 

@@ -18,6 +18,8 @@ from clex_local.llama import Settings
 from clex_local.memory import ModelShape, cache_plan, default_threads
 from helpers.random_gguf import make_model
 
+pytestmark = pytest.mark.runtime
+
 
 @pytest.fixture
 def llm(golden_gguf):

@@ -12,6 +12,8 @@ import pytest
 from helpers.gguf_maker import rewrite
 from helpers.random_gguf import make_model
 
+pytestmark = pytest.mark.runtime
+
 
 def run(code: str, *arguments: object, **env: str) -> subprocess.CompletedProcess[str]:
     """Runs Python code in a process of its own, the log belongs to a process."""

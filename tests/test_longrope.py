@@ -14,6 +14,8 @@ from clex_local.tables import Tables
 from helpers.low_level import F32, WARN, Context, Model, logged
 from helpers.tiny_models import LENGTH, assert_growing, convert_plainly, make_model
 
+pytestmark = [pytest.mark.native, pytest.mark.convert]
+
 LONGEST = 4 * LENGTH
 SWITCH = "LLAMA_CLEX_LONGROPE_DISABLE"
 

@@ -21,6 +21,8 @@ from clex_local.gguf_file import GGUFFile
 from helpers.tiny_models import assert_growing, convert_plainly, make_model
 from test_architectures import MODELS, tolerance
 
+pytestmark = [pytest.mark.convert, pytest.mark.folders]
+
 DATA = Path(__file__).parent / "data"
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
 UP, DOWN = "model.clex_layer.proj_func.ode_up_proj", "model.clex_layer.proj_func.ode_down_proj"

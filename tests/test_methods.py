@@ -19,6 +19,8 @@ from clex_convert.ode import ClexLayer, integrate
 from clex_convert.transformers_folder import set_rope_scaling
 from clex_local.tables import Tables
 
+pytestmark = pytest.mark.convert
+
 DATA = Path(__file__).parent / "data"
 LENGTH = 256
 FACTORS = [1, 1.5, 2, 3.7, 16]

@@ -28,6 +28,8 @@ from helpers.low_level import Context, Model
 from helpers.tiny_models import LENGTH, SIZES, kind_of, make_model
 from test_architectures import EXPERTS, MODELS, tolerance
 
+pytestmark = pytest.mark.convert
+
 # Variants of the classes that llama.cpp computes, beside those of test_architectures.
 VARIANTS = {
     "Llama biased": (dict(attention_bias=True, mlp_bias=True), "llama"),

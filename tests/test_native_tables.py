@@ -13,6 +13,8 @@ from clex_local.tables import ATTN_SCALE_RANGE, INV_FREQ_RANGE, TablesError, rea
 from helpers.gguf_maker import rewrite
 from helpers.low_level import Context, Model
 
+pytestmark = [pytest.mark.native, pytest.mark.sanitize]
+
 F32 = np.float32
 INV_FREQ = np.ones(4 * 16, F32)
 

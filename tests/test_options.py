@@ -17,6 +17,8 @@ from clex_local.command_options import in_options, options_from
 from clex_local.errors import ClexError
 from clex_local.options import documented, json_object, option, takes_options
 
+pytestmark = pytest.mark.convert
+
 
 @documented
 @dataclass(frozen=True, kw_only=True)

@@ -27,6 +27,8 @@ from clex_convert import ConvertError, convert
 from clex_convert.quantize import file_type
 from helpers.gguf_maker import MODEL, gguf_bytes
 
+pytestmark = pytest.mark.convert
+
 LLAMA = Path(__file__).parent / "data" / "llama"
 COMMAND = [sys.executable, "-c", "from clex_convert.cli import main; main()"]
 

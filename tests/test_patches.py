@@ -14,7 +14,7 @@ import pytest
 NATIVE = Path(__file__).parents[1] / "native"
 PATCHES = sorted(NATIVE.glob("patches/*.patch"))
 
-pytestmark = pytest.mark.skipif(shutil.which("git") is None, reason="needs git")
+pytestmark = [pytest.mark.native, pytest.mark.skipif(shutil.which("git") is None, reason="needs git")]
 
 
 @pytest.fixture(scope="module")

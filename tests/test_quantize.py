@@ -25,6 +25,8 @@ from clex_local.gguf_file import GGUFFile, tensor_types
 from helpers.gguf_maker import MODEL, _string, _value, gguf_bytes
 from helpers.low_level import Context, Model
 
+pytestmark = pytest.mark.convert
+
 DATA = Path(__file__).parent / "data"
 NTK: dict[str, Any] = {"method": "ntk", "check": "none"}
 # Those of which llama.cpp makes nothing without one, for a model whose rows its blocks divide.

@@ -15,6 +15,8 @@ from clex_local import llama_clex
 from helpers.low_level import Context, Model
 from helpers.random_gguf import N_VOCAB, make_model
 
+pytestmark = [pytest.mark.native, pytest.mark.sanitize]
+
 N_SEQ, LIMIT = 4, 256
 OPERATIONS = 250  # of one program
 TOLERANCE = 1e-4

@@ -17,6 +17,8 @@ from clex_local.chat import main as clex_chat
 from clex_local.inspection import main as clex_inspect
 from clex_train.cli import main as clex_train
 
+pytestmark = pytest.mark.docs
+
 README = Path(__file__).parent.parent / "README.md"
 COMMANDS = {
     "clex-convert": clex_convert,

@@ -13,6 +13,8 @@ from llama_cpp.llama_speculative import LlamaDraftModel, LlamaPromptLookupDecodi
 from clex_local import ClexError, Llama, llama_clex
 from helpers.random_gguf import make_model, ntk_tables, random_tokens
 
+pytestmark = [pytest.mark.runtime, pytest.mark.sanitize]
+
 IDS = random_tokens(300)
 
 

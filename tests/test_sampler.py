@@ -16,6 +16,8 @@ from clex_local import ClexError, Llama
 from helpers.gguf_maker import gguf_bytes
 from helpers.random_gguf import N_VOCAB, model_parts
 
+pytestmark = pytest.mark.runtime
+
 PROMPT = [5, 100, 100, 7, 265, 270, 100, 8]
 STEPS = 24
 

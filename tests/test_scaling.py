@@ -26,6 +26,8 @@ from helpers.gguf_maker import MODEL, gguf_bytes
 from helpers.low_level import Context, Model
 from helpers.tiny_models import LENGTH, convert_plainly, make_model
 
+pytestmark = [pytest.mark.convert, pytest.mark.folders]
+
 LONG = 4 * LENGTH
 HALF = 16  # frequencies of a head of the tiny models
 

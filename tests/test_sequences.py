@@ -9,6 +9,8 @@ import pytest
 from clex_local import llama_clex
 from helpers.low_level import F16, F32, Q8_0, Context, Model
 
+pytestmark = [pytest.mark.native, pytest.mark.sanitize]
+
 STARTS = (60, 30, 126)
 STEPS = 20
 

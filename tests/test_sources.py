@@ -18,6 +18,8 @@ from clex_local.gguf_file import GGUFFile
 from helpers.tiny_models import assert_growing, make_model
 from test_architectures import MODELS, tolerance
 
+pytestmark = [pytest.mark.convert, pytest.mark.folders]
+
 LLAMA = Path(__file__).parent / "data" / "llama"
 
 

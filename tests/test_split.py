@@ -17,6 +17,8 @@ from clex_local.errors import ClexError
 from clex_local.gguf_file import GGUFFile
 from helpers.gguf_maker import MODEL, TENSORS, gguf_bytes, rewrite
 
+pytestmark = pytest.mark.convert
+
 COUNT = 3
 CONTEXT = {"llama.context_length"}
 

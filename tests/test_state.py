@@ -16,6 +16,8 @@ from helpers.gguf_maker import rewrite
 from helpers.low_level import BF16, ERROR, F16, Q8_0, Context, Model, logged
 from helpers.random_gguf import make_model, random_tokens
 
+pytestmark = [pytest.mark.native, pytest.mark.sanitize]
+
 IDS = random_tokens(256)
 
 

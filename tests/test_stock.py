@@ -13,6 +13,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+pytestmark = pytest.mark.native
+
 CPUINFO = Path("/proc/cpuinfo")
 SCRIPT = """
 import sys, numpy as np, llama_cpp

@@ -16,6 +16,8 @@ from clex_local.gguf_file import GGUFError, GGUFFile, GGUFHeader
 from clex_local.tables import ContextError, Tables, TablesError, read_tables
 from helpers.gguf_maker import MODEL, TENSORS, gguf_bytes
 
+pytestmark = [pytest.mark.runtime, pytest.mark.convert]
+
 
 def some_tables(**changes: Any) -> Tables:
     values: dict[str, Any] = {

@@ -13,7 +13,11 @@ from clex_local.errors import shown
 from clex_local.terminal import json_line, printable
 from helpers.gguf_maker import MODEL, gguf_bytes, rewrite
 
-pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="needs a pseudo-terminal")
+pytestmark = [
+    pytest.mark.chat,
+    pytest.mark.inspect,
+    pytest.mark.skipif(sys.platform == "win32", reason="needs a pseudo-terminal"),
+]
 
 # A title, a colour by one character instead of two, a line that is overwritten, a cursor that moves.
 ATTACK = "\x1b]0;owned\x07\x9b31m\rred\x1b[2J\x08"

@@ -11,6 +11,8 @@ import pytest
 
 from clex_local import text_input
 
+pytestmark = pytest.mark.chat
+
 NOTE = b"The secret number is 4711.\n"
 
 

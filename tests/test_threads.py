@@ -17,7 +17,10 @@ CPU = library_path() / ("libggml-cpu.dylib" if sys.platform == "darwin" else "li
 WORK = 1e8  # multiplications of a graph
 SECOND = 1_000_000
 
-pytestmark = pytest.mark.skipif(not CPU.exists(), reason="the CPU backend is not a library of this name")
+pytestmark = [
+    pytest.mark.native,
+    pytest.mark.skipif(not CPU.exists(), reason="the CPU backend is not a library of this name"),
+]
 
 SCRIPT = """
 import ctypes, sys

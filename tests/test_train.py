@@ -31,6 +31,8 @@ from clex_train.train import TrainResult, train
 from clex_train.trainer import ClexTrainer, Feeding
 from helpers.tiny_models import SIZES, make_model
 
+pytestmark = [pytest.mark.train, pytest.mark.folders]
+
 UP, DOWN = (f"model.clex_layer.proj_func.ode_{name}_proj" for name in ("up", "down"))
 # A step of the ODE's integration per unit of t, and few tokens: fast.
 FAST: dict[str, Any] = dict(length=24, max_factor=3, time_dt=1.0, batch_size=4, log_steps=1)

@@ -19,6 +19,8 @@ from clex_train.model import add_clex, clex_layer, load_model
 from helpers.tiny_models import LENGTH, Reference, kind_of, make_model
 from test_architectures import MODELS
 
+pytestmark = [pytest.mark.train, pytest.mark.folders]
+
 GOLDEN = ["llama", "llama-log-scale", "mixtral", "phi2"]
 SETTINGS = ClexSettings(max_factor=4, time_dt=0.25, log_scale=True)
 COMPARED = [name for name in MODELS if f"{kind_of(name)}ForCausalLM" in trainable_classes()]

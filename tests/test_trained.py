@@ -11,6 +11,8 @@ from clex_eval.options import Length
 from clex_eval.ppl import perplexity
 from helpers.low_level import GPU_LAYERS
 
+pytestmark = [pytest.mark.train, pytest.mark.evaluation]
+
 ROOT = Path(__file__).parent.parent
 MODEL = ROOT / "examples" / "bytes"
 L = 256  # bytes, its original context

@@ -14,6 +14,8 @@ from clex_local import ClexError, Llama
 from clex_local.turn import StreamError, Turn
 from helpers.random_gguf import make_model
 
+pytestmark = pytest.mark.runtime
+
 PROMPTS = [f"thread {i} says {i} " * 6 for i in range(4)]
 WAIT = 60  # seconds; no test takes so long unless it hangs
 

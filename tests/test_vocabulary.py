@@ -13,6 +13,8 @@ from clex_local.vocabulary import TokenError
 from helpers.gguf_maker import gguf_bytes
 from helpers.random_gguf import N_VOCAB, model_parts
 
+pytestmark = pytest.mark.runtime
+
 LENGTHS = (31, 32, 33, 48, 63, 64, 65, 128, 1000)
 FIRST = 259  # of the letters in the vocabulary
 
