@@ -2,39 +2,110 @@
 
 Importing this package makes llama-cpp-python use the patched llama.cpp. Where the bindings have a library of their own,
 import it before ``llama_cpp``.
+
+``open_model`` loads a file with a context that its tables and the memory hold; ``Llama``, which it gives, is
+llama-cpp-python's class with every argument of it, and an ``on_prefill`` that is told of a prompt's progress.
+``Session`` is a conversation with a model, ``inspect`` tells what is in a file, and ``install`` gives our class to
+frameworks that make ``llama_cpp.Llama`` themselves. What a person can mend is a ``ClexError``; its kinds are here too.
 """
 
 from __future__ import annotations
 
+import importlib
 from typing import TYPE_CHECKING
 
 from clex_local._library import library_path, use_library
-from clex_local.errors import ClexError
+from clex_local.errors import ClexError, ModelError
 
 if TYPE_CHECKING:
+    from clex_local.arguments import ArgumentError, ContextWarning
+    from clex_local.completion import CompletionError
+    from clex_local.decoding import DecodeError
+    from clex_local.embedding import EmbeddingError
+    from clex_local.gguf_file import GGUFError
+    from clex_local.grammar import GrammarError
     from clex_local.inspection import Inspection, inspect
     from clex_local.integration import install
-    from clex_local.llama import ClexState, Llama
+    from clex_local.lifetime import ClosedError
+    from clex_local.llama import ClexState, Llama, Settings, StateError
+    from clex_local.opening import open_model
+    from clex_local.run_options import RunOptions
+    from clex_local.sampler import SamplingError
+    from clex_local.sampling import Sampling
+    from clex_local.session import Answer, PromptTooLong, Session
+    from clex_local.tables import ContextError, NewerVersionError, TablesError
+    from clex_local.templates import TemplateError, TextError
+    from clex_local.turn import StreamError
+    from clex_local.vocabulary import TokenError
 
-__all__ = ["ClexError", "ClexState", "Inspection", "Llama", "inspect", "install"]
+# Loading the library takes a while, and reading metadata or `--help` does without: the module of a name is imported
+# when the name is first asked for.
+_MODULES = {
+    "arguments": ["ArgumentError", "ContextWarning"],
+    "completion": ["CompletionError"],
+    "decoding": ["DecodeError"],
+    "embedding": ["EmbeddingError"],
+    "gguf_file": ["GGUFError"],
+    "grammar": ["GrammarError"],
+    "inspection": ["Inspection", "inspect"],
+    "integration": ["install"],
+    "lifetime": ["ClosedError"],
+    "llama": ["ClexState", "Llama", "Settings", "StateError"],
+    "opening": ["open_model"],
+    "run_options": ["RunOptions"],
+    "sampler": ["SamplingError"],
+    "sampling": ["Sampling"],
+    "session": ["Answer", "PromptTooLong", "Session"],
+    "tables": ["ContextError", "NewerVersionError", "TablesError"],
+    "templates": ["TemplateError", "TextError"],
+    "turn": ["StreamError"],
+    "vocabulary": ["TokenError"],
+}
+_MODULE_OF = {name: module for module, names in _MODULES.items() for name in names}
+
+__all__ = [
+    "Answer",
+    "ArgumentError",
+    "ClexError",
+    "ClexState",
+    "ClosedError",
+    "CompletionError",
+    "ContextError",
+    "ContextWarning",
+    "DecodeError",
+    "EmbeddingError",
+    "GGUFError",
+    "GrammarError",
+    "Inspection",
+    "Llama",
+    "ModelError",
+    "NewerVersionError",
+    "PromptTooLong",
+    "RunOptions",
+    "Sampling",
+    "SamplingError",
+    "Session",
+    "Settings",
+    "StateError",
+    "StreamError",
+    "TablesError",
+    "TemplateError",
+    "TextError",
+    "TokenError",
+    "inspect",
+    "install",
+    "library_path",
+    "open_model",
+]
 
 use_library()
 
 
 def __getattr__(name: str) -> object:
-    # Loading the library takes a while, and reading metadata or `--help` does without Llama.
-    if name in ("Llama", "ClexState"):
-        library_path()  # says what to do where llama_cpp would only miss its library
-        from clex_local import llama
+    if name not in _MODULE_OF:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"clex_local.{_MODULE_OF[name]}"), name)
 
-        return getattr(llama, name)
-    if name == "install":
-        library_path()
-        from clex_local.integration import install
 
-        return install
-    if name in ("Inspection", "inspect"):
-        from clex_local import inspection
-
-        return getattr(inspection, name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+def __dir__() -> list[str]:
+    return sorted({*__all__, *(name for name in globals() if name.startswith("__"))})

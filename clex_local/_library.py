@@ -108,7 +108,7 @@ def _load_ours(extensions: Any) -> None:
 def _declare_lengths(llama: Any) -> None:
     """Let the bindings' own ``Llama`` declare how long a prompt is before its first batch."""
     if hasattr(sys.modules["llama_cpp.llama_cpp"]._lib, "llama_clex_seq_reserve"):
-        from clex_local.integration import declare_lengths
+        from clex_local.declared_length import declare_lengths
 
         declare_lengths(llama.Llama)
 

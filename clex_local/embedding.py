@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING
 
 import llama_cpp
 import numpy as np
@@ -13,9 +12,6 @@ from clex_local import llama_clex
 from clex_local.decoding import NOT_FINITE, DecodeError, decode_errors
 from clex_local.errors import ClexError
 from clex_local.tables import ContextError
-
-if TYPE_CHECKING:
-    from clex_local.llama import Llama
 
 _NONE, _MEAN, _CLS = (
     llama_cpp.LLAMA_POOLING_TYPE_NONE,
@@ -29,7 +25,9 @@ class EmbeddingError(ClexError, RuntimeError, ValueError):
     """Texts that cannot be embedded; llama-cpp-python raises one or the other of its bases."""
 
 
-def embeddings(llm: Llama, texts: Sequence[str], truncate: bool = False) -> tuple[list[npt.NDArray[np.float32]], int]:
+def embeddings(
+    llm: llama_cpp.Llama, texts: Sequence[str], truncate: bool = False
+) -> tuple[list[npt.NDArray[np.float32]], int]:
     """Embed texts, and empty the cache.
 
     llama-cpp-python reads the rows of every text but the first at wrong places, cuts texts at the size of a batch, and
@@ -61,7 +59,7 @@ def embeddings(llm: Llama, texts: Sequence[str], truncate: bool = False) -> tupl
     return rows, sum(map(len, sequences))
 
 
-def _tokenized(llm: Llama, texts: Sequence[str], truncate: bool) -> list[list[int]]:
+def _tokenized(llm: llama_cpp.Llama, texts: Sequence[str], truncate: bool) -> list[list[int]]:
     limit, place = _limit(llm)
     sequences = [llm.tokenize(_encoded(llm, text)) for text in texts]
     for i, tokens in enumerate(sequences):
@@ -74,14 +72,14 @@ def _tokenized(llm: Llama, texts: Sequence[str], truncate: bool) -> list[list[in
     return [tokens[:limit] for tokens in sequences]
 
 
-def _encoded(llm: Llama, text: str) -> bytes:
+def _encoded(llm: llama_cpp.Llama, text: str) -> bytes:
     try:
         return text.encode()
     except UnicodeEncodeError as error:
         raise EmbeddingError(f"{llm.model_path}: a text is not valid Unicode ({error.reason})") from error
 
 
-def _limit(llm: Llama) -> tuple[int, str]:
+def _limit(llm: llama_cpp.Llama) -> tuple[int, str]:
     """The longest text, in tokens, and what holds it."""
     if llama_clex.causal(llm.ctx):
         return llm._n_ctx, "the context (n_ctx) holds"
@@ -104,7 +102,7 @@ def _groups(sequences: list[list[int]], n_ubatch: int, n_seq_max: int) -> Iterat
         yield group
 
 
-def _together(llm: Llama, group: list[list[int]]) -> list[npt.NDArray[np.float32]]:
+def _together(llm: llama_cpp.Llama, group: list[list[int]]) -> list[npt.NDArray[np.float32]]:
     _begin(llm, [len(tokens) for tokens in group])
     for i, tokens in enumerate(group):
         _add(llm, tokens, 0, i)
@@ -115,7 +113,7 @@ def _together(llm: Llama, group: list[list[int]]) -> list[npt.NDArray[np.float32
     return [_pooled(llm, i) for i in range(len(group))]
 
 
-def _alone(llm: Llama, tokens: list[int]) -> npt.NDArray[np.float32]:
+def _alone(llm: llama_cpp.Llama, tokens: list[int]) -> npt.NDArray[np.float32]:
     """One text, in several ubatches where it is longer than one, and pooled over all of them."""
     _begin(llm, [len(tokens)])
     pooling, size = llm.pooling_type(), llm.context_params.n_ubatch
@@ -136,16 +134,16 @@ def _alone(llm: Llama, tokens: list[int]) -> npt.NDArray[np.float32]:
     return parts[-1]
 
 
-def _begin(llm: Llama, lengths: list[int]) -> None:
+def _begin(llm: llama_cpp.Llama, lengths: list[int]) -> None:
     """An empty cache, and the length of each sequence declared."""
     llm._batch.reset()
     llm._ctx.kv_cache_clear()
-    if llm._has_tables:
+    if llama_clex.n_buckets(llm.model) > 0:
         for i, length in enumerate(lengths):
             llama_clex.seq_reserve(llm.ctx, i, length)
 
 
-def _add(llm: Llama, tokens: list[int], position: int, sequence: int) -> None:
+def _add(llm: llama_cpp.Llama, tokens: list[int], position: int, sequence: int) -> None:
     # Every token is an output whatever the pooling: llama.cpp wants it so, and warns otherwise.
     batch = llm._batch.batch
     for i, token in enumerate(tokens, batch.n_tokens):
@@ -157,12 +155,12 @@ def _add(llm: Llama, tokens: list[int], position: int, sequence: int) -> None:
     batch.n_tokens += len(tokens)
 
 
-def _token_rows(llm: Llama, count: int) -> npt.NDArray[np.float32]:
+def _token_rows(llm: llama_cpp.Llama, count: int) -> npt.NDArray[np.float32]:
     pointer = llama_cpp.llama_get_embeddings(llm.ctx)
     return np.ctypeslib.as_array(pointer, shape=(count, llama_cpp.llama_model_n_embd_out(llm.model))).copy()
 
 
-def _pooled(llm: Llama, sequence: int) -> npt.NDArray[np.float32]:
+def _pooled(llm: llama_cpp.Llama, sequence: int) -> npt.NDArray[np.float32]:
     width = llama_cpp.llama_model_n_embd_out(llm.model)
     if llm.pooling_type() == _RANK:
         width = llama_cpp.llama_model_n_cls_out(llm.model)

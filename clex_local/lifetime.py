@@ -5,12 +5,9 @@ from __future__ import annotations
 import atexit
 import os
 import weakref
-from typing import TYPE_CHECKING, NoReturn
+from typing import Any, NoReturn
 
 from clex_local.errors import ClexError
-
-if TYPE_CHECKING:
-    from clex_local.llama import Llama
 
 
 class ClosedError(ClexError, RuntimeError):
@@ -30,12 +27,12 @@ class Closed:
         raise ClosedError(self._path)
 
 
-_open: weakref.WeakSet[Llama] = weakref.WeakSet()
+_open: weakref.WeakSet[Any] = weakref.WeakSet()
 _process = os.getpid()
 
 
-def close_at_exit(llm: Llama) -> None:
-    """Free a model before Python takes away the functions that do so.
+def close_at_exit(llm: Any) -> None:
+    """Free a ``Llama`` before Python takes away the functions that do so.
 
     What llama-cpp-python leaves to ``__del__`` ends in "Exception ignored ... 'NoneType' object is not callable".
     """

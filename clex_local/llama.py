@@ -512,7 +512,7 @@ class Llama(Completions, ChatFormats):
 
     @cache.setter
     def cache(self, cache: BaseLlamaCache | None) -> None:
-        self._cache = None if cache is None else PromptCache(cache, self)
+        self._cache = None if cache is None else PromptCache(cache, self, self._options)
 
     def _drop_inexact(self, tokens: Sequence[int]) -> None:
         """Forget the cached tokens from the first on that was computed with another table than `tokens` needs."""

@@ -263,11 +263,11 @@ def plan_context(
         ClexError: the model does not cover ``ctx``, memory does not hold it, or the options contradict each other.
     """
     if kv_type and is_quantized(kv_type) and flash_attn is False:
-        raise ClexError(f"a {kv_type} cache needs flash attention; drop --no-flash-attn or use --kv-type f16")
+        raise ClexError(f"a {kv_type} cache needs flash attention; drop `flash_attn=False` or use `kv_type=f16`")
     if shape and kv_type and not kv_type_fits(shape, kv_type):
         raise ClexError(
             f"a {kv_type} cache needs head sizes divisible by 32, this model has {shape.key_length}; "
-            "use --kv-type f16, bf16 or f32"
+            "use `kv_type=f16`, bf16 or f32"
         )
     if ctx and ctx > maximum:
         raise ClexError(f"this model covers {maximum:,} tokens, asked for {ctx:,}")
@@ -311,12 +311,12 @@ def plan_context(
         return found
     advice = []
     if (fits := largest_plan(available, choices[-1])) is not None:
-        advice.append(f"--ctx {fits.n_ctx}")
+        advice.append(f"`ctx={fits.n_ctx}`")
     if flash_attn is not False:
         # The roundings of q4_0 count twice for keys that were re-rotated.
         names = ["q8_0"] if reaches_second_table(shape, wanted) else ["q8_0", "q4_0"]
         smaller = [plan(wanted, (name, True)) for name in names if kv_type_fits(shape, name)]
-        advice += [f"--kv-type {found.kv_type}" for found in smaller if found.needed <= available][:1]
+        advice += [f"`kv_type={found.kv_type}`" for found in smaller if found.needed <= available][:1]
     least = plan(wanted, choices[-1])
     raise ClexError(
         f"a context of {wanted:,} tokens needs {gib(least.needed)} of memory ({least.kv_type} cache) "

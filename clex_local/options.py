@@ -111,10 +111,9 @@ class _TakesOptions(Generic[Keywords, Options]):
         @functools.wraps(function)
         def call(*args: Any, **given: Any) -> Any:
             options = {name: given.pop(name) for name in keywords if name in given}
-            return function(*args, **given, **{last.name: self._options(**options)})
+            return function(*args[: len(own)], **given, **{last.name: self._options(*args[len(own) :], **options)})
 
-        parameters = [*own, *(keyword.replace(kind=keyword.KEYWORD_ONLY) for keyword in keywords.values())]
-        call.__dict__["__signature__"] = signature.replace(parameters=parameters)
+        call.__dict__["__signature__"] = signature.replace(parameters=[*own, *keywords.values()])
         if call.__doc__ and isinstance(self._options, type):
             call.__doc__ = inspect.cleandoc(call.__doc__).replace("    {options}", _meanings(self._options))
         return call

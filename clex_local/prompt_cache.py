@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+import llama_cpp
 from llama_cpp.llama_cache import BaseLlamaCache
 
 from clex_local.gguf_file import GGUFFile
 
 if TYPE_CHECKING:
     from llama_cpp.llama import LlamaState
-
-    from clex_local.llama import Llama
 
 
 class PromptCache(BaseLlamaCache):
@@ -23,11 +22,11 @@ class PromptCache(BaseLlamaCache):
     one size.
     """
 
-    def __init__(self, cache: BaseLlamaCache, llm: Llama) -> None:
+    def __init__(self, cache: BaseLlamaCache, llm: llama_cpp.Llama, options: Mapping[str, Any]) -> None:
         super().__init__(cache.capacity_bytes if hasattr(cache, "capacity_bytes") else 0)
         self.cache = cache
         self._capacity = len(llm.input_ids)
-        self._first = model_number(llm) << 32
+        self._first = model_number(llm, options) << 32
 
     @property
     def cache_size(self) -> int:
@@ -51,15 +50,18 @@ class PromptCache(BaseLlamaCache):
         self.cache[self._key(key)] = value
 
 
-def model_number(llm: Llama) -> int:
-    """A number of 63 bits that tells apart models, adapters, and what else the computed keys depend on."""
-    options: list[Any] = [
+def model_number(llm: llama_cpp.Llama, options: Mapping[str, Any]) -> int:
+    """A number of 63 bits that tells apart models, adapters, and what else the computed keys depend on.
+
+    ``options`` are those of our ``Llama`` alone.
+    """
+    given: list[Any] = [
         *(llm.lora_scale, llm.context_params.rope_freq_base, llm.context_params.rope_freq_scale),
         *(getattr(llm.context_params, name) for name in ("rope_scaling_type", "yarn_ext_factor", "yarn_attn_factor")),
         *(getattr(llm.context_params, name) for name in ("yarn_beta_fast", "yarn_beta_slow", "yarn_orig_ctx")),
-        *(llm._options["policy"], llm._options["clamp"], llm.kv_overrides),
+        *(options["policy"], options["clamp"], llm.kv_overrides),
     ]
-    digest = hashlib.sha256(repr(options).encode())
+    digest = hashlib.sha256(repr(given).encode())
     for path in filter(None, (llm.model_path, llm.lora_path)):
         with GGUFFile(path) as header, open(path, "rb") as file:
             digest.update(file.read(header.data_offset))

@@ -13,6 +13,7 @@ import numpy as np
 
 from clex_local.chat_formats import chat_template
 from clex_local.errors import ClexError
+from clex_local.sampling import Sampling
 from clex_local.templates import ChatTemplate, TemplateError
 
 if TYPE_CHECKING:
@@ -36,17 +37,6 @@ class PromptTooLong(ClexError):
         self.tokens = tokens
         self.capacity = capacity
         super().__init__(f"the prompt has {tokens:,} tokens but the context holds {capacity:,}")
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """How the next token is drawn, under llama.cpp's names and with its defaults. ``temp`` 0 takes the likeliest."""
-
-    temp: float = 0.8
-    top_k: int = 40
-    top_p: float = 0.95
-    min_p: float = 0.05
-    repeat_penalty: float = 1.0
 
 
 @dataclass

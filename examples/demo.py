@@ -10,8 +10,7 @@ import sys
 from importlib.util import find_spec
 from pathlib import Path
 
-from clex_local.chat import open_model
-from clex_local.session import Sampling, Session
+from clex_local import Sampling, Session, open_model
 from clex_local.terminal import Terminal
 
 FOLDER = Path("build/demo")

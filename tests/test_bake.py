@@ -13,11 +13,12 @@ import click.testing
 import numpy as np
 import pytest
 
+import clex_local
 from clex_convert import ConvertError, cli, convert
 from clex_convert.gguf_writer import GGUFWriter, TensorData, tensors_of
 from clex_eval.loading import coverage, open_for_evaluation
 from clex_eval.models import Coverage
-from clex_local import Llama, chat, inspection, llama_clex
+from clex_local import Llama, inspection, llama_clex
 from clex_local.arguments import ContextWarning
 from clex_local.baked import Baked
 from clex_local.errors import ClexError
@@ -307,7 +308,7 @@ def test_a_baked_file_says_so(golden_dir, golden_gguf, tmp_path, source):
     with open_for_evaluation(path) as model:
         assert (model.original_context_length, model.context_length) == (LENGTH, SECOND)
     with pytest.raises(ClexError, match="is baked for 128 tokens, not the 200 asked for; convert the model that it w"):
-        chat.open_model(path, 200)
+        clex_local.open_model(path, 200)
     with pytest.warns(
         ContextWarning, match="baked for 128 tokens, without tables for a context of 256; pass n_ctx=128$"
     ):

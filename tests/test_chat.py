@@ -14,9 +14,9 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
-from clex_local import ClexError
+from clex_local import ClexError, open_model
 from clex_local import memory as memory_module
-from clex_local.chat import main, open_model
+from clex_local.chat import main
 from clex_local.memory import ModelShape, available_bytes, compute_bytes, kv_bytes, plan_context
 from clex_local.session import CHATML, PLAIN, PromptTooLong, Sampling, Session
 from clex_local.terminal import BucketWatch
@@ -329,11 +329,11 @@ def test_layers_on_a_gpu_take_no_main_memory(monkeypatch):
     ("options", "message"),
     [
         ({"ctx": 65536, "kv_type": "f16"}, r"a context of 65,536 tokens needs 32\.\d GiB of memory \(f16 cache\) "
-                                           r"but 10\.0 GiB are available; pass --ctx \d+ or --kv-type q4_0$"),
-        ({"ctx": 36864, "kv_type": "f16"}, r"pass --ctx \d+ or --kv-type q8_0$"),
-        ({"ctx": 65536}, r"needs 17\.\d GiB of memory \(q8_0 cache\) .*; pass --ctx \d+ or --kv-type q4_0$"),
-        ({"ctx": 65536, "kv_type": "q4_1"}, r"\(q4_1 cache\) .*; pass --ctx \d+ or --kv-type q4_0$"),
-        ({"ctx": 65536, "flash_attn": False}, r"needs 3\d\.\d GiB of memory \(f16 cache\) .*; pass --ctx \d+$"),
+                                           r"but 10\.0 GiB are available; pass `ctx=\d+` or `kv_type=q4_0`$"),
+        ({"ctx": 36864, "kv_type": "f16"}, r"pass `ctx=\d+` or `kv_type=q8_0`$"),
+        ({"ctx": 65536}, r"needs 17\.\d GiB of memory \(q8_0 cache\) .*; pass `ctx=\d+` or `kv_type=q4_0`$"),
+        ({"ctx": 65536, "kv_type": "q4_1"}, r"\(q4_1 cache\) .*; pass `ctx=\d+` or `kv_type=q4_0`$"),
+        ({"ctx": 65536, "flash_attn": False}, r"needs 3\d\.\d GiB of memory \(f16 cache\) .*; pass `ctx=\d+`$"),
         ({"ctx": 65537}, "this model covers 65,536 tokens, asked for 65,537"),
         ({"kv_type": "q8_0", "flash_attn": False}, "a q8_0 cache needs flash attention"),
     ],
@@ -646,7 +646,8 @@ def test_a_history_that_cannot_be_written(small_buckets, tmp_path):
 
 
 def test_attachments_and_the_status_line(session, tmp_path):
-    from clex_local.terminal import Chat, Terminal
+    from clex_local.conversation import Chat
+    from clex_local.terminal import Terminal
 
     chat = Chat(Terminal(session, quiet=True), "name", "cache")
     assert chat.status() == " 0 of 1,024 tokens  ·  bucket 1 of 8 (t = 1, up to 256 tokens)"
@@ -664,7 +665,8 @@ def test_attachments_and_the_status_line(session, tmp_path):
 
 
 def test_a_model_without_tables_has_a_status_too(session):
-    from clex_local.terminal import Chat, Terminal
+    from clex_local.conversation import Chat
+    from clex_local.terminal import Terminal
 
     plain = SimpleNamespace(clex=None, settings=session.llm.settings, n_ctx=lambda: 128, input_ids=[0] * 128)
     chat = Chat(Terminal(session, quiet=True), "name", "cache")

@@ -1,0 +1,156 @@
+"""Typing a message at a terminal: with an editor where there can be one."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from prompt_toolkit.completion import Completer
+    from prompt_toolkit.history import History
+    from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent
+
+
+def line_editor(commands: Iterable[str], status: Callable[[], str]) -> Callable[[], str]:
+    """A function that lets the user edit one message: history, several lines, completion, a status line.
+
+    It raises EOFError for Ctrl-D and KeyboardInterrupt for Ctrl-C, each where nothing was typed.
+
+    Args:
+        commands: names that begin with a slash, to complete.
+        status: what the line below says.
+    """
+    from prompt_toolkit import PromptSession
+    from prompt_toolkit.styles import Style
+
+    editor: PromptSession[str] = PromptSession(
+        "> ",
+        history=_history(history_file()),
+        multiline=True,
+        prompt_continuation="  ",
+        key_bindings=_keys(),
+        completer=_completer(list(commands)),
+        complete_while_typing=False,
+        bottom_toolbar=status,
+        style=Style.from_dict({"bottom-toolbar": "noreverse ansibrightblack"}),
+    )
+    return editor.prompt
+
+
+def _history(file: Path) -> History:
+    """A history file that is a convenience: where it cannot be used, there is none."""
+    from prompt_toolkit.history import FileHistory
+
+    class History(FileHistory):
+        def load_history_strings(self) -> Iterable[str]:
+            try:
+                return list(super().load_history_strings())
+            except (OSError, UnicodeError):
+                return []
+
+        def store_string(self, string: str) -> None:
+            with suppress(OSError, UnicodeError):
+                file.parent.mkdir(parents=True, exist_ok=True)
+                file.touch(mode=0o600)  # what one asks is nobody else's business
+                super().store_string(string)
+
+    return History(file)
+
+
+def _completer(commands: list[str]) -> Completer:
+    """Completes the commands, and paths after ``/file``."""
+    from prompt_toolkit.completion import CompleteEvent, Completer, Completion, PathCompleter
+    from prompt_toolkit.document import Document
+
+    class Commands(Completer):
+        paths = PathCompleter(expanduser=True)
+
+        def get_completions(self, document: Document, complete_event: CompleteEvent) -> Iterable[Completion]:
+            line = document.text_before_cursor
+            if line.startswith("/file "):
+                yield from self.paths.get_completions(Document(line[len("/file ") :].lstrip()), complete_event)
+            elif line.startswith("/") and " " not in line:
+                for name in commands:
+                    if name.startswith(line):
+                        yield Completion(name, start_position=-len(line))
+
+    return Commands()
+
+
+def _keys() -> KeyBindings:
+    """Enter sends, Alt-Enter and a backslash before Enter start a line, Ctrl-C forgets what was typed or leaves."""
+    from prompt_toolkit.enums import DEFAULT_BUFFER
+    from prompt_toolkit.filters import has_focus
+    from prompt_toolkit.key_binding import KeyBindings
+
+    keys = KeyBindings()
+    typing = has_focus(DEFAULT_BUFFER)
+
+    @keys.add("enter", filter=typing)
+    def _(event: KeyPressEvent) -> None:
+        buffer = event.current_buffer
+        if buffer.document.text_before_cursor.endswith("\\"):
+            buffer.delete_before_cursor()
+            buffer.newline(copy_margin=False)
+        else:
+            buffer.validate_and_handle()
+
+    @keys.add("escape", "enter", filter=typing)
+    def _(event: KeyPressEvent) -> None:
+        event.current_buffer.newline(copy_margin=False)
+
+    @keys.add("c-c", filter=typing)
+    def _(event: KeyPressEvent) -> None:
+        if event.current_buffer.text:
+            event.current_buffer.reset()
+        else:
+            event.app.exit(exception=KeyboardInterrupt)
+
+    return keys
+
+
+@contextmanager
+def no_echo() -> Iterator[None]:
+    """Keep what is typed during an answer off the screen; the next prompt gets it."""
+    try:
+        import termios
+    except ImportError:  # Windows
+        yield
+        return
+    try:
+        before = termios.tcgetattr(sys.stdin)
+    except termios.error:
+        yield
+        return
+    silent = [*before]
+    silent[3] &= ~termios.ECHO
+    termios.tcsetattr(sys.stdin, termios.TCSANOW, silent)
+    try:
+        yield
+    finally:
+        termios.tcsetattr(sys.stdin, termios.TCSANOW, before)
+
+
+def plain_lines() -> str:
+    """Read one line without an editor, for terminals that cannot have one."""
+    sys.stderr.write("> ")
+    sys.stderr.flush()
+    line = sys.stdin.readline()
+    if not line:
+        raise EOFError
+    return line.rstrip("\n")
+
+
+def history_file() -> Path:
+    """Where the messages that were typed are kept, in the platform's place for state."""
+    if sys.platform == "win32":
+        state = Path(os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local")
+    elif sys.platform == "darwin":
+        state = Path.home() / "Library" / "Application Support"
+    else:
+        state = Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state")
+    return state / "clex-local" / "chat_history"

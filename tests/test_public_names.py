@@ -1,0 +1,67 @@
+"""What an application can import from the package is what `dir`, `help` and completion in an editor show."""
+
+from __future__ import annotations
+
+import inspect
+import pydoc
+import subprocess
+import sys
+import typing
+from dataclasses import fields
+from importlib.resources import files
+
+import pytest
+
+import clex_local
+
+
+def test_dir_shows_every_public_name_and_no_other():
+    public = [name for name in dir(clex_local) if not name.startswith("__")]
+    assert public == sorted(clex_local.__all__)
+    assert all(hasattr(clex_local, name) for name in public)
+    assert {"Llama", "open_model", "Session", "inspect", "install", "RunOptions"} <= set(public)
+
+
+def test_every_error_that_is_raised_is_public():
+    assert clex_local.Llama  # imports every module that raises one
+
+    def kinds(error):
+        return {error}.union(*map(kinds, error.__subclasses__()))
+
+    raised = {kind.__name__ for kind in kinds(clex_local.ClexError) if kind.__module__.startswith("clex_local.")}
+    assert raised <= set(clex_local.__all__)
+
+
+def test_help_has_a_line_for_each():
+    text = pydoc.plain(pydoc.render_doc(clex_local))
+    for name in ("open_model", "Session", "StateError", "on_prefill", "ContextWarning"):
+        assert name in text
+
+
+def test_importing_the_package_loads_no_library():
+    code = "import sys, clex_local; dir(clex_local); clex_local.RunOptions; sys.exit('llama_cpp' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def test_a_name_that_there_is_not():
+    with pytest.raises(AttributeError, match="has no attribute 'Lama'"):
+        clex_local.Lama  # noqa: B018
+
+
+def test_open_model_shows_the_options_as_its_arguments():
+    parameters = list(inspect.signature(clex_local.open_model).parameters.values())
+    assert [parameter.name for parameter in parameters[1:]] == [field.name for field in fields(clex_local.RunOptions)]
+    assert [parameter.default for parameter in parameters[1:]] == [
+        field.default for field in fields(clex_local.RunOptions)
+    ]
+    with pytest.raises(TypeError, match="unexpected keyword argument 'n_ctx'"):
+        clex_local.open_model("model.gguf", n_ctx=512)  # pyright: ignore[reportCallIssue]
+
+
+@pytest.mark.parametrize("package", ["clex_local", "clex_convert", "clex_eval", "clex_train"])
+def test_type_checkers_are_told_of_our_types(package):
+    assert files(package).joinpath("py.typed").is_file()
+
+
+def test_types_of_run_options_can_be_resolved():
+    assert set(typing.get_type_hints(clex_local.RunOptions)) == {field.name for field in fields(clex_local.RunOptions)}
