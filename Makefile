@@ -20,7 +20,7 @@ SANITIZED_TESTS = $(shell grep -l pytest.mark.sanitize tests/test_*.py)
 AREA ?=
 PYTEST = $(BIN)/python -m pytest --numprocesses $(WORKERS)
 
-NATIVE_SOURCES := CMakeLists.txt pyproject.toml $(wildcard native/*.py native/*.txt native/patches/* native/src/* startup/*)
+NATIVE_SOURCES := CMakeLists.txt pyproject.toml $(wildcard native/*.py native/*.txt native/patches/* native/src/* native/src/*/* startup/*)
 
 .PHONY: demo test sanitize lint format bench native stock clean
 

@@ -171,7 +171,7 @@ def is_quantized(kv_type: str) -> bool:
 
 
 def has_fast_flash_attention(shape: ModelShape | None) -> bool:
-    """Whether flash attention is the fastest path on a CPU: native/src/ggml-clex-attn.cpp computes it."""
+    """Whether flash attention is the fastest path on a CPU: native/src/cpu/ggml-clex-attn.cpp computes it."""
     if shape is None or "GGML_CLEX_ATTN_DISABLE" in os.environ:
         return False
     return shape.key_length % 16 == 0 and shape.value_length % 16 == 0

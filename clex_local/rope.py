@@ -82,7 +82,7 @@ def longrope_tables(file: GGUFFile) -> Tables | None:
 
     None where it makes none and llama.cpp chooses the factors by the allocated context.
 
-    Source: ``llama_clex_tables::load_longrope`` in ``native/src/llama-clex.cpp``.
+    Source: ``llama_clex_tables::load_longrope`` in ``native/src/tables/llama-clex-tables.cpp``.
     """
     arch = file.get("general.architecture")
     if os.environ.get("LLAMA_CLEX_LONGROPE_DISABLE") is not None:

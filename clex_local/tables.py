@@ -20,7 +20,7 @@ MAX_BUCKETS = 4096
 MAX_DIMENSION = 2**16  # rotary dimension of a head
 _MAX_TOKENS = 2**31 - 1  # positions are 32-bit numbers
 
-# Beyond these a value has no use, and angles, factors or scores overflow somewhere. native/src/llama-clex.cpp has the
+# Beyond these a value has no use, and angles, factors or scores overflow somewhere. llama-clex-tables.cpp has the
 # same. The smallest frequency is the smallest whose inverse is a number; trained tables of the authors' code reach 8.5.
 INV_FREQ_RANGE = (np.finfo(np.float32).tiny, np.float32(1e3))
 ATTN_SCALE_RANGE = (np.float32(1e-3), np.float32(1e3))

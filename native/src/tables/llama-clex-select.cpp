@@ -1,4 +1,4 @@
-#include "llama-clex-impl.h"
+#include "llama-clex-cache.h"
 
 #include "llama-batch.h"
 #include "llama-impl.h"
@@ -78,12 +78,12 @@ void llama_clex_cache::clear() {
     kept.clear();
 }
 
-int32_t llama_clex_cache::bucket(int64_t n_tokens) const {
+int32_t llama_clex_cache::choose_bucket(int64_t n_tokens) const {
     const int64_t n_max = tables.n_ctx_max();
     if (n_tokens > n_max && !clamp) {
         return -1;
     }
-    return tables.bucket(std::min(policy == LLAMA_CLEX_POLICY_FIXED ? n_ctx : n_tokens, n_max));
+    return tables.bucket_for(std::min(policy == LLAMA_CLEX_POLICY_FIXED ? n_ctx : n_tokens, n_max));
 }
 
 bool llama_clex_cache::select(const llama_kv_cache & kv, llama_batch_allocr & balloc) {
@@ -130,7 +130,7 @@ bool llama_clex_cache::select(const llama_kv_cache & kv, llama_batch_allocr & ba
 
     std::vector<int32_t> classes(LLAMA_MAX_SEQ, -1);
     for (const llama_seq_id s : present) {
-        classes[s] = bucket(lengths[s]);
+        classes[s] = choose_bucket(lengths[s]);
         if (classes[s] < 0) {
             LLAMA_LOG_ERROR("%s: sequence %d would have %lld tokens, the tables of the model cover %lld\n", __func__,
                     s, (long long) lengths[s], (long long) tables.n_ctx_max());
@@ -146,7 +146,7 @@ bool llama_clex_cache::select(const llama_kv_cache & kv, llama_batch_allocr & ba
     return true;
 }
 
-int32_t llama_clex_cache::bucket(const llama_ubatch & ubatch) const {
+int32_t llama_clex_cache::ubatch_bucket(const llama_ubatch & ubatch) const {
     return std::max(seqs[ubatch.seq_id[0][0]].bucket, 0);
 }
 
@@ -156,18 +156,9 @@ void llama_clex_cache::seq_cp(const llama_kv_cache & kv, llama_seq_id src, llama
     }
 }
 
-llama_clex_removal::llama_clex_removal(llama_memory_i * memory) : kv(dynamic_cast<llama_kv_cache *>(memory)) {
-    for (llama_seq_id s = 0; kv && s < LLAMA_MAX_SEQ; ++s) {
-        if (kv->clex.seqs[s].n_declared > 0 && kv->seq_pos_max(s) >= 0) {
-            seq_ids.push_back(s);
-        }
+bool llama_clex_cache::refuse_div() const {
+    if (tables.enabled()) {
+        LLAMA_LOG_ERROR("%s: positions cannot be divided with length-aware RoPE tables; nothing was changed\n", __func__);
     }
-}
-
-llama_clex_removal::~llama_clex_removal() {
-    for (const llama_seq_id s : seq_ids) {
-        if (kv->seq_pos_max(s) < 0) {
-            kv->clex.seqs[s].n_declared = 0;
-        }
-    }
+    return tables.enabled();
 }

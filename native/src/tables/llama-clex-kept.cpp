@@ -1,4 +1,4 @@
-#include "llama-clex-impl.h"
+#include "llama-clex-kept.h"
 
 #include "llama-impl.h"
 #include "llama-kv-cache.h"
@@ -7,9 +7,7 @@
 #include <stdexcept>
 
 void llama_clex_kept::init(const llama_kv_cache & kv) {
-    const auto & clex = kv.clex;
-
-    if (!ggml_is_quantized(kv.type_k()) || clex.tables.bucket(std::min(clex.n_ctx, clex.tables.n_ctx_max())) == 0) {
+    if (!ggml_is_quantized(kv.type_k())) {
         return;
     }
 

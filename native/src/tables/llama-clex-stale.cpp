@@ -1,0 +1,117 @@
+#include "llama-clex-cache.h"
+
+#include "llama-batch.h"
+#include "llama-kv-cache.h"
+
+#include <algorithm>
+
+// group the keys that one graph can rotate
+static void clex_add(std::vector<llama_clex_rotation> & rotations, const llama_clex_rotation & kind,
+        int32_t row, llama_pos pos_old, llama_pos pos_new) {
+    auto it = std::find_if(rotations.begin(), rotations.end(), [&](const llama_clex_rotation & r) { return r.is_like(kind); });
+    if (it == rotations.end()) {
+        it = rotations.insert(rotations.end(), kind);
+    }
+
+    it->rows   .push_back(row);
+    it->pos_old.push_back(pos_old);
+    it->pos_new.push_back(pos_new);
+}
+
+std::vector<llama_clex_rotation> llama_clex_cache::pending(const llama_kv_cache & kv, const llama_ubatch * ubatch) const {
+    std::vector<llama_clex_rotation> res;
+
+    std::vector<bool> streams(kv.n_stream, ubatch == nullptr);
+    if (ubatch) {
+        for (uint32_t k = 0; k < ubatch->n_seqs_unq; ++k) {
+            streams[kv.seq_to_stream[ubatch->seq_id_unq[k]]] = true;
+        }
+    }
+
+    const int32_t wanted = ubatch ? ubatch_bucket(*ubatch) : -1;
+
+    const auto in_ubatch = [&](const llama_kv_cells & cells, uint32_t i) {
+        return std::any_of(ubatch->seq_id_unq, ubatch->seq_id_unq + ubatch->n_seqs_unq,
+                [&](llama_seq_id s) { return cells.seq_has(i, s); });
+    };
+
+    for (uint32_t s = 0; s < kv.n_stream; ++s) {
+        if (!streams[s]) {
+            continue;
+        }
+
+        const auto & cells = kv.v_cells[s];
+
+        const uint32_t i1 = cells.used_max_p1();
+
+        for (uint32_t i = cells.used_min(); i < i1; ++i) {
+            if (cells.is_empty(i)) {
+                continue;
+            }
+
+            const int32_t   from  = cells.ext_get(i).clex;
+            const llama_pos shift = cells.get_shift(i);
+
+            // nearly all cells of nearly all decodes stop here
+            if (from == wanted && shift == 0) {
+                continue;
+            }
+
+            if (ubatch ? !in_ubatch(cells, i) : shift == 0) {
+                continue;
+            }
+
+            const int32_t   row     = s*cells.size() + i;
+            const llama_pos pos_new = cells.pos_get(i);
+
+            llama_clex_rotation kind;
+            kind.to      = ubatch ? wanted : from;
+            kind.crosses = kind.to != from;
+
+            const auto * key = kept.find(row);
+
+            kind.source = !kept.enabled() ? LLAMA_CLEX_FROM_CACHE : key ? LLAMA_CLEX_FROM_KEPT : LLAMA_CLEX_FROM_CACHE_KEEP;
+            kind.from   = key ? key->bucket : from;
+
+            const llama_pos pos_old = key ? key->pos : pos_new - shift;
+
+            kind.still = kind.from == kind.to && pos_old == pos_new;
+
+            clex_add(res, kind, row, pos_old, pos_new);
+        }
+    }
+
+    return res;
+}
+
+std::vector<llama_clex_rotation> llama_clex_cache::pending_restore(const llama_kv_cache & kv, llama_seq_id seq_id) const {
+    std::vector<llama_clex_rotation> res;
+
+    for (uint32_t s = 0; kept.enabled() && s < kv.n_stream; ++s) {
+        const auto & cells = kv.v_cells[s];
+
+        for (uint32_t i = cells.used_min(); i < cells.used_max_p1(); ++i) {
+            if (cells.is_empty(i) || (seq_id != -1 && !cells.seq_has(i, seq_id))) {
+                continue;
+            }
+
+            const int32_t   row = s*cells.size() + i;
+            const llama_pos pos = cells.pos_get(i);
+
+            const auto * key = kept.find(row);
+            if (!key || key->bucket == cells.ext_get(i).clex || key->pos != pos || cells.get_shift(i) != 0) {
+                continue;
+            }
+
+            llama_clex_rotation kind;
+            kind.source = LLAMA_CLEX_FROM_KEPT;
+            kind.from   = key->bucket;
+            kind.to     = key->bucket;
+            kind.still  = true;
+
+            clex_add(res, kind, row, pos, pos);
+        }
+    }
+
+    return res;
+}
