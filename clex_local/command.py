@@ -38,7 +38,7 @@ class Lines(logging.Formatter):
 
 
 class _Interrupted(Exception):
-    """Ctrl-C."""
+    """Ctrl-C, and what it left."""
 
 
 class Command(click.Command):
@@ -66,8 +66,8 @@ class Command(click.Command):
             code = self.fail(str(error))
         except MemoryError:
             code = self.fail("there is not enough memory")
-        except (_Interrupted, KeyboardInterrupt, click.Abort):
-            code = self.fail("interrupted", INTERRUPTED)
+        except (_Interrupted, KeyboardInterrupt, click.Abort) as interrupt:
+            code = self.fail("; ".join(["interrupted", *map(str, interrupt.args)]), INTERRUPTED)
         sys.exit(code)
 
     def invoke(self, ctx: click.Context) -> Any:
@@ -76,8 +76,8 @@ class Command(click.Command):
             return super().invoke(ctx)
         except ClexError as error:  # worded here, because a group does not know the options of its commands
             raise click.ClickException(in_options(str(error), self.params)) from error
-        except KeyboardInterrupt:
-            raise _Interrupted from None
+        except KeyboardInterrupt as interrupt:
+            raise _Interrupted(*interrupt.args) from None
 
     def fail(self, message: str, code: int = 1) -> int:
         """Print an error as every command does; returns the exit code."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import resource
@@ -23,12 +24,14 @@ from safetensors.torch import load_file, save_file
 import clex_convert
 from clex_local.errors import ClexError
 from clex_local.tables import read_tables
+from clex_train import TrainError
 from clex_train.cli import main
 from clex_train.data import load_sequences
 from clex_train.model import clex_layer, load_model
+from clex_train.options import TrainOptions
 from clex_train.positions import draw_positions
 from clex_train.train import TrainResult, train
-from clex_train.trainer import ClexTrainer, Feeding
+from clex_train.trainer import ClexTrainer, PositionSampler
 from helpers.tiny_models import SIZES, make_model
 
 pytestmark = [pytest.mark.train, pytest.mark.folders]
@@ -134,20 +137,20 @@ def test_chunked_positions_skip_at_most_three_times():
 
 
 def test_draws_depend_on_the_key_alone():
-    feeding = Feeding("random", 64, 16, 3, seed=5)
-    positions, factors = feeding.draw(7, 20, 3, 0, 0)
-    again = feeding.draw(7, 20, 3, 0, 0)
+    sampler = PositionSampler("random", 64, 16, 3, seed=5)
+    positions, factors = sampler.draw(7, 20, 3, 0, 0)
+    again = sampler.draw(7, 20, 3, 0, 0)
     torch.testing.assert_close((positions, factors), again, rtol=0, atol=0)
     assert positions[:, -1].tolist() == [20 * t - 1 for t in factors.tolist()]
     drawn = [
-        feeding.draw(7, 20, step, part, rank)[1][:3].tolist()
+        sampler.draw(7, 20, step, part, rank)[1][:3].tolist()
         for step in range(30)
         for part in (0, 1)
         for rank in (0, 1)
     ]
     assert {t for three in drawn for t in three} == set(range(1, 17))
     assert len({tuple(three) for three in drawn}) > 100
-    assert Feeding("none", 64, 16, 3, 5).draw(4, 200, 0)[1].tolist() == [4] * 4
+    assert PositionSampler("none", 64, 16, 3, 5).draw(4, 200, 0)[1].tolist() == [4] * 4
 
 
 # text
@@ -299,7 +302,7 @@ def test_resumed_training_equals_an_uninterrupted_one(base, text, tmp_path, opti
         if line.startswith("step 2/"):
             os.kill(os.getpid(), signal.SIGINT)
 
-    with pytest.raises(KeyboardInterrupt, match=r"saved a checkpoint at step [23]; --resume"):
+    with pytest.raises(KeyboardInterrupt, match=r"saved a checkpoint at step [23]; `resume=True`"):
         train(base, tmp_path / "parts", **arguments, report=interrupt)
     assert not (tmp_path / "parts").exists()
     parts = train(base, tmp_path / "parts", **arguments, resume=True)
@@ -307,6 +310,19 @@ def test_resumed_training_equals_an_uninterrupted_one(base, text, tmp_path, opti
     name = "adapter_model.safetensors" if "lora_rank" in options else "model.safetensors"
     assert (parts.path / name).read_bytes() == (whole.path / name).read_bytes()
     assert sorted(os.listdir(tmp_path)) == ["parts", "whole"]
+
+
+def test_all_options_belong_to_a_checkpoint_but_those_of_its_course():
+    names = {field.name for field in dataclasses.fields(TrainOptions)}
+    same = TrainOptions(report=print, resume=True, save_steps=5, log_steps=5).identity(Path("m"), Path("o"))
+    assert same == TrainOptions().identity(Path("m"), Path("o"))
+    assert same.keys() - {"model", "output"} == names - {"report", "resume", "save_steps", "log_steps"}
+    for change in (dict(text=[Path("a")]), dict(rope_scaling={"factor": 2}), dict(lora_target=["q"]), dict(bf16=False)):
+        assert TrainOptions(**change).identity(Path("m"), Path("o")) != same
+    # A command gives tuples where Python gives lists, and JSON knows lists alone.
+    assert TrainOptions(text=[Path("a")]).identity(Path("m"), Path("o")) == json.loads(
+        json.dumps(TrainOptions(text=(Path("a"),)).identity(Path("m"), Path("o")))
+    )
 
 
 def test_checkpoints_are_kept_for_the_same_arguments_only(base, text, tmp_path, monkeypatch):
@@ -468,6 +484,30 @@ def test_bad_input_gives_one_line(base, text, tmp_path, options, message):
     assert lines[0].startswith("clex-train: error: ")
     assert message in lines[0]
     assert not [name for name in os.listdir(tmp_path) if "out" in name]
+
+
+@pytest.mark.parametrize(
+    "arguments", [["--length", "1"], ["--positions", "all"], ["--rope-scaling", "[]"], ["--no-such-option"]]
+)
+def test_wrong_usage_is_one_line(base, tmp_path, arguments):
+    code, output = run(base, tmp_path / "out", *arguments)
+    assert code == 2
+    assert output.count("\n") == 1
+    assert output.startswith("clex-train: error: ")
+    assert arguments[0] in output
+
+
+def test_errors_of_the_library_name_its_arguments(base, text, tmp_path):
+    for options, message in (
+        (dict(), "give `text` or `dataset`"),
+        (dict(text=[text], merge=True), "`merge` need `lora_rank`"),
+        (dict(text=[text], length=10**6), "a smaller `length`"),
+    ):
+        with pytest.raises(TrainError) as error:
+            train(base, tmp_path / "out", **options)
+        assert message in str(error.value)
+    with pytest.raises(TypeError, match="unexpected keyword argument 'lenght'"):
+        train(base, tmp_path / "out", text=[text], lenght=24)
 
 
 def test_models_that_cannot_be_trained(base, text, tmp_path, golden_dir):

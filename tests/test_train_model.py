@@ -13,7 +13,7 @@ import transformers
 from clex_convert.frequencies import ntk, plain
 from clex_local.architectures import trainable_classes
 from clex_local.tables import Tables
-from clex_train.errors import TrainError
+from clex_train import TrainError
 from clex_train.layer import ClexLayer, ClexSettings
 from clex_train.model import add_clex, clex_layer, load_model
 from helpers.tiny_models import LENGTH, Reference, kind_of, make_model

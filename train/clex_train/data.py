@@ -12,7 +12,7 @@ from datasets import Sequence as ListOf
 from transformers import PreTrainedTokenizerBase
 
 from clex_convert.errors import one_line
-from clex_train.errors import TrainError
+from clex_train import TrainError
 
 COLUMN = "text"
 # Characters that are tokenized at once: a file need not fit into memory.
@@ -55,7 +55,7 @@ def load_sequences(
     features = Features({"input_ids": ListOf(Value("int32"), length=length)})
     if next(_packed(**arguments), None) is None:
         raise TrainError(
-            f"the text is shorter than one sequence of {length} tokens; give more text or a smaller --length"
+            f"the text is shorter than one sequence of {length} tokens; give more text or a smaller `length`"
         )
     if streaming:
         stream = IterableDataset.from_generator(_packed, features=features, gen_kwargs=arguments)

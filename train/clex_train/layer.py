@@ -12,7 +12,7 @@ from transformers import PretrainedConfig
 from clex_convert.ode import ClexLayer as Dynamics
 from clex_convert.ode import plain_frequencies, whole_states
 from clex_convert.transformers_folder import set_rope_scaling
-from clex_train.errors import TrainError
+from clex_train import TrainError
 
 
 @dataclass(frozen=True)
@@ -97,7 +97,7 @@ class ClexLayer(torch.nn.Module):
             if not bool(finite.all()):
                 raise TrainError(
                     f"the CLEX layer's dynamics diverge: the frequencies at t = {int(finite.int().argmin()) + 1} are "
-                    "not finite; a smaller --ode-learning-rate or --time-dt may help"
+                    "not finite; a smaller `ode_learning_rate` or `time_dt` may help"
                 )
             # f(1) itself, without the rounding of exp(log(f)); nothing is learned there
             return torch.cat((plain_frequencies(self.proj_func, self.base)[None], torch.exp(states[1:])))

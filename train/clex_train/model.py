@@ -25,9 +25,9 @@ from clex_convert.transformers_folder import load_config, rope_scaling, rope_the
 from clex_convert.weights import DEFAULT_ACTIVATION, DEFAULT_TIME_DT
 from clex_local.architectures import trainable_classes
 from clex_local.errors import ClexError
-from clex_train.errors import TrainError
+from clex_train import TrainError
 from clex_train.layer import ClexLayer, ClexSettings
-from clex_train.names import ATTENTIONS
+from clex_train.options import ATTENTIONS
 from clex_train.positions import factor_for
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from clex_train.names import POSITIONS
+from clex_train.options import POSITIONS
 
 _CHUNKS = 4
 

@@ -16,7 +16,6 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate.utils import DistributedType
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import (
     Trainer,
@@ -28,18 +27,18 @@ from transformers import (
 from transformers.trainer_callback import PrinterCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from clex_convert.errors import disk_full, writing
-from clex_train.errors import TrainError
+from clex_train import TrainError
 from clex_train.layer import ClexLayer
 from clex_train.model import clex_layer
 from clex_train.positions import draw_positions, factor_for
+from clex_train.saving import writing_folder
 
 # Beside the adapter of a LoRA training, whose checkpoints hold nothing else of the model.
 _ODE_FILE = "clex_layer.safetensors"
 
 
 @dataclass(frozen=True)
-class Feeding:
+class PositionSampler:
     """How the positions of a batch are drawn; see draw_positions.
 
     Attributes:
@@ -75,7 +74,7 @@ class ClexTrainer(Trainer):
     def __init__(
         self,
         *args: Any,
-        feeding: Feeding,
+        sampler: PositionSampler,
         ode_learning_rate: float | None,
         report: Callable[[str], None],
         **kwargs: Any,
@@ -83,7 +82,7 @@ class ClexTrainer(Trainer):
         """Takes what Trainer takes, and:
 
         Args:
-            feeding: of positions.
+            sampler: of positions.
             ode_learning_rate: of the CLEX layer; None for the model's.
             report: gets a line every few steps.
         """
@@ -92,7 +91,7 @@ class ClexTrainer(Trainer):
         self.add_callback(_Report(report))
         self.stop = _Stop(self)
         self.add_callback(self.stop)
-        self.feeding, self.ode_learning_rate = feeding, ode_learning_rate
+        self.sampler, self.ode_learning_rate = sampler, ode_learning_rate
         self._step, self._part = -1, 0
         layer = self._layer
         if layer is not None and self.accelerator.distributed_type == DistributedType.FSDP:
@@ -137,7 +136,7 @@ class ClexTrainer(Trainer):
         self._part = self._part + 1 if self._step == self.state.global_step else 0
         self._step = self.state.global_step
         ids, key = inputs["input_ids"], (self._step, self._part, self.args.process_index)
-        positions, factors = self.feeding.draw(*ids.shape, *key)
+        positions, factors = self.sampler.draw(*ids.shape, *key)
         # transformers takes gaps between positions for the borders of packed documents, unless there is a mask
         inputs |= {"position_ids": positions, "attention_mask": torch.ones_like(ids), "use_cache": False}
         if self._layer is not None:
@@ -146,7 +145,7 @@ class ClexTrainer(Trainer):
         if not math.isfinite(loss):
             raise TrainError(
                 f"the loss is {float(loss)} at step {self._step + 1}; a smaller learning rate, more warm-up or float32 "
-                "(--no-bf16) may help"
+                "(`bf16=False`) may help"
             )
         return loss
 
@@ -180,19 +179,6 @@ def _average_gradient(weight: torch.Tensor) -> None:
     assert weight.grad is not None
     torch.distributed.all_reduce(weight.grad)
     weight.grad /= torch.distributed.get_world_size()
-
-
-@contextlib.contextmanager
-def writing_folder(folder: Path) -> Iterator[None]:
-    """Words the refusal of the system, or of the library that writes there, to write in a folder."""
-    try:
-        with writing(folder):
-            yield
-    except (SafetensorError, RuntimeError) as error:
-        # They tell of a full disk in words alone; torch's do not even say that.
-        if any(word in str(error) for word in ("os error 27", "os error 28", "unexpected pos", "PytorchStreamWriter")):
-            raise disk_full(folder) from None
-        raise
 
 
 class _Report(TrainerCallback):
