@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import tempfile
 import time
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from statistics import median, quantiles
+from statistics import median
 from typing import Any
 
 import click
@@ -16,11 +19,42 @@ import numpy.typing as npt
 from benchmarks.context import KV_TYPES, default_threads
 from benchmarks.markdown import row
 from benchmarks.random_model import random_model
-from benchmarks.stock import STOCK, Server, Side
+from benchmarks.sides import STOCK, Server, Side, stock_library
 from benchmarks.text import emma
+from benchmarks.turns import in_turns, speedup
+from clex_local.command import SETTINGS, Command
+from clex_local.command_options import options_from
+from clex_local.options import option
 
-PIECE = 512  # tokens that are computed to fill a cache; more are copies of them
+COMPUTED = 512  # tokens that are computed to fill a cache; more are copies of them
 COPIED = 1 << 28  # bytes that each thread copies: far more than the caches hold
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttentionOptions:
+    """What is compared, and how long."""
+
+    layers: int = option(
+        4,
+        "Layers of the random model that is measured without MODEL: 32 query and 8 KV heads of 128, q8_0 weights.",
+        minimum=1,
+    )
+    stock: Path = option(
+        STOCK, "Folder of the stock libraries; `make stock` builds them.", default_text="build/stock/bin"
+    )
+    depth: Sequence[int] = option((64, 1024, 4096, 16384), "Tokens cached before. Repeatable.", minimum=1)
+    prompt: int = option(512, "Tokens prefilled at once.", minimum=1)
+    tokens: int = option(16, "Tokens decoded in a turn.", minimum=1)
+    rounds: int = option(10, "Turns of each side.", minimum=2)
+    limit: float = option(300, "Seconds after which a comparison has no more rounds.")
+    kv_type: Sequence[str] = option(
+        ("f16", "q8_0", "q4_0"), "Type of the key and value cache. Repeatable.", choices=tuple(KV_TYPES)
+    )
+    perplexity: int | None = option(None, "Compare perplexities on so many tokens of Emma instead.", minimum=16)
+    windows: int = option(1, "Windows of `perplexity` tokens each.", minimum=1)
+    quick: bool = option(False, "Two rounds at 64 and 1,024 tokens, of 128 tokens and 4.")
+    threads: int | None = option(None, "Threads to compute with.", default_text="the physical cores", minimum=1)
+    cpu_time: bool = option(False, "Count CPU time on one thread, which a busy machine disturbs less.")
 
 
 class CopyingServer(Server):
@@ -28,7 +62,7 @@ class CopyingServer(Server):
 
     def fill(self, depth: int) -> float:
         """Have exactly depth tokens in the cache."""
-        super().fill(min(depth, max(self.cached, PIECE)))
+        super().fill(min(depth, max(self.cached, COMPUTED)))
         while self.cached < depth:
             count = min(self.cached, depth - self.cached)
             self.context.repeat(count, self.cached)
@@ -63,47 +97,32 @@ def copy_bandwidth(threads: int) -> float:
     return 2 * COPIED * threads / best
 
 
-def ratio(slow: list[float], fast: list[float]) -> str:
-    """How many times as fast: the median over the rounds, and the quartiles."""
-    low, middle, high = quantiles([a / b for a, b in zip(slow, fast, strict=True)], n=4, method="inclusive")
-    return f"{middle:.2f} ({low:.2f} to {high:.2f})"
-
-
-def start(
-    model: str, n_ctx: int, kv_types: list[str], stock: Path, common: dict[str, Any]
-) -> dict[tuple[str, str], Side]:
+def start(model: str, n_ctx: int, options: AttentionOptions) -> dict[tuple[str, str], Side]:
     """A process for each cache type and each of "off", "on" (stock, without and with flash attention) and "ours"."""
-    library = {"LLAMA_CPP_LIB_PATH": str(stock.resolve())}
+    library = stock_library(options.stock)
+    clock = time.process_time if options.cpu_time else time.perf_counter
+    common: dict[str, Any] = {"threads": threads(options), "clock": clock, "n_seq": 2}
     sides = {}
-    for kv_type in kv_types:
+    for kv_type in dict.fromkeys(options.kv_type):
         for who in ("off", "on", "ours"):
             # Quantized values need flash attention.
             if who == "off" and kv_type.startswith("q"):
                 continue
-            options = {"kv_type": kv_type, "flash_attn": who != "off", "n_seq": 2, **common}
+            context = {"kv_type": kv_type, "flash_attn": who != "off", **common}
             environment = {} if who == "ours" else library
-            arguments = (CopyingServer, model, n_ctx, 0, options)
+            arguments = (CopyingServer, model, n_ctx, 0, context)
             sides[kv_type, who] = Side.start(f"{who}, {kv_type}", environment, *arguments)
     return sides
 
 
-def compare(
-    sides: dict[tuple[str, str], Side], kv_types: list[str], threads: int, method: str, depth: int, count: int,
-    rounds: int, limit: float,
-) -> None:  # fmt: skip
+def compare(sides: dict[tuple[str, str], Side], method: str, depth: int, count: int, options: AttentionOptions) -> None:
     """Let the sides take turns, and print a row for each cache type."""
     for side in sides.values():
         side.ask("fill", depth)
-    seconds: dict[tuple[str, str], list[float]] = {key: [] for key in sides}
-    began = time.monotonic()
-    for turn in range(rounds):
-        # Whoever comes first comes last next time.
-        for key in list(sides)[:: -1 if turn % 2 else 1]:
-            seconds[key].append(sides[key].ask(method, depth, count))
-        if turn and time.monotonic() - began > limit:
-            break
-    bandwidth = copy_bandwidth(threads) if method == "decode" else 0.0
-    for kv_type in kv_types:
+    asked = {key: partial(side.ask, method, depth, count) for key, side in sides.items()}
+    seconds = in_turns(asked, options.rounds, limit=options.limit)
+    bandwidth = copy_bandwidth(threads(options)) if method == "decode" else 0.0
+    for kv_type in dict.fromkeys(options.kv_type):
         ours, stock = seconds[kv_type, "ours"], seconds[kv_type, "on"]
         off = seconds.get((kv_type, "off"))
         better = off if off and median(off) < median(stock) else stock
@@ -113,20 +132,28 @@ def compare(
             share = f"{rate / bandwidth:.2f}"
         speeds = [f"{count / median(times):.1f}" if times else "-" for times in (off, stock, ours)]
         base = seconds.get(("f16", "ours"))
-        ratios = [ratio(better, ours), ratio(stock, ours), ratio(base, ours) if base else "-"]
+        ratios = [speedup(slow, ours).text() if slow else "-" for slow in (better, stock, base)]
         click.echo(row([f"{method} {count:,} at {depth:,}", kv_type, *speeds, *ratios, share]))
 
 
-def compare_perplexities(sides: dict[tuple[str, str], Side], kv_types: list[str], tokens: int, windows: int) -> None:
+def threads(options: AttentionOptions) -> int:
+    """How many compute."""
+    return 1 if options.cpu_time else options.threads or default_threads()
+
+
+def compare_perplexities(sides: dict[tuple[str, str], Side], tokens: int, options: AttentionOptions) -> None:
     """Print those of a text's first windows: all in batches of 512, and the last quarters in small batches."""
     click.echo(row(["cache", "batch", "stock", "ours", "difference"]))
     click.echo(row(["---", "---:", "---:", "---:", "---:"]))
     prefilled = tokens - tokens // 4
-    for kv_type in kv_types:
+    for kv_type in dict.fromkeys(options.kv_type):
         for first, batch in ((0, 512), (prefilled, 8), (prefilled, 1)):
             stock, ours = (
                 np.concatenate(
-                    [sides[kv_type, who].ask("likelihoods", tokens, first, batch, window) for window in range(windows)]
+                    [
+                        sides[kv_type, who].ask("likelihoods", tokens, first, batch, window)
+                        for window in range(options.windows)
+                    ]
                 )
                 for who in ("on", "ours")
             )
@@ -136,55 +163,10 @@ def compare_perplexities(sides: dict[tuple[str, str], Side], kv_types: list[str]
             click.echo(row([*cells, f"{100 * np.expm1(difference.mean()):+.3f} ± {100 * error:.3f} %"]))
 
 
-@click.command()
+@click.command("attention", cls=Command, context_settings=SETTINGS)
 @click.argument("model", required=False, type=click.Path(exists=True, dir_okay=False))
-@click.option(
-    "--layers", type=click.IntRange(min=1), default=4, show_default=True,
-    help="Layers of the random model that is measured without MODEL: 32 query and 8 KV heads of 128, q8_0 weights.",
-)  # fmt: skip
-@click.option(
-    "--stock", type=click.Path(exists=True, file_okay=False, path_type=Path), default=STOCK,
-    show_default="build/stock/bin", help="Folder of the stock libraries; `make stock` builds them.",
-)  # fmt: skip
-@click.option(
-    "--depth", "depths", type=click.IntRange(min=1), multiple=True, default=[64, 1024, 4096, 16384],
-    show_default=True, help="Tokens cached before. Repeatable.",
-)  # fmt: skip
-@click.option("--prompt", type=click.IntRange(min=1), default=512, show_default=True, help="Tokens prefilled at once.")
-@click.option("--tokens", type=click.IntRange(min=1), default=16, show_default=True, help="Tokens decoded in a turn.")
-@click.option("--rounds", type=click.IntRange(min=2), default=10, show_default=True, help="Turns of each side.")
-@click.option(
-    "--limit", type=float, default=300, show_default=True, help="Seconds after which a comparison has no more rounds."
-)
-@click.option(
-    "--kv-type", "kv_types", type=click.Choice(list(KV_TYPES)), multiple=True, default=["f16", "q8_0", "q4_0"],
-    show_default=True, help="Repeatable.",
-)  # fmt: skip
-@click.option(
-    "--perplexity", type=click.IntRange(min=16), help="Compare perplexities on so many tokens of Emma instead."
-)
-@click.option(
-    "--windows", type=click.IntRange(min=1), default=1, show_default=True, help="Windows of --perplexity tokens each."
-)
-@click.option("--quick", is_flag=True, help="Two rounds at 64 and 1,024 tokens, of 128 tokens and 4.")
-@click.option("--threads", type=click.IntRange(min=1), help="[default: the physical cores]")
-@click.option("--cpu-time", is_flag=True, help="Count CPU time on one thread, which a busy machine disturbs less.")
-def main(
-    model: str | None,
-    layers: int,
-    stock: Path,
-    depths: tuple[int, ...],
-    prompt: int,
-    tokens: int,
-    rounds: int,
-    limit: float,
-    kv_types: tuple[str, ...],
-    perplexity: int | None,
-    windows: int,
-    quick: bool,
-    threads: int | None,
-    cpu_time: bool,
-) -> None:
+@options_from(AttentionOptions)
+def main(model: str | None, options: AttentionOptions) -> None:
     """Measure decode and prefill of MODEL with each type of the KV cache, in stock llama.cpp and in ours.
 
     Each side is a process of its own, and they take turns. Printed are tokens per second of stock without and with
@@ -198,25 +180,22 @@ def main(
 
     The cached tokens behind the first 512 are copies of these, shifted: a fast way to fill the cache.
     """
-    if quick:
-        depths, prompt, tokens, rounds = (64, 1024), 128, 4, 2
-    if perplexity and not model:
+    if options.quick:
+        options = replace(options, depth=(64, 1024), prompt=128, tokens=4, rounds=2)
+    if options.perplexity and not model:
         raise click.ClickException("perplexity needs a MODEL that can read")
-    types, count = list(dict.fromkeys(kv_types)), 1 if cpu_time else threads or default_threads()
-    common = {"threads": count, "clock": time.process_time if cpu_time else time.perf_counter}
     with tempfile.TemporaryDirectory() as folder:
-        path = model or str(random_model(Path(folder) / "random.gguf", n_layer=layers))
-        n_ctx = perplexity or max(depths) + max(prompt, tokens + 1)
-        sides = start(path, n_ctx, types, stock, common)
-        if perplexity:
-            compare_perplexities(sides, types, perplexity, windows)
+        path = model or str(random_model(Path(folder) / "random.gguf", n_layer=options.layers))
+        sides = start(path, options.perplexity or max(options.depth) + max(options.prompt, options.tokens + 1), options)
+        if options.perplexity:
+            compare_perplexities(sides, options.perplexity, options)
         else:
             columns = ["", "cache", "stock, off", "stock, on", "ours", "ours / better", "ours / on", "ours / ours f16"]
             click.echo(row([*columns, "share"]))
             click.echo(row(["---"] * 2 + ["---:"] * 7))
-            for depth in sorted(depths):
-                for method, many in (("prefill", prompt), ("decode", tokens)):
-                    compare(sides, types, count, method, depth, many, rounds, limit)
+            for depth in sorted(options.depth):
+                for method, count in (("prefill", options.prompt), ("decode", options.tokens)):
+                    compare(sides, method, depth, count, options)
         for side in sides.values():
             side.stop()
 

@@ -44,11 +44,11 @@ class Model:
         original_context: tokens covered at t = 1; 0 without tables.
     """
 
-    def __init__(self, path: str | os.PathLike[str], gpu_layers: int = 0) -> None:
+    def __init__(self, path: str | os.PathLike[str], n_gpu_layers: int = 0) -> None:
         if not Path(path).is_file():
             raise FileNotFoundError(f"{path}: no such model file")
         params = llama_cpp.llama_model_default_params()
-        params.n_gpu_layers = gpu_layers
+        params.n_gpu_layers = n_gpu_layers
         # Not mapped: decode differs by several percent between a file and its copy, by how they lie in the page cache.
         params.use_mmap = False
         pointer = llama_cpp.llama_model_load_from_file(os.fspath(path).encode(), params)

@@ -10,12 +10,18 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
 
 import click
+
+from benchmarks.markdown import row
+from benchmarks.turns import in_turns
+from clex_local.command import SETTINGS, Command
+from clex_local.command_options import options_from
+from clex_local.options import option
 
 TOKENIZER = Path(__file__).parent.parent / "tests" / "data" / "llama"
 CONVERT = [sys.executable, "-c", "from clex_convert.cli import main; main()"]
@@ -134,100 +140,115 @@ class Run:
             yield from self._tree(child, command)
 
 
-@click.command()
-@click.option("--size", type=float, default=4.0, show_default=True, help="GB of weights of the model, at least.")
-@click.option("--vocabulary", type=int, default=32000, show_default=True, help="Tokens: decides the largest tensor.")
-@click.option(
-    "--outtype", "outtypes", multiple=True, default=["bf16", "f16", "q8_0", "q4_k_m"], show_default=True,
-    help="Types to convert to. Repeatable.",
-)  # fmt: skip
-@click.option(
-    "--llama-cpp", type=click.Path(exists=True, file_okay=False, path_type=Path),
-    help="Folder of llama.cpp's source with convert_hf_to_gguf.py, to take turns with.",
-)  # fmt: skip
-@click.option(
-    "--llama-quantize", type=click.Path(exists=True, dir_okay=False, path_type=Path),
-    help="Its tool llama-quantize.  [default: build/bin/llama-quantize in that folder]",
-)  # fmt: skip
-@click.option("--check", default="basic", show_default=True, help="How clex-convert checks its results.")
-@click.option("--rounds", type=click.IntRange(min=1), default=3, show_default=True, help="Turns of each side.")
-@click.option(
-    "--folder", type=click.Path(file_okay=False, path_type=Path), default=Path("build/bench"), show_default=True,
-    help="Where the model and the results are written; they are removed at the end.",
-)  # fmt: skip
-def main(
-    size: float,
-    vocabulary: int,
-    outtypes: tuple[str, ...],
-    llama_cpp: Path | None,
-    llama_quantize: Path | None,
-    check: str,
-    rounds: int,
-    folder: Path,
-) -> None:
+@dataclass(frozen=True, kw_only=True)
+class ConversionOptions:
+    """What is converted, and with what it is compared."""
+
+    size: float = option(4.0, "GB of weights of the model, at least.")
+    vocabulary: int = option(32000, "Tokens: decides the largest tensor.")
+    outtype: Sequence[str] = option(("bf16", "f16", "q8_0", "q4_k_m"), "Types to convert to. Repeatable.")
+    llama_cpp: Path | None = option(
+        None, "Folder of llama.cpp's source with convert_hf_to_gguf.py, to take turns with."
+    )
+    llama_quantize: Path | None = option(
+        None, "Its tool llama-quantize.", default_text="build/bin/llama-quantize in that folder"
+    )
+    check: str = option("basic", "How clex-convert checks its results.")
+    rounds: int = option(3, "Turns of each side.", minimum=1)
+    folder: Path = option(
+        Path("build/bench"), "Where the model and the results are written; they are removed at the end."
+    )
+
+
+class Conversions:
+    """The conversions of one model folder by both programs, and the tables of what they took."""
+
+    def __init__(self, folder: Path, options: ConversionOptions) -> None:
+        self.options = options
+        self.model, self.out, self.middle = (folder / name for name in ("model", "out.gguf", "middle.gguf"))
+        self.rows = [row(["conversion", "seconds", "CPU s", "peak, GiB", "peaks together, GiB"])]
+        self.ratios = [row(["conversion", "llama.cpp, s", "clex-convert, s", "ratio", "CPU, ratio"])]
+        for table in (self.rows, self.ratios):
+            table.append(row(["---", *["---:"] * 4]))
+
+    def ours(self, source: Path, target: Path, *more: str) -> Run:
+        """What clex-convert takes."""
+        os.sync()  # what the run before left to be written is not for this one to wait for
+        check = self.options.check
+        return Run().run(*CONVERT, source, target, "--method", "ntk", "--check", check, "--overwrite", *more)
+
+    def theirs(self, outtype: str) -> Run:
+        """What llama.cpp's script takes, with its tool where the script does not write the type."""
+        os.sync()
+        llama_cpp = self.options.llama_cpp
+        assert llama_cpp is not None
+        direct = outtype in ("f32", "f16", "bf16")
+        first, result = (outtype, self.out) if direct else ("bf16", self.middle)
+        script = llama_cpp / "convert_hf_to_gguf.py"
+        run = Run().run(sys.executable, script, self.model, "--outfile", result, "--outtype", first)
+        tool = self.options.llama_quantize or llama_cpp / "build" / "bin" / "llama-quantize"
+        return run if direct else run.run(tool, self.middle, self.out, outtype)
+
+    def add(self, name: str, runs: list[Run]) -> None:
+        """A row of what the runs of a conversion took."""
+        seconds, cpu = median(run.seconds for run in runs), median(run.cpu for run in runs)
+        peak, together = max(run.peak for run in runs), max(run.together for run in runs)
+        cells = [name, f"{seconds:.1f}", f"{cpu:.1f}", f"{peak / GIB:.2f}", f"{together / GIB:.2f}"]
+        self.rows.append(row(cells))
+        click.echo(self.rows[-1], err=True)
+
+    def compare(self, outtype: str) -> None:
+        """Converts the folder in turns with llama.cpp, where there is one."""
+
+        def once(convert: Callable[[], Run]) -> Run:
+            run = convert()
+            self.out.unlink(missing_ok=True)
+            self.middle.unlink(missing_ok=True)
+            return run
+
+        sides = {"ours": lambda: once(lambda: self.ours(self.model, self.out, "--outtype", outtype))}
+        if self.options.llama_cpp:
+            sides["llama.cpp"] = lambda: once(lambda: self.theirs(outtype))
+        runs = in_turns(sides, self.options.rounds)
+        self.add(f"folder to {outtype}", runs["ours"])
+        if self.options.llama_cpp:
+            self.add(f"folder to {outtype}, llama.cpp", runs["llama.cpp"])
+            seconds = [median(run.seconds for run in runs[side]) for side in ("llama.cpp", "ours")]
+            pairs = list(zip(runs["llama.cpp"], runs["ours"], strict=True))
+            ratios = median(b.seconds / a.seconds for a, b in pairs), median(b.cpu / a.cpu for a, b in pairs)
+            cells = [*(f"{value:.1f}" for value in seconds), *(f"{value:.3f}" for value in ratios)]
+            self.ratios.append(row([outtype, *cells]))
+            click.echo(self.ratios[-1], err=True)
+
+    def convert_gguf(self) -> None:
+        """Converts a GGUF file of the model, which is removed."""
+        self.ours(self.model, self.middle, "--outtype", "bf16")
+        shutil.rmtree(self.model)
+        self.add("GGUF file, copied", [self.ours(self.middle, self.out)])
+        self.add("GGUF file to q4_k_m", [self.ours(self.middle, self.out, "--outtype", "q4_k_m")])
+
+
+@click.command("conversion", cls=Command, context_settings=SETTINGS)
+@options_from(ConversionOptions)
+def main(options: ConversionOptions) -> None:
     """Convert a synthetic LLaMA folder, and a GGUF file of its size; print peaks of memory, and times.
 
     With --llama-cpp, convert_hf_to_gguf.py and llama-quantize do the same conversions in turns. Needs Linux, and disk
     space of three times the size.
     """
-    if llama_cpp and not llama_quantize:
-        llama_quantize = llama_cpp / "build" / "bin" / "llama-quantize"
-    folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder, prefix="conversion-") as scratch:
-        model, out, middle = (Path(scratch) / name for name in ("model", "out.gguf", "middle.gguf"))
-        largest = make_model(model, size * 1e9, vocabulary)
-        weights = sum(path.stat().st_size for path in model.glob("*.safetensors"))
+    options.folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=options.folder, prefix="conversion-") as scratch:
+        conversions = Conversions(Path(scratch), options)
+        largest = make_model(conversions.model, options.size * 1e9, options.vocabulary)
+        weights = sum(path.stat().st_size for path in conversions.model.glob("*.safetensors"))
         click.echo(f"{weights / 1e9:.2f} GB of weights, largest tensor {largest / 1e9:.2f} GB; ", nl=False)
         click.echo(f"1.5 GiB + largest: {(ALLOWANCE + largest) / GIB:.2f} GiB\n")
-
-        def ours(source: Path, target: Path, *options: str) -> Run:
-            os.sync()  # what the run before left to be written is not for this one to wait for
-            return Run().run(*CONVERT, source, target, "--method", "ntk", "--check", check, "--overwrite", *options)
-
-        def theirs(outtype: str) -> Run:
-            assert llama_cpp is not None
-            os.sync()
-            direct = outtype in ("f32", "f16", "bf16")
-            first, result = ("bf16", middle) if not direct else (outtype, out)
-            script = llama_cpp / "convert_hf_to_gguf.py"
-            run = Run().run(sys.executable, script, model, "--outfile", result, "--outtype", first)
-            return run if direct else run.run(llama_quantize, middle, out, outtype)
-
-        lines = ["| conversion | seconds | CPU s | peak, GiB | peaks together, GiB |", "| --- " + "| ---: " * 4 + "|"]
-        times = ["| conversion | llama.cpp, s | clex-convert, s | ratio | CPU, ratio |", "| --- " + "| ---: " * 4 + "|"]
-
-        def row(name: str, runs: list[Run]) -> None:
-            seconds, cpu = median(run.seconds for run in runs), median(run.cpu for run in runs)
-            peak, together = max(run.peak for run in runs), max(run.together for run in runs)
-            lines.append(f"| {name} | {seconds:.1f} | {cpu:.1f} | {peak / GIB:.2f} | {together / GIB:.2f} |")
-            click.echo(lines[-1], err=True)
-
-        for outtype in outtypes:
-            sides: tuple[list[Run], list[Run]] = [], []
-            for turn in range(rounds):
-                for side in (0, 1) if turn % 2 else (1, 0):
-                    if side:
-                        sides[1].append(ours(model, out, "--outtype", outtype))
-                    elif llama_cpp:
-                        sides[0].append(theirs(outtype))
-                    out.unlink(missing_ok=True)
-                    middle.unlink(missing_ok=True)
-            row(f"folder to {outtype}", sides[1])
-            if llama_cpp:
-                row(f"folder to {outtype}, llama.cpp", sides[0])
-                wall = [(median(run.seconds for run in side)) for side in sides]
-                ratio = median(b.seconds / a.seconds for a, b in zip(*sides, strict=True))
-                cpu = median(b.cpu / a.cpu for a, b in zip(*sides, strict=True))
-                times.append(f"| {outtype} | {wall[0]:.1f} | {wall[1]:.1f} | {ratio:.3f} | {cpu:.3f} |")
-                click.echo(times[-1], err=True)
-
-        ours(model, middle, "--outtype", "bf16")
-        shutil.rmtree(model)
-        row("GGUF file, copied", [ours(middle, out)])
-        row("GGUF file to q4_k_m", [ours(middle, out, "--outtype", "q4_k_m")])
-    click.echo("\n".join(lines))
-    if llama_cpp:
-        click.echo("\n" + "\n".join(times))
+        for outtype in options.outtype:
+            conversions.compare(outtype)
+        conversions.convert_gguf()
+    click.echo("\n".join(conversions.rows))
+    if options.llama_cpp:
+        click.echo("\n" + "\n".join(conversions.ratios))
 
 
 if __name__ == "__main__":

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 
@@ -9,6 +11,10 @@ import click
 import numpy as np
 
 from benchmarks.context import KV_TYPES, Context, Model
+from benchmarks.markdown import row
+from clex_local.command import SETTINGS, Command
+from clex_local.command_options import options_from
+from clex_local.options import option
 
 NEIGHBOURS = 4  # decodes before and after the crossing one, which say what a decode costs without it
 
@@ -30,65 +36,75 @@ def crossing(context: Context, depth: int, token: int) -> tuple[float, float]:
     return crossed - median(before + after), seconds_after - seconds
 
 
-@click.command()
+@dataclass(frozen=True, kw_only=True)
+class SwitchOptions:
+    """What is measured, and how often."""
+
+    depth: Sequence[int] = option(
+        (),
+        "Tokens cached at the crossing: one of the lengths that a table covers. Repeatable.",
+        default_text="what the first table covers",
+        minimum=16,
+    )
+    kv_type: Sequence[str] = option(
+        tuple(KV_TYPES),
+        "Type of the cache; flash attention is on for q8_0, which needs it. Repeatable.",
+        choices=tuple(KV_TYPES),
+    )
+    repetitions: int = option(3, "Prefills per line.", minimum=1)
+    crossings: int = option(3, "After each prefill.", minimum=1)
+    batch: int = option(512, "Prompt tokens computed at once.", minimum=1)
+    threads: int | None = option(None, "Threads to compute with.", default_text="the physical cores", minimum=1)
+    n_gpu_layers: int = option(0, "Layers computed on a GPU; -1: all.")
+
+
+def measure(model: Model, depth: int, kv_type: str, options: SwitchOptions) -> list[str]:
+    """The cells of a row: prefills up to a depth, and crossings after each."""
+    tokens = np.random.default_rng(0).integers(0, model.n_vocab, depth, np.int32)
+    flash_attn = kv_type == "q8_0"
+    with Context(
+        model, depth + 256, kv_type=kv_type, flash_attn=flash_attn, n_batch=options.batch, threads=options.threads
+    ) as context:
+        context.prefill(tokens[: options.batch])  # touches the weights and the buffers
+        prefills, costs = [], []
+        for _ in range(options.repetitions):
+            context.clear()
+            prefills.append(context.prefill(tokens))
+            costs += [crossing(context, depth, int(tokens[0])) for _ in range(options.crossings)]
+    whole, counted = (sorted(column) for column in zip(*costs, strict=True))
+    prefill, cost = median(prefills), median(whole)
+    return [
+        f"{depth:,}",
+        kv_type,
+        f"{prefill:.1f}",
+        f"{cost * 1e3:.1f}",
+        f"{median(counted) * 1e3:.1f}",
+        f"{prefill / cost:.0f} ({min(prefills) / whole[-1]:.0f})",
+    ]
+
+
+@click.command("table_switch", cls=Command, context_settings=SETTINGS)
 @click.argument("path", metavar="MODEL", type=click.Path(exists=True, dir_okay=False, path_type=Path))
-@click.option(
-    "--depth", "depths", type=click.IntRange(min=16), multiple=True,
-    help="Tokens cached at the crossing: one of the lengths that a table covers. Repeatable.  "
-    "[default: what the first table covers]",
-)  # fmt: skip
-@click.option(
-    "--kv-type", "kv_types", type=click.Choice(list(KV_TYPES)), multiple=True, default=list(KV_TYPES),
-    show_default=True, help="Type of the cache; flash attention is on for q8_0, which needs it. Repeatable.",
-)  # fmt: skip
-@click.option("--repetitions", type=click.IntRange(min=1), default=3, show_default=True, help="Prefills per line.")
-@click.option("--crossings", type=click.IntRange(min=1), default=3, show_default=True, help="After each prefill.")
-@click.option("--batch", type=click.IntRange(min=1), default=512, show_default=True)
-@click.option("--threads", type=click.IntRange(min=1), help="[default: the physical cores]")
-@click.option("--gpu-layers", type=int, default=0, show_default=True, help="Layers computed on a GPU; -1: all.")
-def main(
-    path: Path,
-    depths: tuple[int, ...],
-    kv_types: tuple[str, ...],
-    repetitions: int,
-    crossings: int,
-    batch: int,
-    threads: int | None,
-    gpu_layers: int,
-) -> None:
+@options_from(SwitchOptions)
+def main(path: Path, options: SwitchOptions) -> None:
     """Measure a model with tables: prefill up to a boundary, cross it, and so on alternately.
 
     Printed are medians: the prefill; the decode that crosses less its neighbours that do not; the time that the
     library counts for the re-rotation itself; and the prefill divided by the second (in brackets by the worst of all
     crossings).
     """
-    model = Model(path, gpu_layers)
+    model = Model(path, options.n_gpu_layers)
     if len(model.factors) < 2:
         raise click.ClickException(f"{path}: has no tables to switch between; make them with clex-convert")
     covered = [int(factor * model.original_context) for factor in model.factors[:-1]]
-    if wrong := [depth for depth in depths if depth not in covered]:
+    if wrong := [depth for depth in options.depth if depth not in covered]:
         raise click.ClickException(f"no table ends at {wrong[0]} tokens, only at {', '.join(map(str, covered))}")
-    random = np.random.default_rng(0)
-    click.echo("| cached tokens | cache | prefill, s | crossing, ms | re-rotation, ms | prefill / crossing |")
-    click.echo("| ---: | --- | ---: | ---: | ---: | ---: |")
-    for depth in depths or covered[:1]:
-        tokens = random.integers(0, model.n_vocab, depth, np.int32)
-        for kv_type in kv_types:
-            with Context(
-                model, depth + 256, kv_type=kv_type, flash_attn=kv_type == "q8_0", n_batch=batch, threads=threads
-            ) as context:
-                context.prefill(tokens[:batch])  # touches the weights and the buffers
-                prefills, costs = [], []
-                for _ in range(repetitions):
-                    context.clear()
-                    prefills.append(context.prefill(tokens))
-                    costs += [crossing(context, depth, int(tokens[0])) for _ in range(crossings)]
-            whole, counted = (sorted(column) for column in zip(*costs, strict=True))
-            prefill, cost = median(prefills), median(whole)
-            click.echo(
-                f"| {depth:,} | {kv_type} | {prefill:.1f} | {cost * 1e3:.1f} | {median(counted) * 1e3:.1f} "
-                f"| {prefill / cost:.0f} ({min(prefills) / whole[-1]:.0f}) |"
-            )
+    columns = ["cached tokens", "cache", "prefill, s", "crossing, ms", "re-rotation, ms", "prefill / crossing"]
+    click.echo(row(columns))
+    click.echo(row(["---:", "---", *["---:"] * 4]))
+    for depth in options.depth or covered[:1]:
+        for kv_type in options.kv_type:
+            click.echo(row(measure(model, depth, kv_type, options)))
     model.close()
 
 

@@ -5,18 +5,24 @@ from __future__ import annotations
 import ctypes
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
-from statistics import median, quantiles
+from statistics import median
 
 import click
 
 from benchmarks.context import default_threads
 from benchmarks.markdown import row
-from benchmarks.stock import STOCK, Server, Side
+from benchmarks.sides import STOCK, Server, Side, stock_library
+from benchmarks.turns import in_turns, quartiles
 from clex_local import library_path
+from clex_local.command import SETTINGS, Command
+from clex_local.command_options import options_from
+from clex_local.options import option
 
 DEPTH = 64  # tokens cached before
 OTHERS = {"alone": None, "beside busy": 0, "beside niced": 19}  # niceness of what else runs
@@ -88,43 +94,51 @@ def others(niceness: int | None) -> Iterator[None]:
 
 def measure(sides: list[Side], rounds: int, method: str, *arguments: int) -> dict[str, list[float]]:
     """Speed of each side in each round; the sides take turns."""
-    speeds: dict[str, list[float]] = {side.name: [] for side in sides}
-    for turn in range(rounds + 1):
-        for side in sides[:: -1 if turn % 2 else 1]:
-            speeds[side.name].append(side.ask(method, *arguments))
-    return {name: values[1:] for name, values in speeds.items()}  # the first round warms up
+    return in_turns({side.name: partial(side.ask, method, *arguments) for side in sides}, rounds, warm_up=1)
 
 
 def cells(speeds: list[float], reference: list[float]) -> list[str]:
     """Median speed, and the ratio to the reference's median with the quartiles."""
-    low, middle, high = (value / median(reference) for value in quantiles(speeds, n=4, method="inclusive"))
-    return [f"{median(speeds):.1f}", f"{middle:.2f} ({low:.2f} to {high:.2f})"]
+    return [f"{median(speeds):.1f}", quartiles([speed / median(reference) for speed in speeds]).text()]
 
 
-@click.command()
+def start(model: str, prompt: int, threads: int, stock: Path, flash_attn: bool) -> list[Side]:
+    """The sides, the reference first, then the policy of many threads."""
+    plain = stock_library(stock)
+    rows = [
+        ("patched, 1 thread", 1, {}),
+        (f"patched, {threads} threads", threads, {}),
+        (f"patched, {threads} threads, planned", threads, {"GGML_CLEX_THREADS_FIXED": "1"}),
+        (f"stock, {threads} threads", threads, plain),
+        (f"stock, {threads} threads, passive", threads, {**plain, "OMP_WAIT_POLICY": "passive"}),
+    ]
+    n_ctx = DEPTH + max(prompt, 64)
+    return [
+        Side.start(name, environment, TimedServer, model, n_ctx, 0, {"threads": n, "flash_attn": flash_attn})
+        for name, n, environment in rows
+    ]
+
+
+@dataclass(frozen=True, kw_only=True)
+class WaitingOptions:
+    """What is compared, and how long."""
+
+    stock: Path = option(
+        STOCK, "Folder of the stock libraries; `make stock` builds them.", default_text="build/stock/bin"
+    )
+    threads: int | None = option(None, "Threads to compute with.", default_text="the physical cores", minimum=2)
+    milliseconds: int = option(1500, "Decoding of a turn.", minimum=1)
+    prompt: int = option(512, "Tokens prefilled at once.", minimum=1)
+    rounds: int = option(5, "Turns of each side.", minimum=2)
+    flash_attn: bool = option(False, "Flash attention.")
+    only: str | None = option(None, "What is measured.", default_text="both", choices=("decode", "prefill"))
+    beside: Sequence[str] = option(tuple(OTHERS), "What else runs. Repeatable.", choices=tuple(OTHERS))
+
+
+@click.command("waiting", cls=Command, context_settings=SETTINGS)
 @click.argument("model", type=click.Path(exists=True, dir_okay=False))
-@click.option(
-    "--stock", type=click.Path(path_type=Path), default=STOCK, show_default="build/stock/bin",
-    help="Folder of the stock libraries (`make stock`).",
-)  # fmt: skip
-@click.option("--threads", type=click.IntRange(min=2), help="[default: the physical cores]")
-@click.option("--milliseconds", type=click.IntRange(min=1), default=1500, show_default=True, help="Decoding of a turn.")
-@click.option("--prompt", type=click.IntRange(min=1), default=512, show_default=True, help="Tokens prefilled at once.")
-@click.option("--rounds", type=click.IntRange(min=2), default=5, show_default=True, help="Turns of each side.")
-@click.option("--flash-attn", is_flag=True, help="Flash attention.")
-@click.option("--only", type=click.Choice(["decode", "prefill"]), help="[default: both]")
-@click.option("--beside", multiple=True, type=click.Choice(list(OTHERS)), default=list(OTHERS), help="Repeatable.")
-def main(
-    model: str,
-    stock: Path,
-    threads: int | None,
-    milliseconds: int,
-    prompt: int,
-    rounds: int,
-    flash_attn: bool,
-    only: str | None,
-    beside: tuple[str, ...],
-) -> None:
+@options_from(WaitingOptions)
+def main(model: str, options: WaitingOptions) -> None:
     """Measure MODEL with the patched library and the stock one: alone, beside one busy process for each core, and
     beside one of the lowest priority (nice 19) for each core.
 
@@ -133,45 +147,28 @@ def main(
     policy (GGML_CLEX_THREADS_FIXED); "passive" is OMP_WAIT_POLICY=passive. What the policy costs alone is measured in
     one process at the end, since threads of the side before may still spin when a turn begins.
     """
-    if not stock.is_dir():
-        raise click.ClickException(f"{stock}: no such folder; run `make stock` first")
-    count = threads or default_threads()
-    plain = {"LLAMA_CPP_LIB_PATH": str(stock.resolve())}
-    rows = [
-        ("patched, 1 thread", 1, {}),
-        (f"patched, {count} threads", count, {}),
-        (f"patched, {count} threads, planned", count, {"GGML_CLEX_THREADS_FIXED": "1"}),
-        (f"stock, {count} threads", count, plain),
-        (f"stock, {count} threads, passive", count, {**plain, "OMP_WAIT_POLICY": "passive"}),
-    ]
-    n_ctx = DEPTH + max(prompt, 64)
-    sides = [
-        Side.start(name, environment, TimedServer, model, n_ctx, 0, {"threads": n, "flash_attn": flash_attn})
-        for name, n, environment in rows
-    ]
-    orders = {"decode": ("decode_for", milliseconds, 32), "prefill": ("prefill_speed", prompt)}
-    orders = {name: order for name, order in orders.items() if only in (None, name)}
+    sides = start(
+        model, options.prompt, options.threads or default_threads(), options.stock, flash_attn=options.flash_attn
+    )
+    orders = {"decode": ("decode_for", options.milliseconds, 32), "prefill": ("prefill_speed", options.prompt)}
+    orders = {name: order for name, order in orders.items() if options.only in (None, name)}
+    companies = list(dict.fromkeys(["alone", *options.beside]))
     speeds: dict[tuple[str, str], dict[str, list[float]]] = {}
-    for who in dict.fromkeys(["alone", *beside]):
-        with others(OTHERS[who]):
+    for company in companies:
+        with others(OTHERS[company]):
             for name, order in orders.items():
-                speeds[name, who] = measure(sides, rounds, *order)
-    costs = {name: sides[1].ask("cost", order[0], order[1:], 2 * rounds) for name, order in orders.items()}
+                speeds[name, company] = measure(sides, options.rounds, *order)
+    costs = {name: sides[1].ask("cost", order[0], order[1:], 2 * options.rounds) for name, order in orders.items()}
     for side in sides:
         side.stop()
     for name in orders:
-        columns = [f"{who}{what}" for who in dict.fromkeys(["alone", *beside]) for what in (", tok/s", " / 1 alone")]
-        click.echo(row([name, *columns]))
-        click.echo(row(["---", *["---:"] * len(columns)]))
+        click.echo(row([name, *(f"{company}{what}" for company in companies for what in (", tok/s", " / 1 alone"))]))
+        click.echo(row(["---", *["---:"] * (2 * len(companies))]))
         reference = speeds[name, "alone"][sides[0].name]
         for side in sides:
-            found = [speeds[name, who][side.name] for who in dict.fromkeys(["alone", *beside])]
-            click.echo(row([side.name, *[cell for values in found for cell in cells(values, reference)]]))
-
-        low, middle, high = quantiles(costs[name], n=4, method="inclusive")
-        click.echo(
-            f"\nAlone, the policy's speed is {middle:.3f} ({low:.3f} to {high:.3f}) of that of the planned threads.\n"
-        )
+            found = [speeds[name, company][side.name] for company in companies]
+            click.echo(row([side.name, *(cell for values in found for cell in cells(values, reference))]))
+        click.echo(f"\nAlone, the policy's speed is {quartiles(costs[name]).text(3)} of that of the planned threads.\n")
 
 
 if __name__ == "__main__":
