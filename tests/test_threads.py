@@ -71,14 +71,21 @@ class Ladder:
     def __init__(self, planned: int) -> None:
         library = ctypes.CDLL(str(CPU))
         number, integer, pointer = ctypes.c_double, ctypes.c_int64, ctypes.c_void_p
-        self.new, self.free, self.next, self.lone, self.patience, self.tell = (
+        self.new, self.free, self.next, self.single_time, self.limit, self.tell = (
             library[f"ggml_clex_{name}"]
-            for name in ("ladder_new", "ladder_free", "ladder_threads", "ladder_lone", "patience", "ladder_report")
+            for name in (
+                "ladder_new",
+                "ladder_free",
+                "ladder_threads",
+                "ladder_single_time",
+                "ladder_time_limit",
+                "ladder_report",
+            )
         )
         self.new.argtypes, self.new.restype, self.free.argtypes = [ctypes.c_int], pointer, [pointer]
         self.next.argtypes = [pointer, integer]
-        self.lone.argtypes, self.lone.restype = [pointer, number], integer
-        self.patience.argtypes, self.patience.restype = [integer, number], integer
+        self.single_time.argtypes, self.single_time.restype = [pointer, number], integer
+        self.limit.argtypes, self.limit.restype = [integer, number], integer
         self.tell.argtypes = [pointer, ctypes.c_int, number, *[integer] * 4, ctypes.c_bool]
         self.pointer = self.new(planned)
 
@@ -100,11 +107,11 @@ class Machine:
         """Threads with which one is computed, and whether the others are sent away before the end."""
         ladder = self.ladder
         threads = ladder.next(ladder.pointer, self.now)
-        lone = ladder.lone(ladder.pointer, work)
+        single = ladder.single_time(ladder.pointer, work)
         took, given_up = work / speed(threads), False
-        # patience grows with what is done: whoever has some left at the end never lost it
-        if threads > 1 and took > ladder.patience(lone, 1.0):
-            part = next(i / 1000 for i in range(1, 1001) if took * i / 1000 > ladder.patience(lone, i / 1000))
+        # the limit grows with what is done: a graph that keeps it at the end kept it all the time
+        if threads > 1 and took > ladder.limit(single, 1.0):
+            part = next(i / 1000 for i in range(1, 1001) if took * i / 1000 > ladder.limit(single, i / 1000))
             took, given_up = took * part + work * (1 - part) / speed(1), True
         took = round(took)
         self.now += took
@@ -177,7 +184,7 @@ def test_a_collapse_costs_no_more_than_a_graph_of_one_thread_at_once(machine):
     found.run(1, free)
     start = found.now
     assert found.graph(collapsed, WORK, True) == (2, True)
-    # ten milliseconds of patience, and the rest on half a core
+    # ten milliseconds until it is given up, and the rest on half a core
     assert found.now - start < 3 * WORK / collapsed(1)
     assert found.run(5, collapsed, busy=True)[0] > 0.8 * collapsed(1)
 

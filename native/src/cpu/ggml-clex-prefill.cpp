@@ -27,6 +27,15 @@ static_assert(TILE % (VEC_COLUMNS*VEC) == 0 && TILE % VEC_ROWS == 0, "a tile is 
 static_assert(VEC % VEC_ROWS == 0, "the rows of the second product are columns of the first");
 
 // C[ROWS x N*VEC] (+)= A * B over k terms; A(i, p) is a[i*a_row + p*a_term]
+//
+//                        b  [k][N*VEC], rows b_row apart
+//                      |....|....|  <- one row at a time in N registers
+//   a [ROWS][k]        |....|....|
+//   x x x x  ->  c     |....|....|  ROWS*N registers of sums: ROWS products for each number of B that is loaded
+//   x x x x            |....|....|
+//
+//   scores = K Q: a is the tile of K, row by row        b is q,      [size_k][TILE]     c is [positions][TILE]
+//   o     += P V: a is the scores, column by column     b is V's tile, [positions][size_v]  c is [columns][size_v]
 template <int ROWS, int N>
 static void product_block(float * c, int64_t c_row, const float * a, int64_t a_row, int64_t a_term, const float * b,
         int64_t b_row, int64_t k, bool add) {

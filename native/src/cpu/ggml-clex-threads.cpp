@@ -1,4 +1,5 @@
 #include "ggml-clex-threads.h"
+#include "ggml-clex-ladder.h"
 
 #include "ggml-impl.h"
 
@@ -16,173 +17,6 @@
 #if defined(__linux__)
 #include <sys/resource.h> // RUSAGE_THREAD, which only Linux has
 #endif
-
-static constexpr int64_t MS = 1000;
-
-static constexpr int64_t WINDOW    =    32*MS; // over which a speed is measured, or one graph
-static constexpr int64_t REST_MIN  =    32*MS; // until more threads are tried
-static constexpr int64_t REST_MAX  =  1000*MS;
-static constexpr int64_t HOLD_MIN  =  1000*MS; // until fewer are tried again that were slower
-static constexpr int64_t HOLD_MAX  = 30000*MS;
-static constexpr int64_t BLIP      =     8*MS; // that may be lost before a graph is given up
-static constexpr int64_t LOSS      =    50*MS; // that must not be
-static constexpr double  SLOW      = 0.8;      // of the best speed, or of a thread's time on its core
-static constexpr double  FASTER    = 1.05;
-static constexpr double  LONE      = 1e9;      // multiplications per second that a thread is thought capable of at first
-static constexpr int     MAX_LEVEL = 16;
-
-//
-// the decision
-//
-
-// Each level has half the threads of the one above it, down to one thread.
-struct ggml_clex_ladder {
-    enum { STEADY, TRYING_FEWER, TRYING_MORE } state = STEADY;
-
-    int n_planned;
-    int lowest = 0;
-    int level  = 0;
-
-    double best[MAX_LEVEL] = {}; // speeds
-    double last[MAX_LEVEL] = {};
-
-    double  work = 0.0; // of the window
-    int64_t time = 0, cpu = 0, preemptions = 0;
-
-    int64_t rest = REST_MIN, next_more  = 0;
-    int64_t hold = HOLD_MIN, next_fewer = 0;
-
-    explicit ggml_clex_ladder(int n_planned) : n_planned(n_planned) {
-        while (n_planned >> lowest > 1 && lowest + 1 < MAX_LEVEL) {
-            ++lowest;
-        }
-    }
-
-    int n_threads(int l) const { return l == lowest ? 1 : n_planned >> l; }
-
-    void enter(int new_level, decltype(state) new_state) {
-        level = new_level;
-        state = new_state;
-        work  = 0.0;
-        time  = cpu = preemptions = 0;
-    }
-
-    int threads(int64_t now) {
-        if (state == STEADY && level > 0 && now >= next_more) {
-            enter(level - 1, TRYING_MORE);
-        }
-        return n_threads(level);
-    }
-
-    double lone_speed() const {
-        return last[lowest] > 0.0 ? last[lowest] : best[0] > 0.0 ? best[0]/n_planned : LONE/1e6;
-    }
-
-    // The more threads of a trial were no better.
-    void refuse_more(int64_t now, int64_t lost) {
-        enter(level + 1, STEADY);
-        rest      = std::min(2*rest, REST_MAX);
-        next_more = now + std::max(rest, 8*lost);
-    }
-
-    void report(double graph_work, int64_t now, int64_t graph_time, int64_t graph_cpu, int64_t graph_preemptions, bool given_up) {
-        if (given_up) {
-            if (state == TRYING_MORE) {
-                refuse_more(now, graph_time);
-            } else {
-                enter(lowest, STEADY);
-                next_more = now + std::max(rest, 8*graph_time);
-            }
-            return;
-        }
-        work        += graph_work;
-        time        += graph_time;
-        cpu         += graph_cpu;
-        preemptions += graph_preemptions;
-        if (time < WINDOW) {
-            return;
-        }
-        const double  speed     = work/time;
-        const int64_t took      = time;
-        const bool    preempted = preemptions > 0 && cpu < SLOW*time;
-        last[level] = speed;
-        enter(level, state);
-
-        switch (state) {
-            case STEADY: {
-                best[level] = std::max(best[level], speed);
-                if (level == lowest) {
-                    break;
-                }
-                // n threads are at most n times as fast as one
-                const double usual = std::max(best[level], best[0]*n_threads(level)/n_planned);
-                const double other = *std::max_element(last + level + 1, last + lowest + 1);
-                if (speed < SLOW*other || (now >= next_fewer && (preempted || speed < SLOW*usual))) {
-                    enter(level + 1, TRYING_FEWER);
-                } else if (level == 0) {
-                    rest = std::max(rest/2, REST_MIN);
-                }
-            } break;
-            case TRYING_FEWER:
-                if (speed > FASTER*last[level - 1]) {
-                    enter(level, STEADY);
-                    best[level] = std::max(best[level], speed);
-                    next_more   = now + std::max(rest, 8*took);
-                    next_fewer  = now;
-                    hold        = HOLD_MIN;
-                } else {
-                    // the speed above is what is usual now
-                    enter(level - 1, STEADY);
-                    best[level] = last[level];
-                    next_fewer  = now + std::max(hold, 32*took);
-                    hold        = std::min(2*hold, HOLD_MAX);
-                }
-                break;
-            case TRYING_MORE:
-                if (speed > FASTER*last[level + 1]) {
-                    enter(level, STEADY);
-                    best[level] = std::max(best[level], speed);
-                    next_more   = now;
-                    next_fewer  = now;
-                } else {
-                    refuse_more(now, took);
-                }
-                break;
-        }
-    }
-};
-
-ggml_clex_ladder * ggml_clex_ladder_new(int n_planned) {
-    return new ggml_clex_ladder(n_planned);
-}
-
-void ggml_clex_ladder_free(ggml_clex_ladder * ladder) {
-    delete ladder;
-}
-
-int ggml_clex_ladder_threads(ggml_clex_ladder * ladder, int64_t now) {
-    return ladder->threads(now);
-}
-
-int64_t ggml_clex_ladder_lone(const ggml_clex_ladder * ladder, double work) {
-    return (int64_t) (work/ladder->lone_speed()) + 1;
-}
-
-int64_t ggml_clex_patience(int64_t lone, double part) {
-    return (int64_t) (2*lone*part) + std::min(std::max(lone, BLIP), LOSS);
-}
-
-void ggml_clex_ladder_report(ggml_clex_ladder * ladder, int n_threads, double work, int64_t now, int64_t time, int64_t cpu,
-        int64_t preemptions, bool given_up) {
-    // another context may have changed the level meanwhile
-    if (n_threads == ladder->n_threads(ladder->level)) {
-        ladder->report(work, now, time, cpu, preemptions, given_up);
-    }
-}
-
-//
-// graphs
-//
 
 // Not decided but given: the threads, and the nodes after which the first of them is alone; 0: decide.
 static std::atomic<int> fixed_threads(getenv("GGML_CLEX_THREADS_FIXED") ? INT_MAX : 0);
@@ -262,8 +96,8 @@ static void decide(ggml_clex_graph * graph, const ggml_cgraph * cgraph) {
     {
         const std::lock_guard<std::mutex> lock(mutex);
         ggml_clex_ladder & ladder = find_ladder(graph->kind, graph->n_planned);
-        graph->n_threads = ladder.threads(graph->start);
-        graph->lone      = ggml_clex_ladder_lone(&ladder, graph->work);
+        graph->n_threads   = ladder.threads(graph->start);
+        graph->single_time = ggml_clex_ladder_single_time(&ladder, graph->work);
     }
     read_usage(graph->cpu, graph->preemptions);
 }
@@ -325,8 +159,8 @@ int ggml_clex_graph_begin(ggml_clex_graph * graph, const ggml_cgraph * cgraph, i
 
 bool ggml_clex_graph_give_up(ggml_clex_graph * graph, int n_done) {
     if (graph->kind && n_done % 4 == 0) { // not every time: on some machines it takes long to look at the clock
-        const int64_t patience = ggml_clex_patience(graph->lone, (double) n_done/graph->n_nodes);
-        graph->given_up = ggml_time_us() - graph->start > patience;
+        const int64_t limit = ggml_clex_ladder_time_limit(graph->single_time, (double) n_done/graph->n_nodes);
+        graph->given_up = ggml_time_us() - graph->start > limit;
         return graph->given_up;
     }
     return graph->alone > 0 && n_done >= graph->alone;

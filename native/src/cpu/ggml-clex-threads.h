@@ -27,7 +27,7 @@ struct ggml_clex_graph {
     int64_t  start;       // microseconds
     int64_t  cpu;         // of this thread so far, microseconds
     int64_t  preemptions; // so far
-    int64_t  lone;        // microseconds that one thread may need
+    int64_t  single_time; // microseconds that one thread may need
     bool     given_up;
     int      alone;       // see ggml_clex_threads_fix
 };
@@ -49,26 +49,6 @@ bool ggml_clex_may_start_threads(void);
 
 // What the node's kernels divide their work by where that decides how sums are rounded: the planned number.
 int ggml_clex_planned_threads(const struct ggml_threadpool * threadpool);
-
-// The decision, for one kind of graph. All times are microseconds.
-struct ggml_clex_ladder;
-
-GGML_BACKEND_API struct ggml_clex_ladder * ggml_clex_ladder_new(int n_planned);
-GGML_BACKEND_API void ggml_clex_ladder_free(struct ggml_clex_ladder * ladder);
-
-// The threads for the next graph.
-GGML_BACKEND_API int ggml_clex_ladder_threads(struct ggml_clex_ladder * ladder, int64_t now);
-
-// How long one thread may need for the work.
-GGML_BACKEND_API int64_t ggml_clex_ladder_lone(const struct ggml_clex_ladder * ladder, double work);
-
-// After how long to go on alone, when that part of the graph is computed.
-GGML_BACKEND_API int64_t ggml_clex_patience(int64_t lone, double part);
-
-// What became of a graph: the time it took, of which this thread computed for `cpu` and was preempted so often, and
-// whether the others were sent away before the end.
-GGML_BACKEND_API void ggml_clex_ladder_report(struct ggml_clex_ladder * ladder, int n_threads, double work, int64_t now,
-    int64_t time, int64_t cpu, int64_t preemptions, bool given_up);
 
 #ifdef __cplusplus
 }

@@ -249,6 +249,16 @@ static inline void vec_sum4(const vec a[4], float * s) {
 //
 // types of a cache: load(row, i, x) makes the i-th N vectors of a row
 //
+// A row of a quantized type is one block after another, each of 32 numbers:
+//
+//   q8_0   | d | qs: 32 bytes |                                x = qs*d
+//   q4_0   | d | qs: 16 bytes |                                x = (qs - 8)*d
+//   q4_1   | d | m | qs: 16 bytes |                            x = qs*d + m
+//   q5_0   | d | qh: 32 bits | qs: 16 bytes |                  x = (qs + 16*qh - 16)*d
+//   q5_1   | d | m | qh: 32 bits | qs: 16 bytes |              x = (qs + 16*qh)*d + m
+//
+//   qs of four bits: byte i has number i in its low nibble and number i + 16 in its high one; bit i of qh belongs to number i
+//
 
 struct type_f32 {
     static constexpr int N = 1;

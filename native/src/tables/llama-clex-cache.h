@@ -121,6 +121,8 @@ struct llama_clex_cache {
     uint64_t                         n_on_device = 0;
 
 private:
+    class state_checker;
+
     clex_state_tag state_tag(const llama_kv_cache & kv, llama_seq_id seq_id) const;
 
     // the part of a state that only models with tables have; throws where it does not belong here

@@ -93,6 +93,44 @@ static std::vector<float> clex_f32s(const gguf_context * meta, const char * key,
     return res;
 }
 
+// t of each bucket: ascending from 1, and no position beyond 32 bits
+static std::vector<float> clex_scaling_factors(const gguf_context * meta, uint32_t n_ctx_orig) {
+    auto res = clex_f32s(meta, "clex.scaling_factors", true,
+            std::numeric_limits<float>::min(), std::numeric_limits<float>::max());
+    if (res.empty() || res[0] != 1.0f) {
+        clex_fail("clex.scaling_factors", "must start with 1.0");
+    }
+    if (res.size() > LLAMA_CLEX_MAX_BUCKETS) {
+        clex_fail("clex.scaling_factors", format("has %zu values, more than %zu", res.size(), LLAMA_CLEX_MAX_BUCKETS));
+    }
+    for (size_t i = 1; i < res.size(); ++i) {
+        if (res[i] <= res[i - 1]) {
+            clex_fail("clex.scaling_factors", "must be strictly ascending");
+        }
+    }
+    if ((double) res.back()*n_ctx_orig > (double) std::numeric_limits<int32_t>::max()) {
+        clex_fail("clex.scaling_factors", "cover more tokens than a 32-bit position can count");
+    }
+    return res;
+}
+
+static std::vector<float> clex_inv_freq(const gguf_context * meta, size_t n_bucket, uint32_t n_freq) {
+    auto res = clex_f32s(meta, "clex.inv_freq", true, LLAMA_CLEX_MIN_INV_FREQ, LLAMA_CLEX_MAX_INV_FREQ);
+    if (n_freq == 0 || res.size() != n_bucket*n_freq) {
+        clex_fail("clex.inv_freq", format("has %zu values, %zu buckets of %u are needed", res.size(), n_bucket, n_freq));
+    }
+    return res;
+}
+
+// empty if the key is absent
+static std::vector<float> clex_attn_scale(const gguf_context * meta, size_t n_bucket) {
+    auto res = clex_f32s(meta, "clex.attn_scale", false, LLAMA_CLEX_MIN_ATTN_SCALE, LLAMA_CLEX_MAX_ATTN_SCALE);
+    if (gguf_find_key(meta, "clex.attn_scale") >= 0 && res.size() != n_bucket) {
+        clex_fail("clex.attn_scale", format("has %zu values for %zu buckets", res.size(), n_bucket));
+    }
+    return res;
+}
+
 // FNV-1a
 void llama_clex_hash(uint64_t & hash, const void * data, size_t size) {
     for (size_t i = 0; i < size; ++i) {
@@ -229,34 +267,10 @@ void llama_clex_tables::load(const llama_model_loader & ml, llm_arch arch, llama
         clex_fail("clex.original_context_length", "must be above 0");
     }
 
-    scaling_factors = clex_f32s(meta, "clex.scaling_factors", true,
-            std::numeric_limits<float>::min(), std::numeric_limits<float>::max());
-    if (scaling_factors.empty() || scaling_factors[0] != 1.0f) {
-        clex_fail("clex.scaling_factors", "must start with 1.0");
-    }
-    if (scaling_factors.size() > LLAMA_CLEX_MAX_BUCKETS) {
-        clex_fail("clex.scaling_factors", format("has %zu values, more than %zu", scaling_factors.size(), LLAMA_CLEX_MAX_BUCKETS));
-    }
-    for (size_t i = 1; i < scaling_factors.size(); ++i) {
-        if (scaling_factors[i] <= scaling_factors[i - 1]) {
-            clex_fail("clex.scaling_factors", "must be strictly ascending");
-        }
-    }
-    if ((double) scaling_factors.back()*orig > (double) std::numeric_limits<int32_t>::max()) {
-        clex_fail("clex.scaling_factors", "cover more tokens than a 32-bit position can count");
-    }
-
-    n_freq   = hparams.n_rot_full/2;
-    inv_freq = clex_f32s(meta, "clex.inv_freq", true, LLAMA_CLEX_MIN_INV_FREQ, LLAMA_CLEX_MAX_INV_FREQ);
-    if (n_freq == 0 || inv_freq.size() != scaling_factors.size()*n_freq) {
-        clex_fail("clex.inv_freq", format("has %zu values, %zu buckets of %u are needed",
-                    inv_freq.size(), scaling_factors.size(), n_freq));
-    }
-
-    attn_scale = clex_f32s(meta, "clex.attn_scale", false, LLAMA_CLEX_MIN_ATTN_SCALE, LLAMA_CLEX_MAX_ATTN_SCALE);
-    if (gguf_find_key(meta, "clex.attn_scale") >= 0 && attn_scale.size() != scaling_factors.size()) {
-        clex_fail("clex.attn_scale", format("has %zu values for %zu buckets", attn_scale.size(), scaling_factors.size()));
-    }
+    n_freq          = hparams.n_rot_full/2;
+    scaling_factors = clex_scaling_factors(meta, orig);
+    inv_freq        = clex_inv_freq(meta, scaling_factors.size(), n_freq);
+    attn_scale      = clex_attn_scale(meta, scaling_factors.size());
 
     const int64_t id_log = clex_find(meta, "clex.log_scale", GGUF_TYPE_BOOL, "bool");
     log_scale = id_log >= 0 && gguf_get_val_bool(meta, id_log);
