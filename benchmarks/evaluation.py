@@ -246,7 +246,7 @@ def pictures(seeds: int) -> None:
         links[-1].unlink(missing_ok=True)
         links[-1].symlink_to(path)
     subprocess.run(
-        [sys.executable, "-m", "clex_local.inspection", *map(str, links), "--plot", str(DOCS / "dynamics.svg")],
+        [sys.executable, "-m", "clex_local.inspect_command", *map(str, links), "--plot", str(DOCS / "dynamics.svg")],
         check=True, stdout=subprocess.DEVNULL,
     )  # fmt: skip
 

@@ -19,6 +19,7 @@ from clex_local.errors import ClexError, ModelError
 
 if TYPE_CHECKING:
     from clex_local.arguments import ArgumentError, ContextWarning
+    from clex_local.clex_state import ClexState
     from clex_local.completion import CompletionError
     from clex_local.decoding import DecodeError
     from clex_local.embedding import EmbeddingError
@@ -27,12 +28,13 @@ if TYPE_CHECKING:
     from clex_local.inspection import Inspection, inspect
     from clex_local.integration import install
     from clex_local.lifetime import ClosedError
-    from clex_local.llama import ClexState, Llama, Settings, StateError
+    from clex_local.llama import Llama, StateError
     from clex_local.opening import open_model
     from clex_local.run_options import RunOptions
     from clex_local.sampler import SamplingError
     from clex_local.sampling import Sampling
     from clex_local.session import Answer, PromptTooLong, Session
+    from clex_local.settings import Settings
     from clex_local.tables import ContextError, NewerVersionError, TablesError
     from clex_local.templates import TemplateError, TextError
     from clex_local.turn import StreamError
@@ -50,7 +52,9 @@ _MODULES = {
     "inspection": ["Inspection", "inspect"],
     "integration": ["install"],
     "lifetime": ["ClosedError"],
-    "llama": ["ClexState", "Llama", "Settings", "StateError"],
+    "clex_state": ["ClexState"],
+    "llama": ["Llama", "StateError"],
+    "settings": ["Settings"],
     "opening": ["open_model"],
     "run_options": ["RunOptions"],
     "sampler": ["SamplingError"],

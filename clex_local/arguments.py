@@ -1,4 +1,4 @@
-"""Arguments of ``Llama`` that would be dropped without a word."""
+"""Arguments of ``Llama``: their names, what is refused, and what is chosen where they are not given."""
 
 from __future__ import annotations
 
@@ -7,14 +7,19 @@ import difflib
 import inspect
 import os
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import llama_cpp
 
+from clex_local.bindings_arguments import BindingsArguments
 from clex_local.errors import ClexError
-from clex_local.memory import KV_TYPES
+from clex_local.memory import KV_TYPES, ContextPlan, choose_cache, default_threads, is_quantized
+from clex_local.model_facts import ModelFacts
+from clex_local.settings import TYPE_NAMES
+
+Function = TypeVar("Function", bound=Callable[..., Any])
 
 _NAMES = [name for name in inspect.signature(llama_cpp.Llama.__init__).parameters if name not in ("self", "kwargs")]
 _OWN = ["prefix_reuse", "policy", "clamp"]
@@ -31,6 +36,17 @@ _RANGES = {
     "pooling_type": (llama_cpp.LLAMA_POOLING_TYPE_UNSPECIFIED, llama_cpp.LLAMA_POOLING_TYPE_RANK),
     "attention_type": (llama_cpp.LLAMA_ATTENTION_TYPE_UNSPECIFIED, llama_cpp.LLAMA_ATTENTION_TYPE_NON_CAUSAL),
     "rope_scaling_type": (llama_cpp.LLAMA_ROPE_SCALING_TYPE_UNSPECIFIED, llama_cpp.LLAMA_ROPE_SCALING_TYPE_MAX_VALUE),
+}
+
+# Where ours differ from llama-cpp-python's; None: chosen.
+_DEFAULTS: dict[str, Any] = {
+    "n_ctx": 512,
+    "flash_attn": None,
+    "type_k": None,
+    "type_v": None,
+    "n_threads": None,
+    "n_threads_batch": None,
+    "verbose": False,
 }
 
 # of ggml's types those that a cache can be written in
@@ -74,6 +90,105 @@ class _Path(str):
     def encode(self, encoding: str = "utf-8", errors: str = "strict") -> bytes:
         del encoding, errors
         return super().encode(sys.getfilesystemencoding(), sys.getfilesystemencodeerrors())
+
+
+def names_every_argument(constructor: Function) -> Function:
+    """Decorates the constructor of ``Llama``: ``help`` shows the bindings' arguments by name, with our defaults."""
+    own = inspect.signature(constructor)
+    theirs = inspect.signature(llama_cpp.Llama.__init__).parameters
+    named = [
+        argument.replace(default=_DEFAULTS.get(name, argument.default))
+        for name, argument in theirs.items()
+        if name not in own.parameters
+    ]
+    parameters = [argument for argument in own.parameters.values() if argument.kind is not argument.VAR_KEYWORD]
+    constructor.__dict__["__signature__"] = own.replace(parameters=[*parameters, *named])
+    return constructor
+
+
+def checked(given: BindingsArguments) -> dict[str, Any]:
+    """The bindings' arguments with our defaults, of which none would be dropped or harm llama.cpp.
+
+    Raises:
+        TypeError: a keyword is no argument of ``Llama``.
+        ArgumentError: a number is out of range.
+    """
+    check_names(given)
+    arguments: dict[str, Any] = {**_DEFAULTS, **given}
+    check_values(arguments)
+    return arguments
+
+
+def completed(arguments: dict[str, Any], facts: ModelFacts, clamp: bool) -> dict[str, Any]:
+    """The arguments for a file: no context beyond its tables, and what was not given chosen for this machine.
+
+    Raises:
+        ArgumentError: an argument would have no effect on this file.
+    """
+    if arguments.get("pooling_type") == llama_cpp.LLAMA_POOLING_TYPE_RANK and not facts.has_classifier:
+        raise ArgumentError(
+            f"{facts.path}: has no classifier, so that it cannot rank (pooling_type "
+            f"{llama_cpp.LLAMA_POOLING_TYPE_RANK})"
+        )
+    n_ctx, threads = arguments["n_ctx"], arguments["n_threads"] or default_threads()
+    if facts.tables is not None and not clamp:
+        n_ctx = min(n_ctx, facts.tables.max_context_length)
+    arguments = {
+        **arguments,
+        "n_ctx": n_ctx,
+        "n_threads": threads,
+        "n_threads_batch": arguments["n_threads_batch"] or threads,
+    }
+    chosen = arguments["type_k"] is None and arguments["type_v"] is None
+    if arguments["flash_attn"] is None or (arguments["flash_attn"] and chosen):
+        plan = _cache_for(arguments, facts)
+        arguments["flash_attn"] = plan.flash_attn
+        if chosen:
+            arguments["type_k"] = arguments["type_v"] = KV_TYPES[plan.kv_type][0]
+    return arguments
+
+
+def _cache_for(arguments: Mapping[str, Any], facts: ModelFacts) -> ContextPlan:
+    """Flash attention and the type of cache, where they are not given."""
+    # Types that are not among ours are quantized. Of two, the one that needs flash attention or more memory counts.
+    codes = (arguments["type_k"], arguments["type_v"])
+    given = [TYPE_NAMES.get(code, "q4_0") for code in codes if code is not None]
+    return choose_cache(
+        facts.shape,
+        arguments["n_ctx"] or facts.maximum,
+        kv_type=max(given, key=lambda name: (is_quantized(name), KV_TYPES[name][2]), default=None),
+        flash_attn=arguments["flash_attn"],
+        batch=min(arguments.get("n_batch", 512), arguments.get("n_ubatch", 512)),
+        n_gpu_layers=arguments.get("n_gpu_layers", 0) if llama_cpp.llama_supports_gpu_offload() else 0,
+    )
+
+
+def context_warning(arguments: Mapping[str, Any], facts: ModelFacts, *, clamp: bool, has_tables: bool) -> str | None:
+    """What there is to say of a context that was asked for and is longer than the model covers; None if it is not.
+
+    Args:
+        arguments: as they were given.
+        facts: of the file.
+        clamp: the last table is to be used beyond what it covers.
+        has_tables: the runtime found tables, or made some.
+    """
+    n_ctx, maximum = arguments.get("n_ctx", _DEFAULTS["n_ctx"]), facts.maximum
+    if not 0 < maximum < n_ctx or arguments.get("vocab_only"):
+        return None
+    if facts.tables is not None:
+        if clamp or "n_ctx" not in arguments:
+            return None
+        return (
+            f"{facts.path}: the context holds {maximum:,} tokens, which its tables cover, and not the {n_ctx:,} asked "
+            "for; convert it again for more, or pass clamp=True"
+        )
+    if has_tables or rope_arguments(arguments):
+        return None
+    advice = f"pass n_ctx={maximum}"
+    if facts.can_have_tables and not facts.baked:
+        advice += ", or add tables: `clex-convert MODEL OUT.gguf`"
+    made = "baked" if facts.baked else "trained"
+    return f"{facts.path}: {made} for {maximum:,} tokens, without tables for a context of {n_ctx:,}; {advice}"
 
 
 def check_names(names: Iterable[str]) -> None:

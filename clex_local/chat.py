@@ -18,10 +18,11 @@ from clex_local.conversation import Chat
 from clex_local.errors import ClexError, escaped
 from clex_local.gguf_file import GGUFFile
 from clex_local.line_editor import line_editor, plain_lines
-from clex_local.memory import ModelShape, gib, kv_bytes
+from clex_local.memory import ModelShape, kv_bytes
 from clex_local.opening import open_model
 from clex_local.run_options import RunOptions
 from clex_local.sampling import Sampling
+from clex_local.sizes import readable_size
 from clex_local.terminal import Terminal, json_line, printable, with_advice
 from clex_local.text_input import Piped, join, read_text
 
@@ -90,7 +91,7 @@ def converse(terminal: Terminal, model: Path, fitted: bool) -> None:
         shape = ModelShape.from_metadata(file)
     cache = llm.settings.type_k
     if shape:
-        cache = f"{gib(kv_bytes(shape, session.capacity, cache))} {cache}"
+        cache = f"{readable_size(kv_bytes(shape, session.capacity, cache), memory=True)} {cache}"
     context = f"{session.capacity:,} tokens of context"
     if fitted and session.capacity < (covered := llm._model.n_ctx_train()):
         context += f" (the model covers {covered:,}, memory does not)"

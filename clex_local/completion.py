@@ -193,50 +193,65 @@ class Completions(llama_cpp.Llama):
     ) -> Iterator[dict[str, Any]]:
         call = self._chat_call or _ChatCall(None, None, None, None)
         seed = call.seed if seed is None else seed
-        logit_bias = call.logit_bias if logit_bias is None else logit_bias
-        if call.tool is not None and options["grammar"] is not None:  # where a handler's fails, any JSON will do for it
-            options["grammar"] = call.tool
         _check_whole("max_tokens", max_tokens)
         if seed is not None:
             _check_whole("seed", seed)
         if logprobs is not None:
             _check_whole("logprobs", logprobs, least=0)
         infill = None if suffix is None else self._infill_tokens()
-        tokens = self._prompt_tokens(prompt, suffix, infill)
-        check_tokens(tokens, self._n_vocab, self.model_path)
-        if len(tokens) >= self._n_ctx:
-            raise ContextError(f"Requested tokens ({len(tokens)}) exceed context window of {self._n_ctx}")
+        tokens = self._fitting_tokens(prompt, suffix, infill)
         if logprobs is not None and not self._logits_all:
             raise CompletionError("logprobs is not supported for models created with logits_all=False")
         if self._chat_call is not None and stopping_criteria:
             # Templates' handlers end at EOS that way, also at one that ends the prompt.
             stopping_criteria = partial(_is_enough, stopping_criteria, len(tokens))
-        options["stopping_criteria"] = stopping_criteria
+        if call.tool is not None and options["grammar"] is not None:  # where a handler's fails, any JSON will do for it
+            options["grammar"] = call.tool
         options |= {"temp": temperature, "logits_processor": logits_processor}
-        if logit_bias:
-            # A new list: upstream's extends the caller's, and then uses neither.
-            given = SamplerOptions(logits_processor=logits_processor).processors
-            biases = _biases(logit_bias)
-            check_tokens(biases, self._n_vocab, self.model_path)
-            options["logits_processor"] = [*given, _adding(biases)]
-        SamplerOptions(**{name: value for name, value in options.items() if name != "stopping_criteria"})
+        options = self._draw_options(options, call.logit_bias if logit_bias is None else logit_bias)
         room = self._n_ctx - len(tokens)
         completion = _Completion(
             self,
             prompt=prompt,
             tokens=tokens,
             max_tokens=min(max_tokens, room) if max_tokens > 0 else room,
-            logprobs=logprobs,
+            n_top=logprobs,
             echo=echo,
-            stops=_stops(stop),
+            stops=[stop.encode() for stop in _stops(stop)],
             stream=stream,
             ending=suffix if suffix is not None and infill is None else "",
             seed=(self._seeds.randrange(RANDOM_SEED) if seed is None else seed) & 0xFFFFFFFF,
-            options=options,
+            options={**options, "stopping_criteria": stopping_criteria},
             call=call,
             model=self.model_path if model is None else model,
         )
         return completion.run()
+
+    def _fitting_tokens(
+        self, prompt: str | Sequence[int], suffix: str | None, infill: tuple[int, int, int] | None
+    ) -> list[int]:
+        """A prompt as tokens of the vocabulary that leave room for another."""
+        tokens = self._prompt_tokens(prompt, suffix, infill)
+        check_tokens(tokens, self._n_vocab, self.model_path)
+        if len(tokens) >= self._n_ctx:
+            raise ContextError(f"Requested tokens ({len(tokens)}) exceed context window of {self._n_ctx}")
+        return tokens
+
+    def _draw_options(self, options: dict[str, Any], logit_bias: Mapping[Any, float] | None) -> dict[str, Any]:
+        """How tokens are drawn, with the biases among the processors of logits.
+
+        Raises:
+            SamplingError: an option has no effect.
+            CompletionError: the biases are none.
+        """
+        if logit_bias:
+            # A new list: upstream's extends the caller's, and then uses neither.
+            given = SamplerOptions(logits_processor=options["logits_processor"]).processors
+            biases = _biases(logit_bias)
+            check_tokens(biases, self._n_vocab, self.model_path)
+            options = {**options, "logits_processor": [*given, _adding(biases)]}
+        SamplerOptions(**options)
+        return options
 
     @property
     def _chat_call(self) -> _ChatCall | None:
@@ -325,35 +340,44 @@ class Completions(llama_cpp.Llama):
         return _chat_answer(answer, call, n_top)
 
 
+@dataclass(eq=False)
 class _Completion:
-    """One completion on its way."""
+    """One completion on its way.
 
-    def __init__(
-        self,
-        llm: Completions,
-        *,
-        prompt: str | Sequence[int],
-        tokens: list[int],
-        max_tokens: int,
-        logprobs: int | None,
-        echo: bool,
-        stops: list[str],
-        stream: bool,
-        ending: str,
-        seed: int,
-        options: dict[str, Any],
-        call: _ChatCall,
-        model: str,
-    ) -> None:
-        self._llm, self._prompt, self._tokens, self._max_tokens = llm, prompt, tokens, max_tokens
-        self._n_top, self._echo, self._stream, self._ending = logprobs, echo, stream, ending
-        self._stops = [stop.encode() for stop in stops]
-        self._seed, self._options, self._call = seed, options, call
+    Attributes:
+        llm: what completes.
+        prompt, tokens: what is continued.
+        max_tokens: most to draw.
+        n_top: likeliest tokens to tell with each, None for no logprobs.
+        echo: the prompt is told too.
+        stops: what ends the text, and is not told.
+        stream: it is told in parts.
+        ending: what is told after it.
+        seed, options: for ``generate``.
+        call: the chat's, which gets the usage.
+        model: name to tell.
+    """
+
+    llm: Completions
+    prompt: str | Sequence[int]
+    tokens: list[int]
+    max_tokens: int
+    n_top: int | None
+    echo: bool
+    stops: list[bytes]
+    stream: bool
+    ending: str
+    seed: int
+    options: dict[str, Any]
+    call: _ChatCall
+    model: str
+
+    def __post_init__(self) -> None:
         self._head = {
             "id": f"cmpl-{uuid.uuid4()}",
             "object": "text_completion",
             "created": int(time.time()),
-            "model": model,
+            "model": self.model,
         }
         self._generated: list[int] = []
         self._text = bytearray()  # of the generated tokens
@@ -364,27 +388,27 @@ class _Completion:
     def run(self) -> Iterator[dict[str, Any]]:
         """The whole answer, or the parts of a streamed one."""
         self._load()
-        pieces = self._prompt_pieces() if self._echo or self._n_top is not None else []
+        pieces = self._prompt_pieces() if self.echo or self.n_top is not None else []
         before = b"".join(pieces).decode("utf-8", "ignore")
         echoed: list[_Entry] = []
         finish = "length"
-        self._llm._call_seed = self._seed
-        with closing(self._llm.generate(self._tokens, **self._options)) as drawn:
+        self.llm._call_seed = self.seed
+        with closing(self.llm.generate(self.tokens, **self.options)) as drawn:
             for token in drawn:
-                if not self._generated and self._echo:
+                if not self._generated and self.echo:
                     echoed = self._prompt_entries(pieces)
-                    if self._stream:
+                    if self.stream:
                         yield self._part(before, echoed)
-                if llama_cpp.llama_vocab_is_eog(self._llm._model.vocab, token):
+                if llama_cpp.llama_vocab_is_eog(self.llm._model.vocab, token):
                     finish = "stop"
                     break
                 self._add(token, len(before))
                 if self._end is not None:
                     finish = "stop"
                     break
-                if self._stream:
+                if self.stream:
                     yield from self._tell(self._safe())
-                if len(self._generated) >= self._max_tokens:
+                if len(self._generated) >= self.max_tokens:
                     break
             else:  # a stopping criterion
                 finish = "stop"
@@ -392,45 +416,45 @@ class _Completion:
         end = len(self._text) if self._end is None else self._end
         entries = [entry for entry in self._entries if self._end is None or entry.start < end]
         usage = {
-            "prompt_tokens": len(self._tokens),
+            "prompt_tokens": len(self.tokens),
             "completion_tokens": len(self._generated),
-            "total_tokens": len(self._tokens) + len(self._generated),
+            "total_tokens": len(self.tokens) + len(self._generated),
         }
-        self._call.usage, self._call.finish_reason = usage, finish
-        if self._stream:
-            rest = _decoded(self._text[self._told : end]) + self._ending
+        self.call.usage, self.call.finish_reason = usage, finish
+        if self.stream:
+            rest = _decoded(self._text[self._told : end]) + self.ending
             if rest or len(entries) > self._told_entries:
                 yield self._part(rest, entries[self._told_entries :])
             yield {**self._part("", None, finish), "usage": usage}
         else:
-            text = (before if self._echo else "") + _decoded(self._text[:end]) + self._ending
+            text = (before if self.echo else "") + _decoded(self._text[:end]) + self.ending
             yield {**self._part(text, echoed + entries, finish), "usage": usage}
 
     def _add(self, token: int, offset: int) -> None:
         """Append a token that was drawn, whose text begins `offset` characters after where ``_text`` begins."""
-        llm, start = self._llm, len(self._text)
+        llm, start = self.llm, len(self._text)
         self._generated.append(token)
         if isinstance(llm.tokenizer_, LlamaTokenizer):
             piece = llm.detokenize([token])
             # Sentencepiece puts a space before every text.
-            first = len(self._generated) == 1 and self._tokens == [llm.token_bos()]
+            first = len(self._generated) == 1 and self.tokens == [llm.token_bos()]
             self._text += piece.removeprefix(b" ") if first else piece
         else:
-            self._text[:] = llm.detokenize(self._generated, prev_tokens=self._tokens)
-        if self._n_top is not None:
-            row = llm.scores[len(self._tokens) + len(self._generated) - 2]
+            self._text[:] = llm.detokenize(self._generated, prev_tokens=self.tokens)
+        if self.n_top is not None:
+            row = llm.scores[len(self.tokens) + len(self._generated) - 2]
             self._entries.append(self._entry(token, start, offset + len(_decoded(self._text[:start])), row))
-        longest = max(map(len, self._stops), default=0)
-        found = [self._text.find(stop, max(0, start - longest + 1)) for stop in self._stops]
+        longest = max(map(len, self.stops), default=0)
+        found = [self._text.find(stop, max(0, start - longest + 1)) for stop in self.stops]
         self._end = min((at for at in found if at >= 0), default=None)
 
     def _safe(self) -> int:
         """Bytes of the text that can be told: no part of a character, nor of what may become a stop string."""
-        held = _incomplete(self._text)
-        for stop in self._stops:
-            sizes = range(min(len(stop) - 1, len(self._text)), held, -1)
-            held = next((size for size in sizes if self._text.endswith(stop[:size])), held)
-        return len(self._text) - held
+        waiting = _incomplete(self._text)
+        for stop in self.stops:
+            sizes = range(min(len(stop) - 1, len(self._text)), waiting, -1)
+            waiting = next((size for size in sizes if self._text.endswith(stop[:size])), waiting)
+        return len(self._text) - waiting
 
     def _tell(self, end: int) -> Iterator[dict[str, Any]]:
         """The text up to `end`, as far as it was not told, and the tokens that begin in it."""
@@ -441,7 +465,7 @@ class _Completion:
 
     def _part(self, text: str, entries: list[_Entry] | None, finish: str | None = None) -> dict[str, Any]:
         logprobs = None
-        if self._n_top is not None and entries is not None:
+        if self.n_top is not None and entries is not None:
             logprobs = {
                 "tokens": [entry.text for entry in entries],
                 "text_offset": [entry.offset for entry in entries],
@@ -455,13 +479,13 @@ class _Completion:
 
     def _prompt_pieces(self) -> list[bytes]:
         """The bytes of each token of the prompt, none for the BOS that it begins with."""
-        llm = self._llm
-        pieces = [self._piece(token) for token in self._tokens]
-        if self._tokens[0] == llm.token_bos():
+        llm = self.llm
+        pieces = [self._piece(token) for token in self.tokens]
+        if self.tokens[0] == llm.token_bos():
             pieces[0] = b""
-        if isinstance(self._prompt, str):
+        if isinstance(self.prompt, str):
             first = next((i for i, piece in enumerate(pieces) if piece), None)
-            if first is not None and not self._prompt.startswith(" "):
+            if first is not None and not self.prompt.startswith(" "):
                 pieces[first] = pieces[first].removeprefix(b" ")
         return pieces
 
@@ -470,12 +494,12 @@ class _Completion:
 
         Without BOS, llama-cpp-python gives each token the logprob of standing one place further (its #1983).
         """
-        if self._n_top is None:
+        if self.n_top is None:
             return []
         entries, text = [], b""
-        for index, (token, piece) in enumerate(zip(self._tokens, pieces, strict=True)):
-            if index or token != self._llm.token_bos():
-                row = self._llm.scores[index - 1] if entries else None
+        for index, (token, piece) in enumerate(zip(self.tokens, pieces, strict=True)):
+            if index or token != self.llm.token_bos():
+                row = self.llm.scores[index - 1] if entries else None
                 entries.append(self._entry(token, 0, len(_decoded(text)), row, piece))
                 text += piece
         return entries
@@ -483,10 +507,10 @@ class _Completion:
     def _entry(
         self, token: int, start: int, offset: int, logits: npt.NDArray[np.single] | None, piece: bytes | None = None
     ) -> _Entry:
-        name, n_top = _name(self._piece(token) if piece is None else piece), self._n_top or 0
+        name, n_top = _name(self._piece(token) if piece is None else piece), self.n_top or 0
         if logits is None:
             return _Entry(name, start, offset, None, None)
-        logprobs = self._llm.logits_to_logprobs(logits)
+        logprobs = self.llm.logits_to_logprobs(logits)
         likely = np.argpartition(-logprobs, min(n_top, len(logprobs) - 1))[:n_top]
         top: dict[str, float] = {}
         # Tokens may have the same name: the likeliest counts.
@@ -496,18 +520,18 @@ class _Completion:
         return _Entry(name, start, offset, float(logprobs[token]), top)
 
     def _piece(self, token: int) -> bytes:
-        return self._llm.detokenize([token], special=True) if token >= 0 else b""  # what stands for an image is none
+        return self.llm.detokenize([token], special=True) if token >= 0 else b""  # what stands for an image is none
 
     def _load(self) -> None:
         """Take back the state of ``set_cache`` that begins like the prompt, where it is longer than what is there."""
-        llm = self._llm
+        llm = self.llm
         if llm.cache is None:
             return
         try:
-            state = llm.cache[self._tokens]
-            held = state.input_ids[: state.n_tokens].tolist()
-            if llm.longest_token_prefix(held, self._tokens) > llm.longest_token_prefix(
-                llm._input_ids.tolist(), self._tokens
+            state = llm.cache[self.tokens]
+            saved = state.input_ids[: state.n_tokens].tolist()
+            if llm.longest_token_prefix(saved, self.tokens) > llm.longest_token_prefix(
+                llm._input_ids.tolist(), self.tokens
             ):
                 llm.load_state(state)
         except (KeyError, RuntimeError) as error:  # no such prompt, or the state of another model
@@ -515,8 +539,8 @@ class _Completion:
                 print(f"clex_local: not in the cache: {error}", file=sys.stderr)
 
     def _save(self) -> None:
-        if self._llm.cache is not None:
-            self._llm.cache[self._tokens + self._generated] = self._llm.save_state()
+        if self.llm.cache is not None:
+            self.llm.cache[self.tokens + self._generated] = self.llm.save_state()
 
 
 @dataclass(frozen=True)

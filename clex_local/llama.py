@@ -10,7 +10,6 @@ import sys
 import warnings
 from collections.abc import Callable, Generator, Sequence
 from contextlib import ExitStack, nullcontext
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Concatenate, Literal, ParamSpec, TypeVar
 
@@ -23,46 +22,38 @@ from llama_cpp.llama_cache import BaseLlamaCache
 from llama_cpp.llama_speculative import LlamaDraftModel
 from llama_cpp.llama_tokenizer import LlamaTokenizer
 
-from clex_local import architectures, llama_clex
+from clex_local import llama_clex
 from clex_local.arguments import (
-    ArgumentError,
     ContextWarning,
-    check_names,
     check_rope,
-    check_values,
+    checked,
+    completed,
+    context_warning,
     file_path,
-    rope_arguments,
+    names_every_argument,
 )
-from clex_local.baked import baked_in
 from clex_local.chat_formats import ChatFormats
+from clex_local.clex_state import ClexState, too_long
 from clex_local.completion import Completions
 from clex_local.decoding import NOT_FINITE, DecodeError, decode_errors
 from clex_local.embedding import embeddings
 from clex_local.errors import ClexError, ModelError
-from clex_local.gguf_file import GGUFFile
 from clex_local.interrupt import handled_later, kept_until_return, progress
 from clex_local.lifetime import Closed, close_at_exit
 from clex_local.log import ERROR, logged
 from clex_local.lora import check_adapter
-from clex_local.memory import (
-    KV_TYPES,
-    ContextPlan,
-    ModelShape,
-    choose_cache,
-    default_threads,
-    is_quantized,
-    trained_context,
-)
+from clex_local.model_facts import ModelFacts
 from clex_local.prompt_cache import PromptCache
 from clex_local.saved_state import fault, is_sealed, seal
-from clex_local.tables import ContextError, named_tables
+from clex_local.settings import Settings
 from clex_local.turn import Turn
 from clex_local.vocabulary import Tokenizer, check_tokens
 
 if TYPE_CHECKING:
-    from typing_extensions import Self
+    from typing_extensions import Self, Unpack
 
-_TYPE_NAMES = {code: name for name, (code, _, _) in KV_TYPES.items()}
+    from clex_local.bindings_arguments import BindingsArguments
+
 _GENERATE = inspect.signature(llama_cpp.Llama.generate)
 
 Arguments = ParamSpec("Arguments")
@@ -99,72 +90,6 @@ class StateError(ClexError, RuntimeError):
     """
 
 
-@dataclass(frozen=True)
-class ClexState:
-    """The tables of a loaded model, and what they have done so far.
-
-    Attributes:
-        method: what made the tables: ``clex``, ``ntk``, ...
-        original_context: L, tokens covered at t = 1.
-        max_context: tokens covered by the last bucket.
-        buckets: scaling factor t of each bucket, ascending from 1.0.
-        bucket: index of the bucket now in use; None before the first decode.
-        rerotations: times that the cached keys were brought to another table.
-        rerotated_cells: cached tokens whose keys were re-rotated, counted each time.
-        rerotation_ms: time spent on it, milliseconds.
-    """
-
-    method: str
-    original_context: int
-    max_context: int
-    buckets: tuple[float, ...]
-    bucket: int | None
-    rerotations: int
-    rerotated_cells: int
-    rerotation_ms: float
-
-    def bucket_of(self, n_tokens: int) -> int:
-        """Index of the first bucket with t * L >= n_tokens.
-
-        Raises:
-            ContextError: n_tokens is beyond the last bucket.
-        """
-        for index, factor in enumerate(self.buckets):
-            if factor * self.original_context >= n_tokens:
-                return index
-        raise _too_long(n_tokens, self.max_context)
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What a context computes with, chosen or given.
-
-    Attributes:
-        flash_attn: flash attention is on.
-        type_k, type_v: types of the key and value cache, names from ``memory.KV_TYPES``.
-        n_threads: threads for single tokens.
-        n_threads_batch: threads for more than one token, as in a prompt.
-        n_batch: tokens given to llama.cpp at once.
-        n_ubatch: tokens computed at once.
-    """
-
-    flash_attn: bool
-    type_k: str
-    type_v: str
-    n_threads: int
-    n_threads_batch: int
-    n_batch: int
-    n_ubatch: int
-
-    def __str__(self) -> str:
-        flash = "flash attention" if self.flash_attn else "no flash attention"
-        cache = self.type_k if self.type_k == self.type_v else f"{self.type_k} key and {self.type_v} value"
-        threads = f"{self.n_threads} thread{'s' if self.n_threads > 1 else ''}"
-        if self.n_threads_batch != self.n_threads:
-            threads += f" ({self.n_threads_batch} for prompts)"
-        return f"{flash}, {cache} cache, {threads}, {self.n_ubatch:,} tokens at once"
-
-
 class Llama(Completions, ChatFormats):
     """llama-cpp-python's ``Llama``, every argument and method of it, aware of the length of the sequence.
 
@@ -175,7 +100,8 @@ class Llama(Completions, ChatFormats):
 
     Args:
         model_path: a GGUF file; ``~`` is the home folder.
-        n_ctx: context size in tokens. One longer than a model without tables was trained for is a ``ContextWarning``.
+        n_ctx: context size in tokens. One longer than a model without tables was trained for, or than the tables
+            cover, is a ``ContextWarning``.
         prefix_reuse: what to do with cached tokens that a new prompt starts with and that were computed with the table
             of another length. ``fast`` keeps them and brings their keys to the table in use, as during generation.
             ``exact`` computes them again, so that the result is that of the prompt alone; where queries are scaled by
@@ -208,21 +134,15 @@ class Llama(Completions, ChatFormats):
     _turn: Turn
     _cache: PromptCache | None = None
 
+    @names_every_argument
     def __init__(
         self,
         model_path: str | os.PathLike[str],
         *,
-        n_ctx: int = 512,
         prefix_reuse: Literal["fast", "exact"] = "fast",
         policy: Literal["by-length", "fixed"] = "by-length",
         clamp: bool = False,
-        flash_attn: bool | None = None,
-        type_k: int | None = None,
-        type_v: int | None = None,
-        n_threads: int | None = None,
-        n_threads_batch: int | None = None,
-        verbose: bool = False,
-        **kwargs: Any,
+        **kwargs: Unpack[BindingsArguments],
     ) -> None:
         self.on_prefill: Callable[[int, int], None] | None = None
         self._stack = ExitStack()  # what the base class closes, should the file be refused before it has one
@@ -234,70 +154,22 @@ class Llama(Completions, ChatFormats):
             raise ValueError(f"prefix_reuse must be 'fast' or 'exact', not {prefix_reuse!r}")
         if policy not in ("by-length", "fixed"):
             raise ValueError(f"policy must be 'by-length' or 'fixed', not {policy!r}")
-        check_names(kwargs)
-        sizes = {"n_ctx": n_ctx, "n_threads": n_threads, "n_threads_batch": n_threads_batch}
-        check_values({**sizes, "type_k": type_k, "type_v": type_v, **kwargs})
-        model_path = file_path(model_path)
-        if not Path(model_path).is_file():
-            raise ModelError(f"{model_path}: no such model file")
-        if kwargs.get("lora_path") is not None:
-            kwargs["lora_path"] = check_adapter(file_path(kwargs["lora_path"]))
-        with GGUFFile(model_path) as file:
-            tables = named_tables(file, model_path)
-            if tables is not None and not clamp:
-                n_ctx = min(n_ctx, tables.max_context_length)
-            if kwargs.get("pooling_type") == llama_cpp.LLAMA_POOLING_TYPE_RANK:
-                _check_classifier(file, model_path)
-            if flash_attn is None or (flash_attn and type_k is None and type_v is None):
-                maximum = tables.max_context_length if tables else 0
-                plan = _choose(file, n_ctx, maximum, flash_attn, type_k, type_v, kwargs)
-                flash_attn = plan.flash_attn
-                if type_k is None and type_v is None:
-                    type_k = type_v = KV_TYPES[plan.kv_type][0]
-            trained, architecture = trained_context(file), file.get("general.architecture")
-            made = "trained" if baked_in(file) is None else "baked"
-        n_threads = n_threads or default_threads()
-        try:
-            with kept_until_return(), logged(ERROR, forward=verbose) as errors:
-                try:
-                    super().__init__(
-                        model_path,
-                        n_ctx=n_ctx,
-                        flash_attn=flash_attn,
-                        type_k=type_k,
-                        type_v=type_v,
-                        n_threads=n_threads,
-                        n_threads_batch=n_threads_batch or n_threads,
-                        verbose=verbose,
-                        **kwargs,
-                    )
-                except (ValueError, RuntimeError) as error:
-                    # The first names the cause, without the function that says so; the last only that there is none.
-                    reason = errors[0].split(": ", 1)[-1] if errors else str(error)
-                    raise ModelError(f"{model_path}: {reason}") from error
-                # The bindings compare a null pointer with None, and llama.cpp would follow it at the first token.
-                if self._lora_adapter is not None and not self._lora_adapter:
-                    reason = errors[-1].split(": ", 1)[-1] if errors else "llama.cpp did not take it"
-                    raise ModelError(f"{self.lora_path}: no adapter for {model_path}: {reason}")
-            self._has_tables = llama_clex.n_buckets(self.model) > 0
-            if self._has_tables:
-                check_rope(model_path, kwargs)
-        except BaseException:
-            with kept_until_return():
-                self._stack.close()  # at once, and not when the exception is forgotten
-            raise
+        given = checked(kwargs)
+        path = file_path(model_path)
+        if not Path(path).is_file():
+            raise ModelError(f"{path}: no such model file")
+        if given.get("lora_path") is not None:
+            given["lora_path"] = check_adapter(file_path(given["lora_path"]))
+        facts = ModelFacts.read(path)
+        self._load(path, completed(given, facts, clamp))
         close_at_exit(self)
         if self._has_tables:
             fixed = llama_clex.Policy.FIXED if policy == "fixed" else llama_clex.Policy.BY_LENGTH
             llama_clex.set_policy(self.ctx, fixed, clamp)
-        elif 0 < trained < n_ctx and not kwargs.get("vocab_only") and not rope_arguments(kwargs):
-            advice = f"pass n_ctx={trained}, or add tables: `clex-convert MODEL OUT.gguf`"
-            if not architectures.find(architecture).tables or made == "baked":
-                advice = f"pass n_ctx={trained}"
-            trained_for = f"{made} for {trained:,} tokens, without tables for a context of {n_ctx:,}"
-            warnings.warn(f"{model_path}: {trained_for}; {advice}", ContextWarning, stacklevel=2)
+        if warning := context_warning(kwargs, facts, clamp=clamp, has_tables=self._has_tables):
+            warnings.warn(warning, ContextWarning, stacklevel=2)
         # A draft model needs the logits of its guesses and not those of every token, which llama-cpp-python keeps.
-        self._logits_all = bool(kwargs.get("logits_all", False))
+        self._logits_all = bool(given.get("logits_all", False))
         if type(self.tokenizer_) is LlamaTokenizer:
             self.tokenizer_ = self.tokenizer()
         self._options = {"prefix_reuse": prefix_reuse, "policy": policy, "clamp": clamp}
@@ -307,6 +179,33 @@ class Llama(Completions, ChatFormats):
         self._computed = np.full(len(self.input_ids), -1, np.int64)
         if self.verbose:
             print(f"clex_local: {self.settings}", file=sys.stderr)
+
+    def _load(self, path: str, arguments: dict[str, Any]) -> None:
+        """Make what the bindings make: the model and a context.
+
+        Raises:
+            ModelError: llama.cpp refuses the file, or the adapter.
+            ArgumentError: the keys are to be rotated in another way than by the file's tables.
+        """
+        try:
+            with kept_until_return(), logged(ERROR, forward=arguments["verbose"]) as errors:
+                try:
+                    super().__init__(path, **arguments)
+                except (ValueError, RuntimeError) as error:
+                    # The first names the cause, without the function that says so; the last only that there is none.
+                    reason = errors[0].split(": ", 1)[-1] if errors else str(error)
+                    raise ModelError(f"{path}: {reason}") from error
+                # The bindings compare a null pointer with None, and llama.cpp would follow it at the first token.
+                if self._lora_adapter is not None and not self._lora_adapter:
+                    reason = errors[-1].split(": ", 1)[-1] if errors else "llama.cpp did not take it"
+                    raise ModelError(f"{self.lora_path}: no adapter for {path}: {reason}")
+            self._has_tables = llama_clex.n_buckets(self.model) > 0
+            if self._has_tables:
+                check_rope(path, arguments)
+        except BaseException:
+            with kept_until_return():
+                self._stack.close()  # at once, and not when the exception is forgotten
+            raise
 
     @property
     def model_params(self) -> llama_cpp.llama_model_params:
@@ -321,16 +220,7 @@ class Llama(Completions, ChatFormats):
     @property
     def settings(self) -> Settings:
         """What the context computes with, whether it was given or chosen."""
-        params = self.context_params
-        return Settings(
-            flash_attn=params.flash_attn_type == llama_cpp.LLAMA_FLASH_ATTN_TYPE_ENABLED,
-            type_k=_TYPE_NAMES.get(params.type_k, f"ggml type {params.type_k}"),
-            type_v=_TYPE_NAMES.get(params.type_v, f"ggml type {params.type_v}"),
-            n_threads=params.n_threads,
-            n_threads_batch=params.n_threads_batch,
-            n_batch=params.n_batch,
-            n_ubatch=params.n_ubatch,
-        )
+        return Settings.of(self.context_params)
 
     @property
     def clex(self) -> ClexState | None:
@@ -407,9 +297,9 @@ class Llama(Completions, ChatFormats):
         check_tokens(tokens, self._n_vocab, self.model_path)
         total = self.n_tokens + len(tokens)
         if total > self._n_ctx:
-            raise _too_long(total, self._n_ctx)
+            raise too_long(total, self._n_ctx)
         if len(tokens) > self.context_params.n_ubatch and not llama_clex.causal(self.ctx):
-            raise _too_long(len(tokens), self.context_params.n_ubatch, "a ubatch, as they see each other,")
+            raise too_long(len(tokens), self.context_params.n_ubatch, "a ubatch, as they see each other,")
         # Before the declaration, which goes with the last token of what was cached.
         self._ctx.kv_cache_seq_rm(-1, self.n_tokens, -1)
         if self._has_tables:
@@ -574,7 +464,7 @@ class Llama(Completions, ChatFormats):
         if wrong := fault(state, self._n_vocab):
             raise StateError(refused + wrong)
         if state.n_tokens > self._n_ctx:
-            raise _too_long(state.n_tokens, self._n_ctx)
+            raise too_long(state.n_tokens, self._n_ctx)
         data = (ctypes.c_uint8 * state.llama_state_size).from_buffer_copy(state.llama_state)
         with kept_until_return(), logged(ERROR, forward=self.verbose) as errors:
             # Only llama.cpp knows how many tokens are in its part of a state: where no checksum holds the parts
@@ -634,43 +524,3 @@ class _ClippedDraft(LlamaDraftModel):
         draft = self.model(input_ids, **kwargs)[: max(0, room)]
         self.llm._drafted = len(draft)
         return draft
-
-
-def _choose(
-    file: GGUFFile,
-    n_ctx: int,
-    maximum: int,
-    flash_attn: bool | None,
-    type_k: int | None,
-    type_v: int | None,
-    options: dict[str, Any],
-) -> ContextPlan:
-    """Flash attention and the type of cache, where they are not given, for a context of n_ctx tokens.
-
-    ``maximum`` is what ``n_ctx`` 0 means, 0 for what the model was trained for. ``options`` are those of
-    llama-cpp-python's ``Llama``.
-    """
-    shape = ModelShape.from_metadata(file)
-    n_ctx = n_ctx or maximum or trained_context(file)
-    # Types that are not among ours are quantized. Of two, the one that needs flash attention or more memory counts.
-    given = [_TYPE_NAMES.get(code, "q4_0") for code in (type_k, type_v) if code is not None]
-    kv_type = max(given, key=lambda name: (is_quantized(name), KV_TYPES[name][2]), default=None)
-    return choose_cache(
-        shape,
-        n_ctx,
-        kv_type=kv_type,
-        flash_attn=flash_attn,
-        batch=min(options.get("n_batch", 512), options.get("n_ubatch", 512)),
-        n_gpu_layers=options.get("n_gpu_layers", 0) if llama_cpp.llama_supports_gpu_offload() else 0,
-    )
-
-
-def _check_classifier(file: GGUFFile, path: str) -> None:
-    if not any(tensor.name.startswith("cls") for tensor in file.tensors):
-        raise ArgumentError(
-            f"{path}: has no classifier, so that it cannot rank (pooling_type {llama_cpp.LLAMA_POOLING_TYPE_RANK})"
-        )
-
-
-def _too_long(n_tokens: int, limit: int, place: str = "a context") -> ContextError:
-    return ContextError(f"{n_tokens:,} tokens do not fit in {place} of {limit:,}")

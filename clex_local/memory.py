@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,8 @@ import psutil
 
 from clex_local.cache_kinds import first_table, has_plain_cache
 from clex_local.errors import ClexError
-from clex_local.gguf_file import GGUFFile
+from clex_local.model_keys import Metadata, ModelKeys, is_list
+from clex_local.sizes import readable_size
 
 # name -> (ggml type, values per block, bytes per block)
 KV_TYPES: dict[str, tuple[int, int, int]] = {
@@ -50,19 +50,15 @@ class ModelShape:
     first_table: int | None = None
 
     @classmethod
-    def from_metadata(cls, metadata: Mapping[str, Any] | GGUFFile) -> ModelShape | None:
+    def from_metadata(cls, metadata: Metadata) -> ModelShape | None:
         """Read the shape; None where the cache is of a kind this estimate does not cover, see ``has_plain_cache``."""
-        arch = metadata.get("general.architecture")
-
-        def number(key: str, default: Any = None) -> Any:
-            return metadata.get(f"{arch}.{key}", default)
-
-        if not has_plain_cache(metadata):
+        keys = ModelKeys(metadata)
+        if not has_plain_cache(keys):
             return None
         try:
-            layers, embedding = int(number("block_count")), int(number("embedding_length"))
-            heads, feed_forward = largest(number("attention.head_count")), largest(number("feed_forward_length"))
-            heads_kv = number("attention.head_count_kv", number("attention.head_count"))
+            layers, embedding = int(keys.get("block_count")), int(keys.get("embedding_length"))
+            heads, feed_forward = _largest(keys.get("attention.head_count")), _largest(keys.get("feed_forward_length"))
+            heads_kv = keys.get("attention.head_count_kv", keys.get("attention.head_count"))
             if not 0 < layers <= MAX_LAYERS or heads <= 0:
                 return None
             per_layer = [int(n) for n in heads_kv] if is_list(heads_kv) else [int(heads_kv)] * layers
@@ -70,13 +66,13 @@ class ModelShape:
                 layers=layers,
                 heads=heads,
                 heads_kv=tuple(per_layer),
-                key_length=int(number("attention.key_length", embedding // heads)),
-                value_length=int(number("attention.value_length", embedding // heads)),
+                key_length=int(keys.get("attention.key_length", embedding // heads)),
+                value_length=int(keys.get("attention.value_length", embedding // heads)),
                 embedding=embedding,
                 # The experts of a token are computed side by side.
-                feed_forward=feed_forward * int(number("expert_used_count") or 1),
-                vocabulary=int(number("vocab_size") or array_size(metadata, "tokenizer.ggml.tokens")),
-                first_table=first_table(metadata),
+                feed_forward=feed_forward * int(keys.get("expert_used_count") or 1),
+                vocabulary=int(keys.get("vocab_size") or keys.array_size("tokenizer.ggml.tokens")),
+                first_table=first_table(keys),
             )
         except (TypeError, ValueError, OverflowError):  # a key is missing or no number
             return None
@@ -84,28 +80,7 @@ class ModelShape:
         return shape if len(per_layer) == layers and min(sizes) >= 0 else None
 
 
-def trained_context(metadata: Mapping[str, Any] | GGUFFile) -> int:
-    """Tokens the model was trained for, 0 where its metadata does not say."""
-    try:
-        return max(int(metadata.get(f"{metadata.get('general.architecture')}.context_length") or 0), 0)
-    except (TypeError, ValueError, OverflowError):
-        return 0
-
-
-def array_size(metadata: Mapping[str, Any] | GGUFFile, key: str) -> int:
-    """Elements of an array in a model's metadata."""
-    if isinstance(metadata, GGUFFile):
-        return metadata.array_size(key)
-    value: Any = metadata.get(key)
-    return len(value) if is_list(value) else 0
-
-
-def is_list(value: Any) -> bool:
-    """Whether a metadata value is an array, whatever the reader made of it."""
-    return hasattr(value, "__len__") and not isinstance(value, (str, bytes))
-
-
-def largest(value: Any) -> int:
+def _largest(value: Any) -> int:
     """A metadata value that may be one number or one per layer, as one number."""
     return max(int(n) for n in value) if is_list(value) else int(value)
 
@@ -262,13 +237,7 @@ def plan_context(
     Raises:
         ClexError: the model does not cover ``ctx``, memory does not hold it, or the options contradict each other.
     """
-    if kv_type and is_quantized(kv_type) and flash_attn is False:
-        raise ClexError(f"a {kv_type} cache needs flash attention; drop `flash_attn=False` or use `kv_type=f16`")
-    if shape and kv_type and not kv_type_fits(shape, kv_type):
-        raise ClexError(
-            f"a {kv_type} cache needs head sizes divisible by 32, this model has {shape.key_length}; "
-            "use `kv_type=f16`, bf16 or f32"
-        )
+    _check_cache(shape, kv_type, flash_attn)
     if ctx and ctx > maximum:
         raise ClexError(f"this model covers {maximum:,} tokens, asked for {ctx:,}")
     if shape is None:
@@ -277,56 +246,81 @@ def plan_context(
     if available is None:
         available = available_bytes()
     choices = cache_choices(shape, kv_type, flash_attn, n_gpu_layers)
-
-    def plan(n_ctx: int, choice: tuple[str, bool]) -> ContextPlan:
-        return cache_plan(shape, n_ctx, *choice, batch, n_gpu_layers)
-
-    def largest_plan(budget: int, choice: tuple[str, bool]) -> ContextPlan | None:
-        low, high = 0, -(-maximum // CELLS)
-        while low < high:
-            middle = (low + high + 1) // 2
-            fits = plan(min(middle * CELLS, maximum), choice).needed <= budget
-            low, high = (middle, high) if fits else (low, middle - 1)
-        return plan(min(low * CELLS, maximum), choice) if low else None
-
+    plans = _Plans(shape, maximum, batch, n_gpu_layers)
     if ctx is None:
         # A quarter stays free for everything else, and the weights must stay in memory to be of use.
         budget = available * 3 // 4 - (weights if layers_in_memory(shape, n_gpu_layers) else 0)
-        plans = [found for choice in choices if (found := largest_plan(budget, choice))]
-        if plans:
-            return max(plans, key=lambda found: found.n_ctx)  # the first of the largest
+        if fitting := [found for choice in choices if (found := plans.largest(budget, choice))]:
+            return max(fitting, key=lambda found: found.n_ctx)  # the first of the largest
         ctx = min(maximum, 4096)  # weights that fill the memory by themselves still run, slowly, from disk
+    found = next((plan for choice in choices if (plan := plans.of(ctx or maximum, choice)).needed <= available), None)
+    if found is None:
+        raise _too_large(plans, ctx or maximum, choices[-1], available, other_types=flash_attn is not False)
+    return found
 
-    wanted = ctx or maximum
-    found = choose_cache(
-        shape,
-        wanted,
-        kv_type=kv_type,
-        flash_attn=flash_attn,
-        batch=batch,
-        n_gpu_layers=n_gpu_layers,
-        available=available,
-    )
-    if found.needed <= available:
-        return found
+
+def _check_cache(shape: ModelShape | None, kv_type: str | None, flash_attn: bool | None) -> None:
+    """Refuse a type of cache that cannot be.
+
+    Raises:
+        ClexError: it needs flash attention, or the heads do not hold its blocks.
+    """
+    if kv_type and is_quantized(kv_type) and flash_attn is False:
+        raise ClexError(f"a {kv_type} cache needs flash attention; drop `flash_attn=False` or use `kv_type=f16`")
+    if shape and kv_type and not kv_type_fits(shape, kv_type):
+        raise ClexError(
+            f"a {kv_type} cache needs head sizes divisible by 32, this model has {shape.key_length}; "
+            "use `kv_type=f16`, bf16 or f32"
+        )
+
+
+@dataclass(frozen=True)
+class _Plans:
+    """Plans of contexts of one model: ``maximum`` is the tokens it covers, the others are as for ``cache_plan``."""
+
+    shape: ModelShape
+    maximum: int
+    batch: int
+    n_gpu_layers: int
+
+    def of(self, n_ctx: int, choice: tuple[str, bool]) -> ContextPlan:
+        """The plan of a context with one of ``cache_choices``."""
+        return cache_plan(self.shape, n_ctx, *choice, self.batch, self.n_gpu_layers)
+
+    def largest(self, budget: int, choice: tuple[str, bool]) -> ContextPlan | None:
+        """The plan of the longest context that so many bytes hold."""
+        low, high = 0, -(-self.maximum // CELLS)
+        while low < high:
+            middle = (low + high + 1) // 2
+            fits = self.of(min(middle * CELLS, self.maximum), choice).needed <= budget
+            low, high = (middle, high) if fits else (low, middle - 1)
+        return self.of(min(low * CELLS, self.maximum), choice) if low else None
+
+
+def _too_large(plans: _Plans, n_ctx: int, least: tuple[str, bool], available: int, *, other_types: bool) -> ClexError:
+    """The error of a context that memory does not hold, with what would fit.
+
+    Args:
+        plans: of the model.
+        n_ctx: tokens of the context.
+        least: the choice of a cache that takes the least.
+        available: bytes there are.
+        other_types: whether a cache of another type may be advised.
+    """
     advice = []
-    if (fits := largest_plan(available, choices[-1])) is not None:
+    if (fits := plans.largest(available, least)) is not None:
         advice.append(f"`ctx={fits.n_ctx}`")
-    if flash_attn is not False:
+    if other_types:
         # The roundings of q4_0 count twice for keys that were re-rotated.
-        names = ["q8_0"] if reaches_second_table(shape, wanted) else ["q8_0", "q4_0"]
-        smaller = [plan(wanted, (name, True)) for name in names if kv_type_fits(shape, name)]
-        advice += [f"`kv_type={found.kv_type}`" for found in smaller if found.needed <= available][:1]
-    least = plan(wanted, choices[-1])
-    raise ClexError(
-        f"a context of {wanted:,} tokens needs {gib(least.needed)} of memory ({least.kv_type} cache) "
-        f"but {gib(available)} are available" + (f"; pass {' or '.join(advice)}" if advice else "")
+        names = ["q8_0"] if reaches_second_table(plans.shape, n_ctx) else ["q8_0", "q4_0"]
+        smaller = [plans.of(n_ctx, (name, True)) for name in names if kv_type_fits(plans.shape, name)]
+        advice += [f"`kv_type={plan.kv_type}`" for plan in smaller if plan.needed <= available][:1]
+    plan = plans.of(n_ctx, least)
+    needed, there = (readable_size(size, memory=True) for size in (plan.needed, available))
+    return ClexError(
+        f"a context of {n_ctx:,} tokens needs {needed} of memory ({plan.kv_type} cache) but {there} are available"
+        + (f"; pass {' or '.join(advice)}" if advice else "")
     )
-
-
-def gib(size: int) -> str:
-    """A size for people: ``1.5 GiB``, ``720 MiB``."""
-    return f"{size / 2**30:.1f} GiB" if size >= 2**30 else f"{size / 2**20:.0f} MiB"
 
 
 def available_bytes() -> int:

@@ -4,79 +4,17 @@ from __future__ import annotations
 
 import logging
 import os
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from clex_local.baked import baked_in
 from clex_local.errors import ClexError
-from clex_local.gguf_file import GGUFFile
-from clex_local.memory import KV_TYPES, ModelShape, plan_context, trained_context
+from clex_local.memory import KV_TYPES, plan_context
+from clex_local.model_facts import ModelFacts
 from clex_local.options import takes_options
 from clex_local.run_options import RunOptions
-from clex_local.tables import Tables, named_tables
 
 if TYPE_CHECKING:
     from clex_local.llama import Llama
-
-
-@dataclass(frozen=True)
-class ModelFacts:
-    """What a file says that decides how its model can be run.
-
-    Attributes:
-        path: the file.
-        tables: its ``clex.*`` tables, or None.
-        trained: tokens that it says the model was trained for, 0 where it does not say.
-        baked: whether its frequencies are one table that was baked in, for ``trained`` tokens.
-        shape: what decides the memory; None for a kind of cache that the estimate does not cover.
-    """
-
-    path: str | os.PathLike[str]
-    tables: Tables | None
-    trained: int
-    baked: bool
-    shape: ModelShape | None
-
-    @classmethod
-    def read(cls, path: str | os.PathLike[str]) -> ModelFacts:
-        """Read it.
-
-        Raises:
-            GGUFError: the file is missing, not GGUF, or damaged.
-            TablesError: its tables break a rule of the metadata.
-        """
-        with GGUFFile(path) as file:
-            tables, shape = named_tables(file, path), ModelShape.from_metadata(file)
-            return cls(path, tables, trained_context(file), baked_in(file) is not None, shape)
-
-    @property
-    def maximum(self) -> int:
-        """Tokens that the model covers, 0 where the file does not say."""
-        return self.tables.max_context_length if self.tables else self.trained
-
-    def check_context(self, ctx: int | None) -> None:
-        """Refuse a context that the model does not cover.
-
-        Raises:
-            ClexError: it does not, or is no language model.
-        """
-        path, maximum = self.path, self.maximum
-        if not maximum:
-            raise ClexError(f"{path}: not a language model (it has no context length)")
-        if not ctx or ctx <= maximum:
-            return
-        if self.tables:
-            reach = f"{self.tables.original_context_length:,} at t = 1, t up to {self.tables.scaling_factors[-1]:g}"
-            raise ClexError(f"{path} covers {maximum:,} tokens ({reach}), not the {ctx:,} asked for")
-        if self.baked:
-            raise ClexError(
-                f"{path} is baked for {maximum:,} tokens, not the {ctx:,} asked for; "
-                "convert the model that it was made of"
-            )
-        raise ClexError(
-            f"{path} was trained for {maximum:,} tokens and has no tables to cover the {ctx:,} asked for; "
-            "`clex-convert MODEL OUT.gguf` adds them"
-        )
 
 
 @takes_options(RunOptions)

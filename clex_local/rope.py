@@ -12,17 +12,17 @@ import numpy as np
 from clex_local import architectures
 from clex_local.errors import escaped
 from clex_local.gguf_file import GGUFFile
-from clex_local.tables import MAX_DIMENSION, Tables, TablesError, rope_dimension_count
+from clex_local.model_keys import ModelKeys
+from clex_local.tables import MAX_DIMENSION, Tables, TablesError
 
-DEFAULT_BASE = 10000.0  # llama.cpp's, where the key is absent
 _F32 = 0  # ggml_type
 _SCALING = ("rope.scaling.", "rope.scale_linear")
 _FACTORS = ("rope_freqs.weight", "rope_factors_short.weight", "rope_factors_long.weight")
 
 
 @dataclass(frozen=True)
-class Rope:
-    """The RoPE of a model file.
+class RopeMetadata:
+    """What a model file says of its RoPE.
 
     Attributes:
         dimension: rotary dimension of a head, twice the number of frequencies; None if the file does not say.
@@ -37,33 +37,16 @@ class Rope:
     factor_tensors: tuple[str, ...]
 
 
-def read_rope(file: GGUFFile) -> Rope:
+def read_rope(file: GGUFFile) -> RopeMetadata:
     """Reads what an open file says of its RoPE."""
-    arch = file.get("general.architecture")
-    prefix = f"{arch}."
-    names = [key[len(prefix) :] for key in file.keys() if key.startswith(prefix)]  # noqa: SIM118
-    scaling = {name: _plain(file, prefix + name) for name in names if name.startswith(_SCALING)}
-    held = {tensor.name for tensor in file.tensors}
-    return Rope(
-        dimension=rope_dimension_count(file),
-        base=number(file, f"{arch}.rope.freq_base", DEFAULT_BASE),
-        scaling=scaling,
-        factor_tensors=tuple(name for name in _FACTORS if name in held),
+    keys = ModelKeys(file)
+    tensors = {tensor.name for tensor in file.tensors}
+    return RopeMetadata(
+        dimension=keys.rope_dimension,
+        base=keys.rope_base,
+        scaling={name: _plain(file, keys.key(name)) for name in keys.names(*_SCALING)},
+        factor_tensors=tuple(name for name in _FACTORS if name in tensors),
     )
-
-
-def number(file: GGUFFile, key: str, default: float | None = None) -> float | None:
-    """Value of a key that must be a number: the default if it is absent, None if it is none or not finite."""
-    value = file.get(key, default)
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
-        return None
-    return value
-
-
-def count(file: GGUFFile, key: str, default: int | None = None) -> int | None:
-    """Value of a key that must be a count of tokens: the default if it is absent, None if it cannot be one."""
-    value = file.get(key, default)
-    return value if isinstance(value, int) and not isinstance(value, bool) and 0 < value < 2**31 else None
 
 
 def _plain(file: GGUFFile, key: str) -> Any:
@@ -84,16 +67,13 @@ def longrope_tables(file: GGUFFile) -> Tables | None:
 
     Source: ``llama_clex_tables::load_longrope`` in ``native/src/tables/llama-clex-tables.cpp``.
     """
-    arch = file.get("general.architecture")
-    if os.environ.get("LLAMA_CLEX_LONGROPE_DISABLE") is not None:
+    keys = ModelKeys(file)
+    if os.environ.get("LLAMA_CLEX_LONGROPE_DISABLE") is not None or not architectures.find(keys.architecture).tables:
         return None
-    if not architectures.find(arch).tables:
-        return None
-    trained, dimension = count(file, f"{arch}.context_length"), rope_dimension_count(file)
-    original = count(file, f"{arch}.rope.scaling.original_context_length", trained)
-    base = number(file, f"{arch}.rope.freq_base", DEFAULT_BASE)
-    scale = number(file, f"{arch}.rope.scaling.factor", number(file, f"{arch}.rope.scale_linear", 0))
-    attention = number(file, f"{arch}.rope.scaling.attn_factor", 1)
+    trained, dimension, base = keys.trained_context, keys.rope_dimension, keys.rope_base
+    original = keys.count("rope.scaling.original_context_length", trained)
+    scale = keys.number("rope.scaling.factor", keys.number("rope.scale_linear", 0))
+    attention = keys.number("rope.scaling.attn_factor", 1)
     if not trained or not original or trained <= original or not dimension or dimension > MAX_DIMENSION:
         return None
     if not base or base < 0 or scale is None or attention is None:

@@ -13,6 +13,7 @@ import numpy.typing as npt
 from clex_local import architectures
 from clex_local.errors import ClexError, ModelError
 from clex_local.gguf_file import GGUFFile
+from clex_local.model_keys import ModelKeys
 
 VERSION = 1
 # Far more than there is a use for; they bound what a hostile file can ask for.
@@ -178,19 +179,7 @@ def _check_range(key: str, values: FloatArray, limits: tuple[np.float32, np.floa
 
 def rope_dimension_count(file: GGUFFile) -> int | None:
     """Rotary dimension of a model's heads, found as llama.cpp finds it; None if the file does not say."""
-    arch = file.get("general.architecture")
-
-    def number(key: str) -> int | None:
-        value = file.get(f"{arch}.{key}")
-        return value if isinstance(value, int) and not isinstance(value, bool) else None
-
-    found = number("rope.dimension_count")
-    if found is None:
-        found = number("attention.key_length")
-    if found is None:
-        width, heads = number("embedding_length"), number("attention.head_count")
-        found = width // heads if width and heads else None
-    return found
+    return ModelKeys(file).rope_dimension
 
 
 def read_tables(path: str | os.PathLike[str]) -> Tables | None:
@@ -238,7 +227,7 @@ def tables_of(file: GGUFFile) -> Tables | None:
             f"{architectures.names_with_tables()}"
         )
     factors, inv_freq = file.get("clex.scaling_factors"), file.get("clex.inv_freq")
-    n_rot = rope_dimension_count(file)
+    n_rot = ModelKeys(file).rope_dimension
     row = n_rot // 2 if n_rot is not None else inv_freq.size // max(factors.size, 1)
     if factors.size and inv_freq.size != factors.size * row:
         wanted = f"{factors.size} buckets of {row}" if n_rot is not None else f"a multiple of {factors.size}"

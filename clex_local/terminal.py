@@ -16,7 +16,8 @@ from rich.text import Text
 from clex_local.errors import ClexError, shown
 
 if TYPE_CHECKING:
-    from clex_local.llama import ClexState, Llama
+    from clex_local.clex_state import ClexState
+    from clex_local.llama import Llama
     from clex_local.session import Answer, Session
 
 CONTROLS = {code: None for code in [*range(32), *range(127, 160)] if chr(code) not in "\n\t"}

@@ -11,10 +11,10 @@ import time
 from contextlib import suppress
 
 from clex_local.errors import ClexError
-from clex_local.memory import gib
+from clex_local.sizes import readable_size
 
 LARGEST_TEXT = 256 * 2**20  # bytes; no context holds more, and nobody waits for it to be cut into tokens
-PATIENCE = 5.0  # seconds that a pipe may take until its first byte
+FIRST_BYTE_TIMEOUT = 5.0  # seconds that a pipe may take until its first byte
 _NAME = "standard input"
 
 
@@ -47,7 +47,7 @@ def decoded(data: bytes, name: str) -> str:
         ClexError: it is not UTF-8 text, or larger than any context.
     """
     if len(data) > LARGEST_TEXT:
-        raise ClexError(f"{name}: more than {gib(LARGEST_TEXT)} of text, no context holds that")
+        raise ClexError(f"{name}: more than {readable_size(LARGEST_TEXT, memory=True)} of text, no context holds that")
     try:
         text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -66,13 +66,13 @@ class Piped:
     """What comes in by standard input beside a question, read from now on in a thread.
 
     A command that cron, a service or another program starts may inherit a pipe that nobody ever writes to or closes.
-    Such a one is given up after ``PATIENCE``; one that has begun is read to its end, however long that takes.
+    Such a one is given up after ``FIRST_BYTE_TIMEOUT``; one that has begun is read to its end, however long that takes.
     ``unread`` tells afterwards why there is no text, should there be a reason to tell.
     """
 
     def __init__(self) -> None:
         self.unread: str | None = None
-        self._deadline = time.monotonic() + PATIENCE
+        self._deadline = time.monotonic() + FIRST_BYTE_TIMEOUT
         self._chunks: list[bytes] = []
         self._error: OSError | None = None
         self._begun, self._ended = threading.Event(), threading.Event()

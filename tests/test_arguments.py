@@ -149,7 +149,20 @@ def test_context_beyond_the_training_is_a_warning(folder):
         load(path, n_ctx=0).close()
         load(path, n_ctx=512, vocab_only=True).close()
         load(path, n_ctx=512, rope_freq_scale=0.5).close()  # asked for
-        load(folder / "tables.gguf", n_ctx=512).close()  # covers 256, and there it stays
+        load(folder / "tables.gguf", n_ctx=256).close()
+
+
+def test_context_beyond_the_tables_is_lowered_and_a_warning(folder):
+    path = folder / "tables.gguf"
+    with pytest.warns(ContextWarning, match=r"tables.gguf: .* holds 256 tokens, .* not the 512 asked for;") as caught:
+        llm = load(path, n_ctx=512)
+    assert (caught[0].filename, len(caught), llm.n_ctx()) == (__file__, 1, 256)
+    llm.close()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        load(path, n_ctx=0).close()
+        load(path, n_ctx=512, clamp=True).close()  # asked for
+        load(path, n_ctx=512, vocab_only=True).close()
 
 
 def adapter(path, changes=None, rows=64, kind=np.float32):

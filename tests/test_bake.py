@@ -18,7 +18,7 @@ from clex_convert import ConvertError, cli, convert
 from clex_convert.gguf_writer import GGUFWriter, TensorData, tensors_of
 from clex_eval.loading import coverage, open_for_evaluation
 from clex_eval.models import Coverage
-from clex_local import Llama, inspection, llama_clex
+from clex_local import Llama, inspect_command, llama_clex
 from clex_local.arguments import ContextWarning
 from clex_local.baked import Baked
 from clex_local.errors import ClexError
@@ -301,7 +301,7 @@ def test_a_baked_file_says_so(golden_dir, golden_gguf, tmp_path, source):
     assert found.baked == Baked("clex", LENGTH, SECOND)
     assert (found.trained_context, found.original_context, found.max_context) == (LENGTH, LENGTH, SECOND)
     assert found.to_json()["baked"] == {"method": "clex", "original_context_length": LENGTH, "context_length": SECOND}
-    shown = click.testing.CliRunner().invoke(inspection.main, [str(path)]).stdout
+    shown = click.testing.CliRunner().invoke(inspect_command.main, [str(path)]).stdout
     assert "64 tokens, 128 with the baked table" in shown
     assert "one baked for 128 tokens, method clex: runs as in llama.cpp, short prompts too" in shown
     assert coverage(path) == Coverage(LENGTH, None, SECOND)

@@ -145,6 +145,6 @@ def test_q4_0_is_no_advice_where_tables_are_crossed():
     for shape, advised in ((with_tables, False), (without, True)):
         with pytest.raises(ClexError) as error:
             plan_context(shape, 65536, 65536, kv_type="f16", available=12 * 2**30)
-        assert ("--kv-type q4_0" in str(error.value)) == advised, str(error.value)
-    with pytest.raises(ClexError, match="--kv-type q8_0"):
+        assert ("`kv_type=q4_0`" in str(error.value)) == advised, str(error.value)
+    with pytest.raises(ClexError, match="`kv_type=q8_0`"):
         plan_context(with_tables, 65536, 65536, kv_type="f16", available=30 * 2**30)

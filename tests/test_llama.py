@@ -14,8 +14,9 @@ import pytest
 
 from clex_local import ClexError, Llama
 from clex_local import memory as memory_module
-from clex_local.llama import Settings
+from clex_local.gguf_file import GGUFFile
 from clex_local.memory import ModelShape, cache_plan, default_threads
+from clex_local.settings import Settings
 from helpers.random_gguf import make_model
 
 pytestmark = pytest.mark.runtime
@@ -178,7 +179,7 @@ def test_flash_attention_is_on_for_heads_that_it_is_fast_with(tmp_path, head, fa
 
 def test_q8_0_is_taken_where_only_that_fits(tmp_path, monkeypatch):
     path = make_model(tmp_path / "model.gguf", n_buckets=64, n_head_kv=2)
-    with memory_module.GGUFFile(path) as file:
+    with GGUFFile(path) as file:
         shape = ModelShape.from_metadata(file)
     f16, q8_0 = (cache_plan(shape, 4096, name, True).needed for name in ("f16", "q8_0"))
     for available, options, expected in [

@@ -14,6 +14,11 @@ import pytest
 
 import clex_local
 
+# isort: split
+import llama_cpp
+
+pytestmark = pytest.mark.runtime
+
 
 def test_dir_shows_every_public_name_and_no_other():
     public = [name for name in dir(clex_local) if not name.startswith("__")]
@@ -56,6 +61,22 @@ def test_open_model_shows_the_options_as_its_arguments():
     ]
     with pytest.raises(TypeError, match="unexpected keyword argument 'n_ctx'"):
         clex_local.open_model("model.gguf", n_ctx=512)  # pyright: ignore[reportCallIssue]
+
+
+def test_llama_shows_the_arguments_of_the_bindings_and_ours():
+    ours = inspect.signature(clex_local.Llama).parameters
+    theirs = inspect.signature(llama_cpp.Llama).parameters
+    assert set(theirs) - {"kwargs"} <= set(ours)
+    assert {"prefix_reuse", "policy", "clamp"} <= set(ours)
+    assert not any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in ours.values())
+
+
+def test_the_types_of_llamas_arguments_are_all_written_down():
+    assert clex_local.Llama
+    from clex_local.bindings_arguments import BindingsArguments
+
+    theirs = set(inspect.signature(llama_cpp.Llama).parameters) - {"model_path", "kwargs"}
+    assert set(BindingsArguments.__annotations__) == theirs
 
 
 @pytest.mark.parametrize("package", ["clex_local", "clex_convert", "clex_eval", "clex_train"])

@@ -14,7 +14,7 @@ from clex_eval.passkey import command as clex_eval_passkey
 from clex_eval.ppl import command as clex_eval_ppl
 from clex_eval.ruler import command as clex_eval_ruler
 from clex_local.chat import main as clex_chat
-from clex_local.inspection import main as clex_inspect
+from clex_local.inspect_command import main as clex_inspect
 from clex_train.cli import main as clex_train
 
 pytestmark = pytest.mark.docs

@@ -45,7 +45,7 @@ def test_clex_inspect(tmp_path, keys):
     path = tmp_path / f"{ATTACK}.gguf"
     path.write_bytes(gguf_bytes(MODEL | keys, {ATTACK: np.zeros(32, np.float32)}))
     for options in ([], ["--json"]):
-        text = on_a_terminal("clex_local.inspection", path, *options)
+        text = on_a_terminal("clex_local.inspect_command", path, *options)
         assert "owned" in text
         assert is_harmless(text)
 
@@ -55,8 +55,8 @@ def test_clex_inspect(tmp_path, keys):
     [
         ("clex_local.chat", [ATTACK, "-p", "Hi"]),
         ("clex_local.chat", ["m", ATTACK]),
-        ("clex_local.inspection", [ATTACK]),
-        ("clex_local.inspection", [f"--{ATTACK}"]),
+        ("clex_local.inspect_command", [ATTACK]),
+        ("clex_local.inspect_command", [f"--{ATTACK}"]),
         ("clex_convert.cli", [ATTACK, "out.gguf"]),
         ("clex_convert.cli", ["m", "out.gguf", ATTACK]),
         ("clex_train.cli", ["m", "out", ATTACK]),

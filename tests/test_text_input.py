@@ -59,8 +59,8 @@ def test_a_redirected_file_is_read_if_nobody_else_reads_it(ask, tmp_path):
 
 def test_an_input_that_says_nothing_is_given_up(smollm, tmp_path):
     program = (
-        "import sys; from clex_local import text_input; text_input.PATIENCE = 0.2; from clex_local.chat import main; "
-        "main(sys.argv[1:])"
+        "import sys; from clex_local import text_input; text_input.FIRST_BYTE_TIMEOUT = 0.2; "
+        "from clex_local.chat import main; main(sys.argv[1:])"
     )
     reading, writing = os.pipe()
     options = ["--ctx", "256", "--threads", "1", "--max-tokens", "1", "-p", "Hi"]
@@ -102,7 +102,7 @@ def test_a_pipe_that_is_no_text(ask, arguments, data, message):
 
 
 def test_a_pipe_that_has_begun_is_read_to_its_end(monkeypatch):
-    monkeypatch.setattr(text_input, "PATIENCE", 0.0)
+    monkeypatch.setattr(text_input, "FIRST_BYTE_TIMEOUT", 0.0)
     reading, writing = os.pipe()
     with open(reading) as stdin, open(writing, "wb", buffering=0) as pipe:
         monkeypatch.setattr(sys, "stdin", stdin)

@@ -26,7 +26,7 @@ from clex_eval.report import Column, Report, working
 from clex_eval.tasks import in_groups
 from clex_local.command import SETTINGS
 from clex_local.errors import ClexError
-from clex_local.plot import checked_name
+from clex_local.figure import checked_name
 from clex_local.text_input import read_text
 
 PROMPTS = {

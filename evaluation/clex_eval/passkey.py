@@ -17,7 +17,7 @@ from clex_eval.options import Length, json_settings, lengths_option, model_optio
 from clex_eval.report import Column, Report
 from clex_eval.tasks import Cell, Depths, Question, Result, answers, ask, in_groups, mean, percent, room, trials_options
 from clex_local.command import SETTINGS
-from clex_local.plot import checked_name
+from clex_local.figure import checked_name
 
 DEPTHS = (0.0, 25.0, 50.0, 75.0, 100.0)
 _MESSAGE = (

@@ -322,7 +322,7 @@ def command(
     Comparisons are differences in nats per token, of the same tokens; errors are standard errors over blocks of the
     text.
     """
-    from clex_local.plot import checked_name
+    from clex_local.figure import checked_name
     from clex_local.text_input import read_text
 
     if chunk and prefill != "growing":

@@ -19,7 +19,7 @@ from rich.table import Table
 from rich.text import Text
 
 from clex_local.errors import ClexError, escaped
-from clex_local.plot import checked_name, new_figure
+from clex_local.figure import checked_name, new_figure
 
 VERSION = 1  # of the JSON
 

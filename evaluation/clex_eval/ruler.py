@@ -22,7 +22,7 @@ from clex_eval.report import Column, Report
 from clex_eval.tasks import Cell, Depths, Question, Task, answers, ask, in_groups, mean, percent, room, trials_options
 from clex_local.command import SETTINGS
 from clex_local.errors import ClexError
-from clex_local.plot import checked_name
+from clex_local.figure import checked_name
 
 _NEEDLES = 4  # of niah_multikey; one of them is asked for
 _HOPS = 4  # of a chain of variables

@@ -23,7 +23,7 @@ import numpy as np
 from rich.console import Console
 
 from clex_local import ClexError, Llama, inspect
-from clex_local.inspection import show
+from clex_local.inspection_report import show
 from clex_local.tables import TablesError, read_tables
 from helpers.gguf_maker import MODEL, TENSORS, gguf_bytes, gguf_fields
 from helpers.random_gguf import model_parts, ntk_tables

@@ -4,30 +4,22 @@ from __future__ import annotations
 
 import math
 import os
-import secrets
-import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
-from pathlib import Path
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from clex_local.errors import ClexError, escaped
+from clex_local.figure import checked_name, new_figure
 
 if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-
     from clex_local.inspection import Inspection
 
-FORMATS = (".png", ".svg")
 _MOST_MODELS = 6
 _MOST_CURVES = 32
 _MOST_NAMED = 8  # curves that a legend names one by one
 _MOST_FREQUENCIES = 4096
 _PALEST = 0.92  # of the colours: the last yellow is too pale for a line
-# So that the same file gives the same bytes, whatever the user's own settings.
-_STYLE: Any = {"svg.hashsalt": "clex-local", "svg.fonttype": "path", "font.family": "DejaVu Sans", "font.size": 9}
 
 
 def plot(found: Sequence[Inspection], output: str | os.PathLike[str]) -> None:
@@ -64,40 +56,6 @@ def plot(found: Sequence[Inspection], output: str | os.PathLike[str]) -> None:
         limits = [axes.get_ylim() for axes in grid[: len(found)]]
         for axes in grid[: len(found)]:
             _set_scale(axes, min(low for low, _ in limits), max(high for _, high in limits))
-
-
-def checked_name(output: str | os.PathLike[str]) -> Path:
-    """The path of a picture.
-
-    Raises:
-        ClexError: it ends with neither .png nor .svg.
-    """
-    output = Path(output)
-    if output.suffix.lower() not in FORMATS:
-        raise ClexError(f"{output}: pictures are written as {' or '.join(FORMATS)}, by the name's ending")
-    return output
-
-
-@contextmanager
-def new_figure(output: Path, width: float, height: float) -> Iterator[Figure]:
-    """An empty figure in our style to draw on, width and height in inches; written to the output afterwards.
-
-    Raises:
-        ClexError: matplotlib is missing, or the file cannot be written.
-    """
-    try:
-        import matplotlib
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise ClexError("a picture needs the Python package matplotlib: pip install 'clex-local[plot]'") from None
-
-    with matplotlib.rc_context(), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # a name with letters that the font lacks
-        matplotlib.rcdefaults()
-        matplotlib.rcParams.update(_STYLE)
-        figure = Figure(figsize=(width, height), layout="constrained")
-        yield figure
-        _save(figure, output)
 
 
 def _draw(axes: Any, model: Inspection, legend_columns: int) -> None:
@@ -189,18 +147,3 @@ def _crossing(dimensions: np.ndarray[Any, Any], values: np.ndarray[Any, Any]) ->
         return None
     i = above[0]
     return float(np.interp(0, values[i - 1 : i + 1], dimensions[i - 1 : i + 1]))
-
-
-def _save(figure: Any, output: Path) -> None:
-    """Writes the picture beside its place and puts it there when it is complete; without a date, so reproducibly."""
-    kind = output.suffix.lower()[1:]
-    metadata = {"Date": None, "Creator": None} if kind == "svg" else {"Software": None}
-    fresh = output.parent / f".{output.name[:180]}.{os.getpid()}-{secrets.token_hex(4)}.tmp"
-    try:
-        figure.savefig(fresh, format=kind, dpi=200, metadata=metadata)
-        os.replace(fresh, output)
-    except OSError as error:
-        raise ClexError(f"{output}: could not be written ({error.strerror or error})") from None
-    finally:
-        with suppress(OSError):
-            fresh.unlink()
