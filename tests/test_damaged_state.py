@@ -20,7 +20,7 @@ from helpers.low_level import ERROR, F16, Context, Model, logged
 from helpers.random_gguf import make_model, model_parts, random_tokens
 from helpers.state_bytes import StateBytes, checksum
 
-pytestmark = pytest.mark.native
+pytestmark = [pytest.mark.native, pytest.mark.sanitize]
 
 IDS = random_tokens(256)
 ON_DEVICE = 2

@@ -18,7 +18,7 @@ from helpers.gguf_maker import gguf_bytes
 from helpers.low_level import ERROR, Context, Model, logged
 from helpers.random_gguf import model_parts, random_tokens
 
-pytestmark = pytest.mark.native
+pytestmark = [pytest.mark.native, pytest.mark.sanitize]
 
 POISON = 9  # the token whose embedding is no number
 IDS = [token for token in random_tokens(40) if token != POISON]

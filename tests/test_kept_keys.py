@@ -10,7 +10,7 @@ from clex_local import llama_clex
 from helpers.low_level import F16, F32, Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, Context, Model
 from helpers.random_gguf import make_model, random_tokens
 
-pytestmark = pytest.mark.native
+pytestmark = [pytest.mark.native, pytest.mark.sanitize]
 
 IQ4_NL = 20
 QUANTIZED = [Q8_0, Q5_1, Q5_0, Q4_1, Q4_0, IQ4_NL]

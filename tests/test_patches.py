@@ -108,9 +108,3 @@ def test_changes_in_no_commit_are_not_lost_silently(
     with pytest.raises(SystemExit, match="changes that are in no commit"):
         script.export(copy, folder)
     assert contents(folder) == {path.name: path.read_bytes() for path in PATCHES}
-
-
-def test_readme_has_a_row_for_each_patch() -> None:
-    readme = (NATIVE / "README.md").read_text()
-    rows = [line.split("`")[1] for line in readme.splitlines() if line.startswith("| `patches/")]
-    assert rows == [f"patches/{path.name[:4]}-*" for path in PATCHES]

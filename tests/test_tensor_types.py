@@ -14,7 +14,7 @@ from clex_local.gguf_file import GGUFFile, GGUFHeader
 from helpers.gguf_maker import gguf_bytes
 from helpers.random_gguf import model_parts
 
-pytestmark = pytest.mark.native
+pytestmark = [pytest.mark.native, pytest.mark.sanitize]
 
 BLOCK = 256  # the largest of any type; rows of the model are as long
 TYPES = [*range(4), *range(6, 31), 34, 35, *range(39, 43)]  # those that were taken out of ggml are missing
