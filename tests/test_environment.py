@@ -10,18 +10,9 @@ import pytest
 pytestmark = pytest.mark.docs
 
 ROOT = Path(__file__).parent.parent
-SOURCES = (
-    *(
-        "clex_local/**/*.py",
-        "convert/**/*.py",
-        "evaluation/**/*.py",
-        "train/**/*.py",
-        "startup/*.py",
-        "benchmarks/*.py",
-    ),
-    *("native/*.py", "native/src/**/*.cpp", "native/src/**/*.h", "native/patches/*.patch"),
-    *("tests/conftest.py", "tests/helpers/*.py"),
-)
+PYTHON = ("clex_local/**/*.py", "convert/**/*.py", "evaluation/**/*.py", "train/**/*.py", "startup/*.py", "native/*.py")
+TESTS = ("tests/conftest.py", "tests/helpers/*.py")
+NATIVE = ("native/src/**/*.cpp", "native/src/**/*.h", "native/patches/*.patch")
 OURS = re.compile(r'"((?:CLEX|GGML_CLEX|LLAMA_CLEX)_[A-Z_]+|LLAMA_CPP_LIB_PATH)"')
 ADDED_GETENV = re.compile(r'^\+?[^-].*getenv\("(\w+)"\)', re.MULTILINE)
 
@@ -29,7 +20,9 @@ ADDED_GETENV = re.compile(r'^\+?[^-].*getenv\("(\w+)"\)', re.MULTILINE)
 def found() -> dict[str, set[str]]:
     """The files that read each variable."""
     readers: dict[str, set[str]] = {}
-    for path in (path for pattern in SOURCES for path in ROOT.glob(pattern) if "_llama_cpp" not in path.parts):
+    for path in (
+        path for pattern in (*PYTHON, *TESTS, *NATIVE) for path in ROOT.glob(pattern) if "_llama_cpp" not in path.parts
+    ):
         text = path.read_text(encoding="utf-8")
         names = ADDED_GETENV.findall(text) if path.suffix in (".patch", ".cpp", ".h") else OURS.findall(text)
         for name in names:
