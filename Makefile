@@ -22,7 +22,7 @@ PYTEST = $(BIN)/python -m pytest --numprocesses $(WORKERS)
 
 NATIVE_SOURCES := CMakeLists.txt pyproject.toml $(wildcard native/*.py native/*.txt native/patches/* native/src/* native/src/*/* startup/*)
 
-.PHONY: demo test sanitize lint format bench native stock clean
+.PHONY: demo test sanitize lint format docs site bench native stock clean
 
 demo: $(NATIVE) ## set everything up, add tables to a small chat model and ask about a text longer than its context
 	$(BIN)/python examples/demo.py
@@ -46,6 +46,13 @@ lint: $(READY) ## style and types
 format: $(READY)
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
+
+docs: $(NATIVE) ## write anew what pages take from the code: commands, files, architectures
+	$(BIN)/python -m docs.generate
+	$(BIN)/python tests/test_architecture_list.py
+
+site: $(NATIVE) ## the pages and the API as a static site in build/site; a warning is an error
+	$(BIN)/sphinx-build -q -E -W --keep-going -c docs -d build/site-doctrees -b html . build/site
 
 bench: $(NATIVE) $(STOCK) ## the figures of docs/benchmarks.md; takes about an hour
 	$(BIN)/python -m benchmarks.all

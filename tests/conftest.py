@@ -1,3 +1,5 @@
+"""Fixtures that several files of tests share: golden models, a chat model with tables, a stock library."""
+
 from __future__ import annotations
 
 import contextlib

@@ -16,6 +16,8 @@ import pytest
 from clex_convert.model_classes import MODEL_CLASSES
 from clex_local.architectures import ARCHITECTURES, families, find, of_class, table, trainable_classes, with_tables
 
+pytestmark = [pytest.mark.docs, pytest.mark.convert]
+
 ROOT = Path(__file__).parent.parent
 
 

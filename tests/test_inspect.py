@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
+from clex_convert import convert
 from clex_local import ClexError, Llama, inspect, llama_clex
 from clex_local.gguf_file import GGUFFile
 from clex_local.inspect_command import main
@@ -25,9 +26,10 @@ from clex_local.tables_plot import plot
 from helpers.gguf_maker import MODEL, gguf_bytes, rewrite
 from helpers.low_level import Model
 from helpers.random_gguf import make_model, model_parts
-from test_readme import README
 
 pytestmark = pytest.mark.inspect
+
+PAGE = Path(__file__).parent.parent / "docs" / "inspect.md"
 
 
 def run(*arguments: object) -> str:
@@ -184,7 +186,7 @@ def test_json_is_one_line_for_each_file_and_always_has_the_same_keys(smollm_ntk,
     lines = run(smollm_ntk, smollm, plain, "--json").splitlines()
     values = [json.loads(line) for line in lines]
     assert [value["path"] for value in values] == [str(smollm_ntk), str(smollm), str(plain)]
-    documented = (README.parent / "docs" / "inspect.md").read_text(encoding="utf-8")
+    documented = PAGE.read_text(encoding="utf-8")
 
     def names(value: Any) -> set[str]:
         if isinstance(value, list):
@@ -374,11 +376,12 @@ def test_a_full_disk_leaves_nothing(smollm_ntk, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_the_picture_in_the_readme_is_what_its_command_makes(smollm_ntk, tmp_path):
-    command = re.search(r"^clex-inspect long\.gguf --plot (docs/\S+)", README.read_text(encoding="utf-8"), re.MULTILINE)
+def test_the_picture_in_the_page_is_what_its_commands_make(smollm, tmp_path):
+    command = re.search(r"^clex-inspect long\.gguf --plot docs/(\S+)", PAGE.read_text(encoding="utf-8"), re.MULTILINE)
     assert command
-    picture = README.parent / command[1]
+    picture = PAGE.parent / command[1]
     made = tmp_path / picture.name
-    run(smollm_ntk, "--plot", made)
+    convert(smollm, tmp_path / "long.gguf", check="none")
+    run(tmp_path / "long.gguf", "--plot", made)
     if matplotlib.__version__ == "3.11.2":  # other versions place things a little differently
         assert made.read_bytes() == picture.read_bytes()

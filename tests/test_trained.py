@@ -21,7 +21,7 @@ L = 256  # bytes, its original context
 @pytest.fixture(scope="module")
 def text() -> str:
     """English that it was not trained on."""
-    return (ROOT / "README.md").read_text(encoding="utf-8") + (ROOT / "LICENSE").read_text(encoding="utf-8")
+    return (ROOT / "native" / "README.md").read_text(encoding="utf-8")
 
 
 def read(models: list[Path], text: str, factors: tuple[int, ...], **options) -> list[float]:

@@ -1,0 +1,156 @@
+"""Writes what the pages take from the code: `docs/cli.md` from the commands, the tree of `docs/architecture.md`.
+
+``python -m docs.generate`` writes both anew; the tests compare.
+"""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import re
+import subprocess
+from collections.abc import Iterator
+from email.parser import HeaderParser
+from pathlib import Path
+
+import click
+
+ROOT = Path(__file__).parent.parent
+CLI, ARCHITECTURE = ROOT / "docs" / "cli.md", ROOT / "docs" / "architecture.md"
+
+HEAD = """# Commands
+
+Made from the commands themselves by `python -m docs.generate`. What they are for: [converting](convert.md),
+[chatting](chat.md), [inspecting](inspect.md), [evaluating](clex-eval.md), [training](train.md).
+"""
+TREE = re.compile(r"(?<=<!-- tree -->\n).*?(?=<!-- end of tree -->)", re.DOTALL)
+
+# Folders that hold one thing in many files, and files that have no comment to take a line from.
+FOLDERS = {
+    "docs/img": "pictures",
+    "examples/bytes": "a small trained model with a CLEX layer; tokens are bytes",
+    "tests/data": "tiny models with logits computed by the authors' code",
+}
+FILES = {
+    ".ci/run": "everything that has to pass: tests, style and types, site, demo",
+    ".github/workflows/ci.yml": "runs `.ci/run` on the Pythons and systems that are claimed",
+    ".gitignore": "what builds and tests leave behind",
+    ".pre-commit-config.yaml": "style before each commit",
+    "CHANGELOG.md": "what users notice, by version",
+    "CMakeLists.txt": "builds llama.cpp with our patches and sources",
+    "CONTRIBUTING.md": "how to work on this",
+    "LICENSE": "MIT",
+    "Makefile": "every task: demo, test, lint, native, site, bench",
+    "README.md": "what it is for, and where to begin",
+    "RELEASE.md": "how a version is made",
+    "pyproject.toml": "the package, and the settings of ruff, basedpyright and pytest",
+    "convert/clex_convert/check.txt": "the text that a full check reads",
+    "native/README.md": "how the native side works",
+    "native/llama-cpp-python.txt": "the pin of llama.cpp: a source distribution and its hash",
+    "startup/clex_local.pth": "makes Python import the module beside it as it starts",
+}
+KINDS = {"py.typed": "says that the types of the package count", ".svg": "a picture"}
+
+
+def commands() -> Iterator[tuple[str, click.Command]]:
+    """Every command of the package and every subcommand, each with its full name."""
+    scripts = (
+        (ROOT / "pyproject.toml").read_text(encoding="utf-8").partition("[project.scripts]\n")[2].partition("[")[0]
+    )
+    for name, module, function in re.findall(r'^(\S+) = "([\w.]+):(\w+)"$', scripts, re.MULTILINE):
+        command = getattr(importlib.import_module(module), function)
+        yield name, command
+        for part, subcommand in sorted(getattr(command, "commands", {}).items()):
+            yield f"{name} {part}", subcommand
+
+
+def cli() -> str:
+    """The text of `docs/cli.md`."""
+    return HEAD + "".join(_section(name, command) for name, command in commands())
+
+
+def _section(name: str, command: click.Command) -> str:
+    context = click.Context(command, info_name=name, **command.context_settings)
+    usage = " ".join(command.collect_usage_pieces(context))
+    paragraphs = [" ".join(part.split()) for part in (command.help or "").replace("\b\n", "").split("\n\n")]
+    rows = ["| option | meaning |", "| --- | --- |"]
+    for option in command.params:
+        if isinstance(option, click.Option) and (record := option.get_help_record(context)):
+            names, meaning = (" ".join(part.split()).replace("|", "\\|") for part in record)
+            # Ranges such as "x>=1" are for the terminal, where a wrong value has just been refused.
+            meaning = re.sub(r"(; | \[)[-\d<=]*x[<>][^\]]*\]", lambda m: "]" if m[1] == "; " else "", meaning)
+            rows.append(f"| `{names}` | {meaning} |")
+    return "\n".join([f"\n## {name}\n", f"`{name} {usage}`\n", *(f"{text}\n" for text in paragraphs), *rows, ""])
+
+
+def tree() -> str:
+    """Every file of the repository but for data, by folder, with a line about each."""
+    folders: dict[str, list[str]] = {}
+    for path in repository_files():
+        if not any(path.startswith(f"{folder}/") for folder in FOLDERS):
+            folder, _, name = path.rpartition("/")
+            folders.setdefault(folder, []).append(f"| `{name}` | {describe(ROOT / path)} |")
+    lines = []
+    for folder in sorted(folders):
+        lines += [f"\n### {folder or 'At the top'}\n", "| file | what it is |", "| --- | --- |", *folders[folder]]
+    lines += ["\n### Data\n", "| folder | what it holds |", "| --- | --- |"]
+    lines += [f"| `{folder}/` | {text} |" for folder, text in FOLDERS.items() if (ROOT / folder).is_dir()]
+    return "\n".join([*lines, "\n"])
+
+
+def repository_files() -> list[str]:
+    """Paths of all files that git knows or would add."""
+    command = ["git", "ls-files", "--cached", "--others", "--exclude-standard"]
+    listed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.splitlines()
+    return sorted({path for path in listed if (ROOT / path).is_file()})
+
+
+def describe(path: Path) -> str:
+    """The line about a file: its docstring's or its comment's first sentence.
+
+    Raises:
+        ValueError: it has none.
+    """
+    name = path.relative_to(ROOT).as_posix()
+    text = FILES.get(name) or KINDS.get(path.name) or KINDS.get(path.suffix) or _native_line(path) or _first_words(path)
+    if not text:
+        raise ValueError(f"{name}: begin it with a docstring or a comment that says what it is")
+    sentence = re.split(r"(?<=[\w)`*])\.\s", " ".join(text.split("\n\n")[0].split()))[0].rstrip(".:")
+    return sentence.replace("|", "\\|")
+
+
+def _first_words(path: Path) -> str | None:
+    text = path.read_text(encoding="utf-8", errors="replace")
+    if path.suffix == ".py":
+        return ast.get_docstring(ast.parse(text))
+    if path.suffix == ".patch":
+        return HeaderParser().parsestr(text).get("Subject")
+    if path.suffix == ".md":
+        return text.partition("\n")[0].lstrip("# ")
+    mark = r"//" if path.suffix in (".cpp", ".h", ".cu", ".cuh") else "#"
+    found = re.search(rf"^(?:{mark} ?(?!!).*\n)+", "\n".join(text.splitlines()[:12]) + "\n", re.MULTILINE)
+    return re.sub(rf"^{mark} ?", "", found[0], flags=re.MULTILINE) if found else None
+
+
+def _native_line(path: Path) -> str | None:
+    """What native/README.md says of a source file."""
+    text = (ROOT / "native" / "README.md").read_text(encoding="utf-8")
+    for pattern, meaning in re.findall(r"^\| `src/([^`]+)` \| (.*) \|$", text, re.MULTILINE):
+        if path.match(pattern):
+            return meaning
+    return None
+
+
+def architecture() -> str:
+    """The text of `docs/architecture.md` with the tree that there is."""
+    return TREE.sub(lambda _: tree(), ARCHITECTURE.read_text(encoding="utf-8"))
+
+
+def main() -> None:
+    """Write both pages."""
+    CLI.write_text(cli(), encoding="utf-8")
+    ARCHITECTURE.write_text(architecture(), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
