@@ -69,7 +69,7 @@ def _click_type(kinds: Sequence[Any], known: Option) -> click.ParamType | type:
     bounds: dict[str, Any] = {"min": known.minimum if known.above is None else known.above, "max": known.maximum}
     bounded = any(bound is not None for bound in bounds.values())
     if known.parse is not None:
-        return str
+        return click.UNPROCESSED  # a default is what it would make of a text
     if known.choices is not None:
         return click.Choice(known.choices, case_sensitive=False)
     if any((typing.get_origin(kind) or kind) in (os.PathLike, Path) for kind in kinds):

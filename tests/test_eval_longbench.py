@@ -176,7 +176,7 @@ def clex_eval(*arguments):
         (json.dumps(record(context=None)), "the field context"),
         (json.dumps(record(answers="one")), "the field answers"),
         (json.dumps(record(answers=[])), "has no answers"),
-        (json.dumps(record(dataset="mine")), "--metric"),
+        (json.dumps(record(dataset="mine")), "`metric`"),
         (json.dumps(record(dataset="trec")), "all_classes"),
     ],
 )

@@ -174,13 +174,13 @@ def one_line(code, output, error):
 
 
 def test_a_model_finds_the_pass_key(smollm):
-    (row,) = passkey_rows([smollm], [Length(512)], (50.0,), threads=1)
+    (row,) = passkey_rows([smollm], [Length(512)], depths=(50.0,), threads=1)
     assert (row["length"], row["50"], row["all"]) == (512, 1, 1)
     assert row["answers"][0]["expected"][0] in row["answers"][0]["answer"]
 
 
 def test_the_deepest_needles_are_asked_for_first_each_with_its_own_key(smollm):
-    rows = list(passkey_rows([smollm], [Length(128), Length(140)], (0.0, 100.0), trials=2, threads=1))
+    rows = list(passkey_rows([smollm], [Length(128), Length(140)], depths=(0.0, 100.0), trials=2, threads=1))
     assert [(row["length"], row["0"], row["100"]) for row in rows] == [(128, 1, 1), (140, 1, 1)]
     answers = rows[0]["answers"]
     assert [(answer["depth"], answer["trial"]) for answer in answers] == [(100, 0), (100, 1), (0, 0), (0, 1)]
@@ -225,7 +225,7 @@ def test_ruler_as_json(smollm):
 
 
 def test_ruler_has_a_row_for_each_depth(smollm):
-    rows = list(ruler([smollm], [Length(128)], ["niah_single"], [0.0, 100.0], threads=1))
+    rows = list(ruler([smollm], [Length(128)], tasks=["niah_single"], depths=[0.0, 100.0], threads=1))
     assert [(row["depth"], row["128"]) for row in rows] == [(0, 1), (100, 1)]
 
 

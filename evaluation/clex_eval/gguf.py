@@ -12,10 +12,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from clex_eval.models import Coverage, Policy, Prefill, Progress, before_stop, likelihoods, plan_prefill
+from clex_eval.models import Coverage, Prefill, Progress, before_stop, likelihoods, plan_prefill
+from clex_eval.options import EvalOptions
 from clex_local import inspect
 from clex_local.decoding import decode_failure
 from clex_local.errors import ClexError
+from clex_local.opening import load
 
 
 def gguf_coverage(path: Path) -> Coverage:
@@ -34,52 +36,30 @@ def gguf_coverage(path: Path) -> Coverage:
 class GGUFModel:
     """A GGUF file in the quantized runtime; see ``Model``."""
 
-    def __init__(
-        self,
-        path: Path,
-        covers: Coverage,
-        ctx: int,
-        *,
-        kv_type: str | None,
-        policy: Policy,
-        clamp: bool,
-        flash_attn: bool | None,
-        batch: int,
-        threads: int | None,
-        n_gpu_layers: int,
-    ) -> None:
+    def __init__(self, path: Path, covers: Coverage, options: EvalOptions) -> None:
         from jinja2 import TemplateError
 
-        from clex_local import Llama
         from clex_local.arguments import ContextWarning
-        from clex_local.memory import KV_TYPES
 
         self.path = path
         self.name = path.name.removesuffix(".gguf")
         self.original_context_length = covers.original
-        self.context_length = covers.context_size(ctx, clamp)
-        self._policy, self._clamp, self._maximum = policy, clamp, covers.maximum
+        self.context_length = covers.context_size(options.ctx, options.clamp)
+        self._policy, self._maximum = options.policy, covers.maximum
         # The runtime's fixed policy takes the table of the context's size.
-        n_ctx = max(self.context_length, covers.maximum or 0) if policy == "fixed" else self.context_length
-        cache = None if kv_type is None else KV_TYPES[kv_type][0]
+        fixed = options.policy == "fixed"
+        ctx = max(self.context_length, covers.maximum or 0) if fixed else self.context_length
         try:
             with warnings.catch_warnings():
                 # How a model does beyond its training is what is measured.
                 warnings.simplefilter("ignore", ContextWarning)
-                self._llm = Llama(
-                    str(path),
-                    n_ctx=n_ctx,
-                    n_batch=batch,
-                    n_ubatch=batch,
-                    n_threads=threads,
-                    n_gpu_layers=n_gpu_layers,
-                    type_k=cache,
-                    type_v=cache,
-                    flash_attn=flash_attn,
-                    policy=policy,
-                    clamp=clamp,
+                self._llm = load(
+                    path,
+                    options.to_run(ctx),
+                    n_ubatch=options.batch,
+                    policy=options.policy,
+                    clamp=options.clamp,
                     prefix_reuse="exact",  # so that what is cached of an earlier prompt changes no answer
-                    verbose=False,
                 )
         except TemplateError as error:
             raise ClexError(f"{path}: its chat template is not valid: {error}") from error

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from statistics import fmean
@@ -20,13 +20,15 @@ from clex_eval import report
 from clex_eval.loading import open_for_evaluation
 from clex_eval.metrics import METRICS, check_packages, score
 from clex_eval.models import Model
-from clex_eval.options import json_settings, model_options, names, output_options
+from clex_eval.options import EvalOptions, models_argument, names, output_options
 from clex_eval.records import Record, read
 from clex_eval.report import Column, Report, working
 from clex_eval.tasks import in_groups
-from clex_local.command import SETTINGS
+from clex_local.command import SETTINGS, Command
+from clex_local.command_options import options_from
 from clex_local.errors import ClexError
 from clex_local.figure import checked_name
+from clex_local.options import documented, option, takes_options
 from clex_local.text_input import read_text
 
 PROMPTS = {
@@ -96,37 +98,41 @@ class Answer:
     score: float
 
 
-def ask(
-    models: Sequence[Path],
-    records: Sequence[Record],
-    *,
-    ctx: int = 0,
-    template: str | None = None,
-    **options: Any,
-) -> Iterator[Answer]:
+@documented
+@dataclass(frozen=True, kw_only=True)
+class LongBenchOptions(EvalOptions):
+    """What is asked, how it is scored, and how the models are run."""
+
+    ctx: int = option(
+        0,
+        "Tokens that a prompt and its answer may have. A longer prompt loses its middle.",
+        default_text="all that the model covers",
+        metavar="N",
+        minimum=0,
+    )
+    metric: str | None = option(
+        None, "Metric of data sets that are not LongBench's; theirs are known.", choices=tuple(METRICS)
+    )
+    limit: int | None = option(None, "Only the first N records of each data set.", metavar="N", minimum=1)
+    template: str | None = option(None, "Prompt in place of our own, with {context} and {input}.", command=False)
+
+
+def ask(models: Sequence[Path], records: Sequence[Record], options: LongBenchOptions) -> Iterator[Answer]:
     """Puts records to models and gives the answers as they come."""
     with working() as work:
         work.expect(len(models) * len(records))
         for path, name in zip(models, names(models), strict=True):
             work.name(name)
-            with open_for_evaluation(path, ctx=ctx, **options) as model:
+            with open_for_evaluation(path, **options.of_models(options.ctx)) as model:
                 for record in records:
-                    tokens, full = prompt_tokens(model, record, template)
+                    tokens, full = prompt_tokens(model, record, options.template)
                     text = model.generate(tokens, record.kind.max_tokens)
                     yield Answer(name, record, full, len(tokens) < full, text, score(record, text))
                     work.advance()
 
 
-def longbench(
-    models: Sequence[Path],
-    files: Sequence[Path],
-    *,
-    ctx: int = 0,
-    metric: str | None = None,
-    template: str | None = None,
-    limit: int | None = None,
-    **options: Any,
-) -> Iterator[dict[str, Any]]:
+@takes_options(LongBenchOptions)
+def longbench(models: Sequence[Path], files: Sequence[Path], options: LongBenchOptions) -> Iterator[dict[str, Any]]:
     """Puts the records of files to models: one row for each model and data set, when it is complete.
 
     A row has the mean score, 0 to 1, how many prompts were truncated, and the answers.
@@ -134,22 +140,18 @@ def longbench(
     Args:
         models: GGUF files or Hugging Face folders.
         files: in LongBench's format.
-        ctx: tokens that a prompt and its answer may have; 0 for all that a model covers.
-        metric: key of METRICS for data sets that are not LongBench's.
-        template: prompt in place of our own, with {context} and {input}.
-        limit: records of each data set, from its beginning.
-        options: keyword arguments of ``open_for_evaluation``.
+        {options}
 
     Raises:
         ClexError: a file is not in this format, or a model cannot be run.
     """
     sets: dict[str, list[Record]] = {}
     for file in files:
-        for record in read(file, metric):
+        for record in read(file, options.metric):
             sets.setdefault(record.dataset, []).append(record)
-    records = [record for found in sets.values() for record in islice(found, limit)]
+    records = [record for found in sets.values() for record in islice(found, options.limit)]
     check_packages(record.kind.metric for record in records)
-    found = ask(models, records, ctx=ctx, template=template, **options)
+    found = ask(models, records, options)
     for group in in_groups(found, lambda answer: (answer.model, answer.record.dataset)):
         yield {
             "model": group[0].model,
@@ -189,20 +191,9 @@ def plot(rows: Iterable[dict[str, Any]], output: Path) -> None:
     report.plot_scores(output, "LongBench", scores, "prompt, up to so many tokens")
 
 
-@click.command("longbench", context_settings=SETTINGS)
-@model_options
-@click.option(
-    "--ctx",
-    metavar="N",
-    type=click.IntRange(min=1),
-    show_default="all that the model covers",
-    help="Tokens that a prompt and its answer may have. A longer prompt loses its middle.",
-)
-@click.option(
-    "--metric",
-    type=click.Choice(list(METRICS)),
-    help="Metric of data sets that are not LongBench's; theirs are known.",
-)
+@click.command("longbench", cls=Command, context_settings=SETTINGS)
+@models_argument
+@options_from(LongBenchOptions)
 @click.option(
     "--prompt",
     metavar="FILE",
@@ -210,17 +201,13 @@ def plot(rows: Iterable[dict[str, Any]], output: Path) -> None:
     show_default="one for each kind of task",
     help="Prompt for all records: a text with {context} and {input}.",
 )
-@click.option("--limit", metavar="N", type=click.IntRange(min=1), help="Only the first N records of each data set.")
 @output_options
 def command(
     models: tuple[Path, ...],
-    ctx: int | None,
-    metric: str | None,
+    options: LongBenchOptions,
     prompt: Path | None,
-    limit: int | None,
     picture: Path | None,
     as_json: bool,
-    **options: Any,
 ) -> None:
     """Score models on files in LongBench's format, which are the arguments whose names end with .jsonl.
 
@@ -245,11 +232,10 @@ def command(
         Column("score", "score", lambda share: f"{100 * share:.1f}"),
     ]
     found = Report("longbench", columns)
-    given: dict[str, Any] = {"ctx": ctx or 0, "metric": metric, "limit": limit, **options}
-    found.settings = {"models": models, "files": files, "prompt": prompt, **json_settings(given)}
+    found.settings = {"models": models, "files": files, "prompt": prompt, **options.settings("template")}
     report.run(
         found,
-        longbench(models, files, template=template, **given),
+        longbench(models, files, **vars(replace(options, template=template))),
         as_json=as_json,
         plot=(lambda: plot(found.rows, picture)) if picture else None,
     )

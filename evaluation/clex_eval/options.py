@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
 import click
 
-from clex_local.memory import KV_TYPES
+from clex_eval.models import Policy
+from clex_local.options import documented, option, options_in
+from clex_local.run_options import RunOptions
 
 F = TypeVar("F", bound=Callable[..., Any])
 _JSON_NAMES = {"ctx": "context", "kv_type": "cache_type"}
@@ -31,6 +33,25 @@ class Length:
         return f"{self.factor:g}x" if self.factor else str(self.tokens)
 
 
+def parse_lengths(text: str) -> tuple[Length, ...]:
+    """The lengths of a text such as ``1x,2x`` or ``4096,8k``.
+
+    Raises:
+        ValueError: one of them is no length.
+    """
+    return tuple(_length(part.strip()) for part in text.split(","))
+
+
+def _length(text: str) -> Length:
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)(x|k?)", text)
+    if not found or (found[2] != "x" and "." in found[1]):
+        raise ValueError(f"{text!r} is no length: 4096, 4k, or 2x for twice the original context")
+    length = Length(factor=float(found[1])) if found[2] == "x" else Length(int(found[1]) * (1024 if found[2] else 1))
+    if not 0 < length.of(1 << 24) < 1 << 31:
+        raise ValueError(f"{text!r} is no context length")
+    return length
+
+
 class LengthsType(click.ParamType):
     """Comma-separated context lengths, such as ``1x,2x`` or ``4096,8192``."""
 
@@ -38,80 +59,84 @@ class LengthsType(click.ParamType):
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[Length, ...]:
         """The lengths of a text."""
-        return value if isinstance(value, tuple) else tuple(self._length(part.strip()) for part in value.split(","))
-
-    def _length(self, text: str) -> Length:
-        found = re.fullmatch(r"(\d+(?:\.\d+)?)(x|k?)", text)
-        if not found or (found[2] != "x" and "." in found[1]):
-            self.fail(f"{text!r} is no length: 4096, 4k, or 2x for twice the original context")
-        length = (
-            Length(factor=float(found[1])) if found[2] == "x" else Length(int(found[1]) * (1024 if found[2] else 1))
-        )
-        if not 0 < length.of(1 << 24) < 1 << 31:
-            self.fail(f"{text!r} is no context length")
-        return length
+        try:
+            return value if isinstance(value, tuple) else parse_lengths(value)
+        except ValueError as error:
+            self.fail(str(error))
 
 
 LENGTHS = LengthsType()
+LENGTHS_HELP = "Context lengths: tokens, or multiples of the model's original context, as 2x."
 
 
-def lengths_option(default: str | None = None) -> Callable[[F], F]:
-    """``--lengths``, with a default; without one None stands for what the tables cover of 1x, 2x, 4x and 8x."""
-    return click.option(
-        "--lengths",
-        metavar="N,N,...",
-        type=LENGTHS,
-        default=default,
-        show_default=True if default else "1x,2x,4x,8x, as far as the tables go",
-        help="Context lengths: tokens, or multiples of the model's original context, as 2x.",
+def lengths_option(default: str) -> Callable[[F], F]:
+    """``--lengths``."""
+    return click.option("--lengths", metavar="N,N,...", type=LENGTHS, default=default, help=LENGTHS_HELP)
+
+
+def models_argument(command: F) -> F:
+    """MODEL... as ``models``."""
+    path = click.Path(exists=True, path_type=Path)
+    return click.argument("models", metavar="MODEL...", nargs=-1, required=True, type=path)(command)
+
+
+def _as_to_run(name: str, **changes: Any) -> Any:
+    """The field of `RunOptions`, with another default, and more."""
+    field, known = next((field, known) for field, known in options_in(RunOptions) if field.name == name)
+    default = changes.pop("default", field.default)
+    return option(default, **vars(replace(known, **changes)))
+
+
+@documented
+@dataclass(frozen=True, kw_only=True)
+class EvalOptions:
+    """How evaluated models are run.
+
+    Folders are computed in float32 by transformers; only `ctx`, `clamp` and `threads` concern them.
+    """
+
+    ctx: int = option(
+        0,
+        "Tokens the context holds; 0: all that the tables cover, or that the model was trained for. A model without "
+        "tables takes any.",
+        metavar="N",
+        minimum=0,
     )
-
-
-def model_options(command: F) -> F:
-    """MODEL... as ``models``, and how they are run: keyword arguments of ``open_for_evaluation``, without ``ctx``."""
-    return _all(
-        command,
-        click.argument(
-            "models", metavar="MODEL...", nargs=-1, required=True, type=click.Path(exists=True, path_type=Path)
-        ),
-        click.option(
-            "--kv-type",
-            metavar="TYPE",
-            type=click.Choice(list(KV_TYPES)),
-            default="f16",
-            help=f"Type of the key and value cache: {', '.join(KV_TYPES)}.",
-        ),
-        click.option(
-            "--flash-attn/--no-flash-attn",
-            default=None,
-            show_default="where it is faster or needed",
-            help="Flash attention.",
-        ),
-        click.option(
-            "--policy",
-            type=click.Choice(["by-length", "fixed"]),
-            default="by-length",
-            help="Which table a sequence gets: that of its length, or the last one whatever its length.",
-        ),
-        click.option("--clamp", is_flag=True, help="Beyond the last table go on with it, instead of refusing."),
-        click.option(
-            "--batch", metavar="N", type=click.IntRange(min=1), default=512, help="Prompt tokens computed at once."
-        ),
-        click.option(
-            "--threads",
-            metavar="N",
-            type=click.IntRange(min=1),
-            show_default="the physical cores",
-            help="Threads to compute with.",
-        ),
-        click.option(
-            "--n-gpu-layers",
-            metavar="N",
-            type=click.IntRange(min=-1),
-            default=0,
-            help="Layers computed on a GPU; -1: all.",
-        ),
+    kv_type: str | None = _as_to_run("kv_type", default="f16", default_text=None)
+    flash_attn: bool | None = _as_to_run("flash_attn")
+    policy: Policy = option(
+        "by-length",
+        "Which table a sequence gets: that of its length, or the last one whatever its length.",
+        choices=("by-length", "fixed"),
     )
+    clamp: bool = option(False, "Beyond the last table go on with it, instead of refusing.")
+    batch: int = _as_to_run("batch")
+    threads: int | None = _as_to_run("threads")
+    n_gpu_layers: int = _as_to_run("n_gpu_layers", default=0, default_text=None)
+
+    def of_models(self, ctx: int) -> dict[str, Any]:
+        """The keywords of ``open_for_evaluation`` among them, for a context of so many tokens."""
+        return {field.name: getattr(self, field.name) for field in fields(EvalOptions)} | {"ctx": ctx}
+
+    def to_run(self, ctx: int) -> RunOptions:
+        """Those for the runtime, for a context of so many tokens."""
+        return RunOptions(
+            ctx=ctx,
+            kv_type=self.kv_type,
+            flash_attn=self.flash_attn,
+            batch=self.batch,
+            threads=self.threads,
+            n_gpu_layers=self.n_gpu_layers,
+        )
+
+    def settings(self, *without: str) -> dict[str, Any]:
+        """How a report's JSON says them, but for those of some names."""
+        return json_settings({name: value for name, value in vars(self).items() if name not in without})
+
+
+def json_settings(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Options under the names that a report's JSON has had for them since version 1."""
+    return {_JSON_NAMES.get(name, name): value for name, value in options.items()}
 
 
 def output_options(command: F) -> F:
@@ -127,11 +152,6 @@ def output_options(command: F) -> F:
         ),
         click.option("--json", "as_json", is_flag=True, help="Print one JSON object in place of the table."),
     )
-
-
-def json_settings(options: Mapping[str, Any]) -> dict[str, Any]:
-    """How a report's JSON says with which options it was measured, under the names that it has had since version 1."""
-    return {_JSON_NAMES.get(name, name): value for name, value in options.items()}
 
 
 def _all(command: F, *decorators: Callable[[F], F]) -> F:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import re
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +14,25 @@ import click
 from clex_eval import report
 from clex_eval.haystack import fill, hide
 from clex_eval.models import Model
-from clex_eval.options import Length, json_settings, lengths_option, model_options, output_options
+from clex_eval.options import Length, lengths_option, models_argument, output_options
 from clex_eval.report import Column, Report
-from clex_eval.tasks import Cell, Depths, Question, Result, answers, ask, in_groups, mean, percent, room, trials_options
-from clex_local.command import SETTINGS
+from clex_eval.tasks import (
+    Cell,
+    Question,
+    Result,
+    TaskOptions,
+    answers,
+    ask,
+    in_groups,
+    mean,
+    parse_depths,
+    percent,
+    room,
+)
+from clex_local.command import SETTINGS, Command
+from clex_local.command_options import options_from
 from clex_local.figure import checked_name
+from clex_local.options import documented, option, takes_options
 
 DEPTHS = (0.0, 25.0, 50.0, 75.0, 100.0)
 _MESSAGE = (
@@ -55,15 +70,22 @@ def score(answer: str, expected: tuple[str, ...]) -> float:
     return float(number is not None and number[0] == expected[0])
 
 
-def passkey(
-    models: Sequence[Path],
-    lengths: Sequence[Length],
-    depths: Sequence[float] = DEPTHS,
-    *,
-    trials: int = 1,
-    seed: int = 0,
-    **options: Any,
-) -> Iterator[dict[str, Any]]:
+@documented
+@dataclass(frozen=True, kw_only=True)
+class PasskeyOptions(TaskOptions):
+    """Where the keys are hidden, how many of them, and how the models are run."""
+
+    depths: Sequence[float] = option(
+        DEPTHS,
+        "Where in the text the key is, in percent.",
+        default_text=",".join(f"{depth:g}" for depth in DEPTHS),
+        metavar="D,D,...",
+        parse=parse_depths,
+    )
+
+
+@takes_options(PasskeyOptions)
+def passkey(models: Sequence[Path], lengths: Sequence[Length], options: PasskeyOptions) -> Iterator[dict[str, Any]]:
     """Asks models for keys hidden in their contexts: one row for each model and length, when it is complete.
 
     A row has the share of right answers at each depth and over all of them, 0 to 1, and the answers.
@@ -71,19 +93,17 @@ def passkey(
     Args:
         models: GGUF files or Hugging Face folders.
         lengths: tokens of a prompt with its answer.
-        depths: where in the text the key is, 0 to 100.
-        trials: keys for each length and depth.
-        seed: of the keys.
-        options: ``notes`` of ``ask``, and keyword arguments of ``open_for_evaluation``.
+        {options}
 
     Raises:
         ClexError: a model cannot be run, or not at such a length.
     """
     # The deepest first: the others' prompts begin as that one does, and what a model has cached of it is kept.
-    cells = [Cell("passkey", length, float(depth)) for length in lengths for depth in sorted(depths, reverse=True)]
-    found = ask(models, cells, {"passkey": question}, score, trials=trials, seed=seed, stop=("\n",), **options)
+    depths = sorted(options.depths, reverse=True)
+    cells = [Cell("passkey", length, float(depth)) for length in lengths for depth in depths]
+    found = ask(models, cells, {"passkey": question}, score, options, stop=("\n",))
     for group in in_groups(found, lambda result: (result.model, result.cell.length)):
-        yield _row(group, depths)
+        yield _row(group, options.depths)
 
 
 def _row(group: list[Result], depths: Sequence[float]) -> dict[str, Any]:
@@ -118,27 +138,17 @@ def plot(rows: Sequence[dict[str, Any]], depths: Sequence[float], output: Path) 
     report.plot_heat_map(output, titles, lengths, depths, values)
 
 
-@click.command("passkey", context_settings=SETTINGS)
-@model_options
+@click.command("passkey", cls=Command, context_settings=SETTINGS)
+@models_argument
 @lengths_option("1x,2x")
-@click.option(
-    "--depths",
-    metavar="D,D,...",
-    type=Depths(),
-    default=",".join(f"{depth:g}" for depth in DEPTHS),
-    help="Where in the text the key is, in percent.",
-)
-@trials_options
+@options_from(PasskeyOptions, without=("ctx",))
 @output_options
 def command(
     models: tuple[Path, ...],
     lengths: tuple[Length, ...],
-    depths: tuple[float, ...],
-    trials: int,
-    seed: int,
+    options: PasskeyOptions,
     picture: Path | None,
     as_json: bool,
-    **options: Any,
 ) -> None:
     """Hide a number in a text of each length and ask for it: the share found, by length and depth.
 
@@ -151,15 +161,15 @@ def command(
         Column("model", "model"),
         Column("length", "tokens", "{:,}".format),
         Column("scaling_factor", "t", "{:g}".format),
-        *(Column(f"{depth:g}", f"{depth:g} %", percent) for depth in depths),
+        *(Column(f"{depth:g}", f"{depth:g} %", percent) for depth in options.depths),
         Column("all", "all", percent),
     ]
     found = Report("passkey", columns)
-    found.settings = {"lengths": [str(length) for length in lengths], "depths": depths, "trials": trials, "seed": seed}
-    found.settings |= {**json_settings(options), "models": models}
+    found.settings = {"models": models, "lengths": [str(length) for length in lengths]}
+    found.settings |= options.settings("ctx", "notes")
     report.run(
         found,
-        passkey(models, lengths, depths, trials=trials, seed=seed, notes=found.notes, **options),
+        passkey(models, lengths, **vars(replace(options, notes=found.notes))),
         as_json=as_json,
-        plot=(lambda: plot(found.rows, depths, picture)) if picture else None,
+        plot=(lambda: plot(found.rows, options.depths, picture)) if picture else None,
     )

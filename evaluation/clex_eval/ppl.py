@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,45 +15,83 @@ import numpy.typing as npt
 
 from clex_eval.loading import coverage, open_for_evaluation
 from clex_eval.models import Coverage, Model, Prefill
-from clex_eval.options import Length, json_settings, lengths_option, model_options, names, output_options
-from clex_eval.report import Column, Report, plot_curves, run, working
-from clex_eval.windows import TOKENS, FloatArray, Scored, mean_and_error, span_of, window_likelihoods
-from clex_local.command import SETTINGS
+from clex_eval.options import (
+    LENGTHS_HELP,
+    EvalOptions,
+    Length,
+    models_argument,
+    names,
+    output_options,
+    parse_lengths,
+)
+from clex_eval.report import Column, Report, Work, plot_curves, run, working
+from clex_eval.windows import TOKENS, FloatArray, Scored, Span, mean_and_error, span_of, window_likelihoods
+from clex_local.command import SETTINGS, Command
+from clex_local.command_options import options_from
 from clex_local.errors import ClexError
+from clex_local.figure import checked_name
+from clex_local.options import documented, option, takes_options
+from clex_local.text_input import read_text
 
 BLOCK = 512  # tokens of the text that count as one observation, at most
 
 
-def perplexity(
-    models: Sequence[Path],
-    text: str,
-    *,
-    lengths: Sequence[Length] | None = None,
-    tokens: int | None = None,
-    stride: int | None = None,
-    prefill: Prefill = "one-shot",
-    chunk: int | None = None,
-    by: int | None = None,
-    original_context: int | None = None,
-    source: str = "the text",
-    notes: list[str] | None = None,
-    **options: Any,
-) -> Iterator[dict[str, Any]]:
+@documented
+@dataclass(frozen=True, kw_only=True)
+class PerplexityOptions(EvalOptions):
+    """Which tokens are scored, in which contexts, and how the models are run."""
+
+    lengths: Sequence[Length] | None = option(
+        None,
+        LENGTHS_HELP,
+        default_text="1x,2x,4x,8x, as far as the tables go",
+        metavar="N,N,...",
+        parse=parse_lengths,
+    )
+    tokens: int | None = option(
+        None,
+        "Tokens to score, rounded up to whole windows of the largest length; every length scores the same ones.",
+        default_text=f"{TOKENS:,}, or what the text has",
+        metavar="N",
+        minimum=1,
+    )
+    stride: int | None = option(
+        None,
+        "Slide the windows by N tokens and score only the last N of each.",
+        default_text="windows side by side, all of each scored",
+        metavar="N",
+        minimum=1,
+    )
+    prefill: Prefill = option(
+        "one-shot",
+        "one-shot: one table for a whole window; growing: a window is fed in chunks, and the table grows with it.",
+        choices=("one-shot", "growing"),
+    )
+    chunk: int | None = option(
+        None,
+        "Tokens of a chunk of `prefill='growing'`.",
+        default_text="the original context",
+        metavar="N",
+        minimum=1,
+    )
+    by: int | None = option(
+        None, "Show the perplexities of N positions in the window at a time too.", metavar="N", minimum=1
+    )
+    original_context: int | None = option(
+        None, "Tokens that 1x stands for.", default_text="the model's", metavar="N", minimum=1
+    )
+    source: str = option("the text", "What an error calls the text.", command=False)
+    notes: list[str] | None = option(None, "What a reader should know is added to them.", command=False)
+
+
+@takes_options(PerplexityOptions)
+def perplexity(models: Sequence[Path], text: str, options: PerplexityOptions) -> Iterator[dict[str, Any]]:
     """Perplexity of a text by model and context length.
 
     Args:
         models: GGUF files and Hugging Face folders.
         text: what is read; every length scores the same tokens of it.
-        lengths: context lengths; None: 1, 2, 4 and 8 times the original context, as far as the tables go.
-        tokens: how many tokens to score, in whole windows of the largest length; None: 32,768, or what the text has.
-        stride: tokens between sliding windows, of each of which only so many are scored; None: windows side by side.
-        prefill: ``one-shot`` or ``growing``, as ``Model.negative_log_likelihoods`` says.
-        chunk: tokens of a chunk of ``growing``; None: the original context.
-        by: give the perplexities of ranges of so many positions in the window too.
-        original_context: L in place of what the models say.
-        source: what an error calls the text.
-        notes: what a reader should know is added to them.
-        **options: those of ``open_for_evaluation``.
+        {options}
 
     Yields:
         One row for each model and length; docs/clex-eval.md lists the keys.
@@ -61,42 +99,70 @@ def perplexity(
     Raises:
         ClexError: the text is too short, the tables do not cover a length, or a model cannot be run.
     """
-    notes = notes if notes is not None else []
+    notes = options.notes if options.notes is not None else []
     plans = []
     for name, path in zip(names(models), models, strict=True):
-        covers, wanted, note = plan(path, lengths, original_context, options.get("clamp", False))
-        plans.append((name, path, covers, wanted))
+        covers, lengths, note = plan(path, options.lengths, options.original_context, options.clamp)
+        plans.append((name, path, covers, lengths))
         if note and note not in notes:
             notes.append(note)
-    longest = max(wanted[-1] for *_, wanted in plans)  # one for all, so that all score the same tokens
+    longest = max(lengths[-1] for *_, lengths in plans)  # one for all, so that all score the same tokens
     first: dict[int, Scored] = {}
     with working() as work:
-        for number, (name, path, covers, wanted) in enumerate(plans):
-            block = min(covers.original, BLOCK)
-            with open_for_evaluation(path, ctx=max(wanted), **options) as model:
-                read = _tokens(model, text, 1 + 2 * longest + max(tokens or TOKENS, longest))
-                span = span_of(longest, len(read) - (not model.bos), tokens, stride, source)
-                work.expect(sum(span.count // min(stride or n, n) * n for n in wanted) * (len(plans) - number))
-                shortest = None
-                for length in wanted:
-                    work.name(f"{name}, {length:,} tokens")
-                    start = time.monotonic()
-                    values = window_likelihoods(
-                        model, read, span, length,
-                        stride=stride, prefill=prefill, chunk=chunk or covers.original, work=work,
-                    )  # fmt: skip
-                    seconds = time.monotonic() - start
-                    scored = Scored(read, span, length, values)
-                    shortest = shortest or scored
-                    row = {"model": name, "path": str(path), "original_context": covers.original, "length": length}
-                    row["scaling_factor"] = model.scaling_factor(length)
-                    row |= _row(scored, shortest, first.setdefault(length, scored), covers.original, block)
-                    if by and values.shape[1] == length:
-                        row["positions"] = [
-                            {"first": a, "end": min(a + by, length)} | _statistics("", values[:, a : a + by], block)
-                            for a in range(0, length, by)
-                        ]
-                    yield row | {"seconds": round(seconds, 2)}
+        for number, (name, path, covers, lengths) in enumerate(plans):
+            with open_for_evaluation(path, **options.of_models(max(lengths))) as model:
+                tokens = _tokens(model, text, 1 + 2 * longest + max(options.tokens or TOKENS, longest))
+                span = span_of(longest, len(tokens) - (not model.bos), options.tokens, options.stride, options.source)
+                stride = options.stride or longest
+                work.expect(sum(span.count // min(stride, n) * n for n in lengths) * (len(plans) - number))
+                named = {"model": name, "path": str(path), "original_context": covers.original}
+                for row in _rows(model, name, covers.original, tokens, span, lengths, first, options, work):
+                    yield named | row
+
+
+def _rows(
+    model: Model,
+    name: str,
+    original: int,
+    tokens: npt.NDArray[np.int32],
+    span: Span,
+    lengths: Sequence[int],
+    first: dict[int, Scored],
+    options: PerplexityOptions,
+    work: Work,
+) -> Iterator[dict[str, Any]]:
+    """The rows of one model; `first` has what the first model gave for each length, and gets what is missing there."""
+    block = min(original, BLOCK)
+    shortest = None
+    for length in lengths:
+        work.name(f"{name}, {length:,} tokens")
+        start = time.monotonic()
+        values = window_likelihoods(
+            model,
+            tokens,
+            span,
+            length,
+            stride=options.stride,
+            prefill=options.prefill,
+            chunk=options.chunk or original,
+            work=work,
+        )
+        seconds = time.monotonic() - start
+        scored = Scored(tokens, span, length, values)
+        shortest = shortest or scored
+        row: dict[str, Any] = {"length": length, "scaling_factor": model.scaling_factor(length)}
+        row |= _row(scored, shortest, first.setdefault(length, scored), original, block)
+        if options.by and values.shape[1] == length:
+            row["positions"] = _by_position(values, options.by, block)
+        yield row | {"seconds": round(seconds, 2)}
+
+
+def _by_position(values: FloatArray, by: int, block: int) -> list[dict[str, Any]]:
+    length = values.shape[1]
+    return [
+        {"first": a, "end": min(a + by, length)} | _statistics("", values[:, a : a + by], block)
+        for a in range(0, length, by)
+    ]
 
 
 def plan(
@@ -115,7 +181,7 @@ def plan(
         if lengths or wanted[0] > covers.maximum:
             raise ClexError(
                 f"{path}: its tables cover {covers.maximum:,} tokens, not {wanted[-1]:,}; "
-                "leave that length out, or go on with the last table by --clamp"
+                "leave that length out, or go on with the last table by `clamp=True`"
             )
         wanted = [n for n in wanted if n <= covers.maximum]
         note = f"{path.name}: its tables cover {covers.maximum:,} tokens, longer contexts are left out"
@@ -254,66 +320,15 @@ def plot(report: Report, output: Path) -> None:
     )
 
 
-@click.command("ppl", context_settings=SETTINGS)
-@model_options
+@click.command("ppl", cls=Command, context_settings=SETTINGS)
+@models_argument
 @click.option(
     "--text", metavar="FILE", required=True, type=click.Path(path_type=Path), help="Text to read; - is standard input."
 )
-@lengths_option()
-@click.option(
-    "--tokens",
-    metavar="N",
-    type=click.IntRange(min=1),
-    show_default=f"{TOKENS:,}, or what the text has",
-    help="Tokens to score, rounded up to whole windows of the largest length; every length scores the same ones.",
-)
-@click.option(
-    "--stride",
-    metavar="N",
-    type=click.IntRange(min=1),
-    show_default="windows side by side, all of each scored",
-    help="Slide the windows by N tokens and score only the last N of each.",
-)
-@click.option(
-    "--prefill",
-    type=click.Choice(["one-shot", "growing"]),
-    default="one-shot",
-    help="one-shot: one table for a whole window; growing: a window is fed in chunks, and the table grows with it.",
-)
-@click.option(
-    "--chunk",
-    metavar="N",
-    type=click.IntRange(min=1),
-    show_default="the original context",
-    help="Tokens of a chunk of --prefill growing.",
-)
-@click.option(
-    "--by",
-    metavar="N",
-    type=click.IntRange(min=1),
-    help="Show the perplexities of N positions in the window at a time too.",
-)
-@click.option(
-    "--original-context",
-    metavar="N",
-    type=click.IntRange(min=1),
-    show_default="the model's",
-    help="Tokens that 1x stands for.",
-)
+@options_from(PerplexityOptions, without=("ctx",))
 @output_options
 def command(
-    models: tuple[Path, ...],
-    text: Path,
-    lengths: tuple[Length, ...] | None,
-    tokens: int | None,
-    stride: int | None,
-    prefill: Prefill,
-    chunk: int | None,
-    by: int | None,
-    original_context: int | None,
-    picture: Path | None,
-    as_json: bool,
-    **options: Any,
+    models: tuple[Path, ...], text: Path, options: PerplexityOptions, picture: Path | None, as_json: bool
 ) -> None:
     """Perplexity of a text by context length.
 
@@ -322,22 +337,17 @@ def command(
     Comparisons are differences in nats per token, of the same tokens; errors are standard errors over blocks of the
     text.
     """
-    from clex_local.figure import checked_name
-    from clex_local.text_input import read_text
-
-    if chunk and prefill != "growing":
+    if options.chunk and options.prefill != "growing":
         raise click.UsageError("--chunk belongs to --prefill growing")
-    if by and stride:
+    if options.by and options.stride:
         raise click.UsageError("--by is for windows that are scored whole, without --stride")
     if picture:
         checked_name(picture)
     content = read_text(text)
-    given: dict[str, Any] = dict(
-        tokens=tokens, stride=stride, prefill=prefill, chunk=chunk, by=by, original_context=original_context, **options
-    )
-    settings = {"text": str(text), "lengths": [str(length) for length in lengths or default_lengths()]}
-    report = report_of(len(models) > 1, stride is not None, settings | json_settings(given))
-    rows = perplexity(models, content, lengths=lengths, source=str(text), notes=report.notes, **given)
+    settings = {"text": str(text), **options.settings("ctx", "source", "notes")}
+    settings["lengths"] = [str(length) for length in options.lengths or default_lengths()]
+    report = report_of(len(models) > 1, options.stride is not None, settings)
+    rows = perplexity(models, content, **vars(replace(options, source=str(text), notes=report.notes)))
     run(
         report,
         with_position_columns(report, rows),

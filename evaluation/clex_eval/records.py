@@ -118,7 +118,7 @@ def _record(line: str, place: str, metric: str | None) -> Record:
     name = fields["dataset"]
     kind = DATA_SETS.get(_ENDING.sub("", name)) or _OTHERS.get(metric or "")
     if kind is None:
-        raise ClexError(f"{place}: the data set {name!r} is not one of LongBench's; --metric says how to score it")
+        raise ClexError(f"{place}: the data set {name!r} is not one of LongBench's; `metric` says how to score it")
     if kind.metric == "classification" and not fields["all_classes"]:
         raise ClexError(f"{place}: needs the field all_classes to score a classification")
     return Record(

@@ -9,6 +9,7 @@ from __future__ import annotations
 import random
 import string
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +18,26 @@ import click
 from clex_eval import report
 from clex_eval.haystack import fill, hide, largest, words
 from clex_eval.models import Model
-from clex_eval.options import Length, json_settings, lengths_option, model_options, output_options
+from clex_eval.options import Length, lengths_option, models_argument, output_options
 from clex_eval.report import Column, Report
-from clex_eval.tasks import Cell, Depths, Question, Task, answers, ask, in_groups, mean, percent, room, trials_options
-from clex_local.command import SETTINGS
+from clex_eval.tasks import (
+    Cell,
+    Question,
+    Task,
+    TaskOptions,
+    answers,
+    ask,
+    in_groups,
+    mean,
+    parse_depths,
+    percent,
+    room,
+)
+from clex_local.command import SETTINGS, Command
+from clex_local.command_options import options_from
 from clex_local.errors import ClexError
 from clex_local.figure import checked_name
+from clex_local.options import documented, option, takes_options
 
 _NEEDLES = 4  # of niah_multikey; one of them is asked for
 _HOPS = 4  # of a chain of variables
@@ -169,16 +184,38 @@ TASKS: dict[str, Task] = {
 HAVE_DEPTH = ("niah_single", "niah_multikey")
 
 
-def ruler(
-    models: Sequence[Path],
-    lengths: Sequence[Length],
-    tasks: Sequence[str] = tuple(TASKS),
-    depths: Sequence[float] | None = None,
-    *,
-    trials: int = 1,
-    seed: int = 0,
-    **options: Any,
-) -> Iterator[dict[str, Any]]:
+def parse_tasks(text: str) -> tuple[str, ...]:
+    """The tasks of a text with commas between their names.
+
+    Raises:
+        ValueError: there is no such task.
+    """
+    found = tuple(dict.fromkeys(text.split(",")))
+    for task in found:
+        if task not in TASKS:
+            raise ValueError(f"{task!r} is none of {', '.join(TASKS)}")
+    return found
+
+
+@documented
+@dataclass(frozen=True, kw_only=True)
+class RulerOptions(TaskOptions):
+    """Which tasks are given, how often, and how the models are run."""
+
+    tasks: Sequence[str] = option(
+        tuple(TASKS), f"Tasks: {', '.join(TASKS)}.", default_text="all", metavar="TASK,...", parse=parse_tasks
+    )
+    depths: Sequence[float] | None = option(
+        None,
+        "Where the needles of niah_* are, in percent; a row for each.",
+        default_text="anywhere",
+        metavar="D,D,...",
+        parse=parse_depths,
+    )
+
+
+@takes_options(RulerOptions)
+def ruler(models: Sequence[Path], lengths: Sequence[Length], options: RulerOptions) -> Iterator[dict[str, Any]]:
     """Gives models the tasks: one row for each model and task, when it is complete.
 
     A row has the score at each length and over all of them, 0 to 1, and the answers.
@@ -186,22 +223,18 @@ def ruler(
     Args:
         models: GGUF files or Hugging Face folders.
         lengths: tokens of a prompt with its answer.
-        tasks: names from TASKS.
-        depths: where the needles of niah_* are, 0 to 100, with a row for each. Default: anywhere.
-        trials: questions for each row and length.
-        seed: of the questions.
-        options: ``notes`` of ``ask``, and keyword arguments of ``open_for_evaluation``.
+        {options}
 
     Raises:
         ClexError: a model cannot be run, or a task does not fit in a length.
     """
     cells = [
         Cell(task, length, None if depth is None else float(depth))
-        for task in tasks
-        for depth in (depths if depths and task in HAVE_DEPTH else (None,))
+        for task in options.tasks
+        for depth in (options.depths if options.depths and task in HAVE_DEPTH else (None,))
         for length in lengths
     ]
-    found = ask(models, cells, TASKS, score, trials=trials, seed=seed, **options)
+    found = ask(models, cells, TASKS, score, options)
     for group in in_groups(found, lambda result: (result.model, result.cell.task, result.cell.depth)):
         scores = {str(length): mean(result for result in group if result.cell.length == length) for length in lengths}
         yield {
@@ -232,47 +265,17 @@ def plot(rows: Sequence[dict[str, Any]], output: Path) -> None:
     report.plot_scores(output, "RULER", scores, "context length (tokens)")
 
 
-class _Tasks(click.ParamType):
-    name = "tasks"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[str, ...]:
-        found = value if isinstance(value, tuple) else tuple(dict.fromkeys(value.split(",")))
-        for task in found:
-            if task not in TASKS:
-                self.fail(f"{task!r} is none of {', '.join(TASKS)}")
-        return found
-
-
-@click.command("ruler", context_settings=SETTINGS)
-@model_options
-@click.option(
-    "--tasks",
-    metavar="TASK,...",
-    type=_Tasks(),
-    default=tuple(TASKS),
-    show_default="all",
-    help=f"Tasks: {', '.join(TASKS)}.",
-)
+@click.command("ruler", cls=Command, context_settings=SETTINGS)
+@models_argument
 @lengths_option("1x,2x")
-@click.option(
-    "--depths",
-    metavar="D,D,...",
-    type=Depths(),
-    show_default="anywhere",
-    help="Where the needles of niah_* are, in percent; a row for each.",
-)
-@trials_options
+@options_from(RulerOptions, without=("ctx",))
 @output_options
 def command(
     models: tuple[Path, ...],
-    tasks: tuple[str, ...],
     lengths: tuple[Length, ...],
-    depths: tuple[float, ...] | None,
-    trials: int,
-    seed: int,
+    options: RulerOptions,
     picture: Path | None,
     as_json: bool,
-    **options: Any,
 ) -> None:
     """Give models the generated tasks of RULER that need no data set, at each length: the share of each answer found.
 
@@ -285,16 +288,16 @@ def command(
     columns = [
         Column("model", "model"),
         Column("task", "task"),
-        *([Column("depth", "depth", "{:g} %".format)] if depths else []),
+        *([Column("depth", "depth", "{:g} %".format)] if options.depths else []),
         *(Column(str(length), f"{length}", percent) for length in lengths),
         Column("all", "all", percent),
     ]
     found = Report("ruler", columns)
-    found.settings = {"lengths": [str(length) for length in lengths], "tasks": tasks, "depths": depths}
-    found.settings |= {"trials": trials, "seed": seed, **json_settings(options), "models": models}
+    found.settings = {"models": models, "lengths": [str(length) for length in lengths]}
+    found.settings |= options.settings("ctx", "notes")
     report.run(
         found,
-        ruler(models, lengths, tasks, depths, trials=trials, seed=seed, notes=found.notes, **options),
+        ruler(models, lengths, **vars(replace(options, notes=found.notes))),
         as_json=as_json,
         plot=(lambda: plot(found.rows, picture)) if picture else None,
     )

@@ -9,14 +9,13 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any, NamedTuple, TypeVar
 
-import click
-
 from clex_eval.loading import open_for_evaluation
 from clex_eval.models import Model
-from clex_eval.options import Length, names
+from clex_eval.options import EvalOptions, Length, names
 from clex_eval.ppl import plan
 from clex_eval.report import working
 from clex_local.errors import ClexError
+from clex_local.options import documented, option
 
 T = TypeVar("T")
 
@@ -61,17 +60,28 @@ def room(model: Model, expected: Iterable[str], least: int) -> int:
     return max(least, 2 * len(model.tokenize(" " + " ".join(expected))))
 
 
+@documented
+@dataclass(frozen=True, kw_only=True)
+class TaskOptions(EvalOptions):
+    """How many questions are asked, and how the models are run."""
+
+    trials: int = option(
+        1,
+        "Questions for each cell of the table. Reading the prompts takes nearly all the time.",
+        metavar="N",
+        minimum=1,
+    )
+    seed: int = option(0, "Seed of the random choices.", metavar="N")
+    notes: list[str] | None = option(None, "What a reader should know is added to them.", command=False)
+
+
 def ask(
     models: Sequence[Path],
     cells: Sequence[Cell],
     tasks: Mapping[str, Task],
     score: Callable[[str, tuple[str, ...]], float],
-    *,
-    trials: int = 1,
-    seed: int = 0,
+    options: TaskOptions,
     stop: Sequence[str] = (),
-    notes: list[str] | None = None,
-    **options: Any,
 ) -> Iterator[Result]:
     """Asks each model the questions of each cell, and gives the answers as they come.
 
@@ -83,28 +93,25 @@ def ask(
             begins with as the one before.
         tasks: those of the cells, by their names.
         score: of an answer, by the strings that it should have.
-        trials: questions for each cell.
-        seed: of the random choices.
+        options: questions for each cell, and how the models are run.
         stop: strings that end an answer.
-        notes: what a reader should know is added to them.
-        options: keyword arguments of ``open_for_evaluation``.
 
     Raises:
         ClexError: a model does not cover a length, a task does not fit in it, or a model cannot be run.
     """
     lengths = [cell.length for cell in cells]
-    plans = [plan(path, lengths, None, options.get("clamp", False)) for path in models]
-    if notes is not None:
-        notes += dict.fromkeys(note for _, _, note in plans if note)
+    plans = [plan(path, lengths, None, options.clamp) for path in models]
+    if options.notes is not None:
+        options.notes.extend(dict.fromkeys(note for _, _, note in plans if note))
     with working() as work:
-        work.expect(len(models) * len(cells) * trials)
+        work.expect(len(models) * len(cells) * options.trials)
         for path, name, (covers, sizes, _) in zip(models, names(models), plans, strict=True):
             work.name(name)
-            with open_for_evaluation(path, ctx=max(sizes), **options) as model:
+            with open_for_evaluation(path, **options.of_models(max(sizes))) as model:
                 for cell in cells:
                     size = cell.length.of(covers.original)
-                    for trial in range(trials):
-                        rng = random.Random(f"{cell.task} {size} {cell.depth} {seed} {trial}")
+                    for trial in range(options.trials):
+                        rng = random.Random(f"{cell.task} {size} {cell.depth} {options.seed} {trial}")
                         try:
                             question = tasks[cell.task](model, size, rng, cell.depth)
                         except ClexError as error:
@@ -166,32 +173,16 @@ def answers(results: Iterable[Result]) -> list[dict[str, Any]]:
     ]
 
 
-class Depths(click.ParamType):
-    """Comma-separated depths from 0 to 100."""
+def parse_depths(text: str) -> tuple[float, ...]:
+    """The depths of a text such as ``0,50,100``, ascending.
 
-    name = "depths"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[float, ...]:
-        """The depths of a text, ascending."""
-        if isinstance(value, tuple):
-            return value
-        try:
-            found = sorted({float(part) for part in value.split(",")})
-        except ValueError:
-            found = []
-        if not found or not all(0 <= depth <= 100 for depth in found):
-            self.fail(f"{value!r}: depths are percents from 0 (the beginning) to 100, such as 0,50,100")
-        return tuple(found)
-
-
-def trials_options(command: Any) -> Any:
-    """``--trials`` and ``--seed``."""
-    seed = click.option("--seed", metavar="N", type=int, default=0, help="Seed of the random choices.")
-    trials = click.option(
-        "--trials",
-        metavar="N",
-        type=click.IntRange(min=1),
-        default=1,
-        help="Questions for each cell of the table. Reading the prompts takes nearly all the time.",
-    )
-    return trials(seed(command))
+    Raises:
+        ValueError: one of them is no percent.
+    """
+    try:
+        found = sorted({float(part) for part in text.split(",")})
+    except ValueError:
+        found = []
+    if not found or not all(0 <= depth <= 100 for depth in found):
+        raise ValueError(f"{text!r}: depths are percents from 0 (the beginning) to 100, such as 0,50,100")
+    return tuple(found)
