@@ -16,7 +16,6 @@ import click
 import numpy as np
 import numpy.typing as npt
 
-from benchmarks.context import KV_TYPES, default_threads
 from benchmarks.markdown import row
 from benchmarks.random_model import random_model
 from benchmarks.sides import STOCK, Server, Side, stock_library
@@ -24,6 +23,7 @@ from benchmarks.text import emma
 from benchmarks.turns import in_turns, speedup
 from clex_local.command import SETTINGS, Command
 from clex_local.command_options import options_from
+from clex_local.memory import KV_TYPES, default_threads
 from clex_local.options import option
 
 COMPUTED = 512  # tokens that are computed to fill a cache; more are copies of them
@@ -72,13 +72,13 @@ class CopyingServer(Server):
     def bytes_per_token(self, depth: int) -> int:
         """Bytes that decoding one token after depth others reads: the weights and the cache."""
         self.fill(depth)
-        return self.context.model.n_bytes + self.context.n_bytes
+        return self.context.model.n_bytes + self.context.sequence_size()
 
     def likelihoods(self, count: int, prefilled: int, batch: int, window: int) -> npt.NDArray[np.float64]:
         """Negative log-likelihoods of one window of a text but its first `prefilled` tokens, which are one prompt."""
         context = self.context
         text = emma().read_text(encoding="utf-8")[: 16 * count * (window + 1)]
-        tokens = context.model.tokenize(text)[window * count : (window + 1) * count]
+        tokens = context.model.tokenize(text.encode())[window * count : (window + 1) * count]
         sizes = [min(context.n_batch, prefilled - i) for i in range(0, prefilled, context.n_batch)]
         sizes += [batch] * ((count - prefilled) // batch)
         self.cached = 0

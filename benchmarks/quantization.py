@@ -31,7 +31,7 @@ WINDOW = 512
 
 def windows(model: Model, text: str, count: int) -> list[npt.NDArray[np.int32]]:
     """The first windows of a text."""
-    tokens = model.tokenize(text[: 40 * WINDOW * count])
+    tokens = model.tokenize(text[: 40 * WINDOW * count].encode())
     return [tokens[k * WINDOW : (k + 1) * WINDOW] for k in range(count)]
 
 
@@ -44,9 +44,9 @@ def log_probabilities(path: Path, text: str, count: int, threads: int | None) ->
     def each(context: Context) -> Iterator[npt.NDArray[np.float32]]:
         for tokens in parts:
             context.clear()
-            context.declare(len(tokens))
-            context.decode(tokens, 0, all_logits=True)
-            logits = context.logits(len(tokens))
+            context.announce(len(tokens))
+            context.timed(tokens, 0, all_logits=True)
+            logits = context.all_logits(len(tokens))
             peak = logits.max(axis=1, keepdims=True)
             yield logits - peak - np.log(np.exp(logits - peak).sum(axis=1, keepdims=True, dtype=np.float64))
 

@@ -40,7 +40,7 @@ class Server:
 
     def fill(self, depth: int) -> float:
         """Have exactly depth tokens in the cache."""
-        self.context.truncate(depth)
+        self.context.forget(depth)
         self.cached = min(self.cached, depth)
         seconds = self.context.prefill(self.tokens[self.cached : depth], self.cached) if self.cached < depth else 0.0
         self.cached = depth
@@ -57,7 +57,7 @@ class Server:
         self.fill(depth)
         self.cached += count + 1
         # The first builds a graph for its own, since another kind of batch came before.
-        return sum([self.context.decode(self.tokens[i : i + 1], i) for i in range(depth, depth + count + 1)][1:])
+        return sum([self.context.timed(self.tokens[i : i + 1], i) for i in range(depth, depth + count + 1)][1:])
 
 
 def serve(connection: Any, kind: type[Server], *arguments: Any) -> None:

@@ -10,10 +10,11 @@ from statistics import median
 import click
 import numpy as np
 
-from benchmarks.context import KV_TYPES, Context, Model
+from benchmarks.context import Context, Model
 from benchmarks.markdown import row
 from clex_local.command import SETTINGS, Command
 from clex_local.command_options import options_from
+from clex_local.memory import KV_TYPES
 from clex_local.options import option
 
 NEIGHBOURS = 4  # decodes before and after the crossing one, which say what a decode costs without it
@@ -24,15 +25,15 @@ def crossing(context: Context, depth: int, token: int) -> tuple[float, float]:
 
     The cache holds at least depth - NEIGHBOURS - 1 tokens. The second number is what the library itself counted.
     """
-    context.truncate(depth - NEIGHBOURS - 1)
+    context.forget(depth - NEIGHBOURS - 1)
     # One decode more than is counted: the first brings back the keys that an earlier crossing has changed.
-    before = [context.decode([token], depth - NEIGHBOURS - 1 + i) for i in range(NEIGHBOURS + 1)][1:]
+    before = [context.timed([token], depth - NEIGHBOURS - 1 + i) for i in range(NEIGHBOURS + 1)][1:]
     runs, cells, seconds = context.rerotations
-    crossed = context.decode([token], depth)
+    crossed = context.timed([token], depth)
     runs_after, cells_after, seconds_after = context.rerotations
     if (runs_after - runs, cells_after - cells) != (1, depth):
         raise click.ClickException(f"the decode at {depth} re-rotated {cells_after - cells} keys, not {depth}")
-    after = [context.decode([token], depth + 1 + i) for i in range(NEIGHBOURS)]
+    after = [context.timed([token], depth + 1 + i) for i in range(NEIGHBOURS)]
     return crossed - median(before + after), seconds_after - seconds
 
 

@@ -15,13 +15,13 @@ from statistics import median
 
 import click
 
-from benchmarks.context import default_threads
 from benchmarks.markdown import row
 from benchmarks.sides import STOCK, Server, Side, stock_library
 from benchmarks.turns import in_turns, quartiles
 from clex_local import library_path
 from clex_local.command import SETTINGS, Command
 from clex_local.command_options import options_from
+from clex_local.memory import default_threads
 from clex_local.options import option
 
 DEPTH = 64  # tokens cached before
@@ -34,15 +34,15 @@ class TimedServer(Server):
     def decode_for(self, milliseconds: int, most: int) -> float:
         """Tokens per second, of decoding one at a time for so long, after DEPTH cached ones."""
         self.fill(DEPTH)
-        self.context.decode(self.tokens[DEPTH : DEPTH + 1], DEPTH)  # builds a graph
+        self.context.timed(self.tokens[DEPTH : DEPTH + 1], DEPTH)  # builds a graph
         start = now = time.perf_counter()
         count = 0
         while now < start + milliseconds / 1000:
             # the same few positions again and again, so that the work stays the same
             if count % most == 0:
-                self.context.truncate(DEPTH + 1)
+                self.context.forget(DEPTH + 1)
             position = DEPTH + 1 + count % most
-            self.context.decode(self.tokens[position : position + 1], position)
+            self.context.timed(self.tokens[position : position + 1], position)
             count += 1
             now = time.perf_counter()
         self.cached = DEPTH

@@ -132,9 +132,9 @@ class Sampler:
         self._free = weakref.finalize(self, stack.close)
 
         def chain() -> Any:
-            made = llama_cpp.llama_sampler_chain_init(llama_cpp.llama_sampler_chain_default_params())
-            stack.callback(llama_cpp.llama_sampler_free, made)
-            return made
+            sampler = llama_cpp.llama_sampler_chain_init(llama_cpp.llama_sampler_chain_default_params())
+            stack.callback(llama_cpp.llama_sampler_free, sampler)
+            return sampler
 
         self._constrain, self._choose = chain(), chain()
         penalties = llama_cpp.llama_sampler_init_penalties(

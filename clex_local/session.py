@@ -236,9 +236,9 @@ class Session:
 
     def _cached(self, tokens: list[int]) -> int:
         """Leading tokens that ``Llama.generate`` finds in its cache."""
-        held = self.llm.input_ids[: self.llm.n_tokens]
-        n = min(len(held), len(tokens))
-        different = np.flatnonzero(held[:n] != np.asarray(tokens[:n], dtype=held.dtype))
+        cached = self.llm.input_ids[: self.llm.n_tokens]
+        n = min(len(cached), len(tokens))
+        different = np.flatnonzero(cached[:n] != np.asarray(tokens[:n], dtype=cached.dtype))
         same = int(different[0]) if len(different) else n
         return min(same, len(tokens) - 1)
 

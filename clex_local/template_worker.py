@@ -147,16 +147,16 @@ def _limiter() -> Callable[[float, int], None]:
     except ImportError:  # Windows, where the caller's clock is all there is
         return lambda seconds, memory: None
     signal.signal(signal.SIGPROF, signal.SIG_DFL)  # ends the process
-    held = 0
+    occupied = 0
     with contextlib.suppress(OSError), open("/proc/self/statm", "rb") as file:
-        held = int(file.read().split()[0]) * os.sysconf("SC_PAGE_SIZE")
+        occupied = int(file.read().split()[0]) * os.sysconf("SC_PAGE_SIZE")
 
     def limit(seconds: float, memory: int) -> None:
         # Processor time, not the clock's: a busy computer is not the template's fault.
         signal.setitimer(signal.ITIMER_PROF, seconds)
-        if held:
+        if occupied:
             _, most = resource.getrlimit(resource.RLIMIT_AS)
-            wanted = held + memory
+            wanted = occupied + memory
             resource.setrlimit(resource.RLIMIT_AS, (wanted if most < 0 else min(wanted, most), most))
 
     return limit

@@ -31,12 +31,12 @@ class Turn:
     A call waits until no other thread is inside one. A stream (a completion that is streamed, ``generate``) has the
     turn from its first step until it ends, is closed or is dropped. One that is left in the middle stops nobody for
     ever: a call of the thread that left it takes the model at once, since only that thread could go on with it; a call
-    of another thread takes it when there was no step for `patience` seconds. Going on with the stream is then an error,
+    of another thread takes it when there was no step for `idle_timeout` seconds. Going on with the stream is then an error,
     where it would continue another text. Of those that may go on, the one that has waited longest does, so that a
     stream lets what is not in its way pass before its next step.
     """
 
-    patience = 30.0
+    idle_timeout = 30.0
 
     def __init__(self) -> None:
         self._changed = threading.Condition()
@@ -115,7 +115,7 @@ class Turn:
             other = self._stream
             if other is None or other is stream or other.thread == me or reading or at_once:
                 return 0.0
-            return max(0.0, other.ended + self.patience - time.monotonic())
+            return max(0.0, other.ended + self.idle_timeout - time.monotonic())
 
         # A signal's handler may use the model while its thread waits: it has the place of the call that it came into.
         outer = self._waiting.get(me)

@@ -17,6 +17,7 @@ from clex_convert import convert
 from clex_convert import tables as make_tables
 from clex_local._library import library_path
 from clex_local.architectures import with_tables
+from clex_local.errors import ClexError
 from clex_local.gguf_file import GGUFFile
 from clex_local.tables import Tables, read_tables
 from helpers.gguf_maker import rewrite
@@ -196,7 +197,7 @@ def test_sliding_windows_are_refused_when_a_context_is_made(golden_dir, tmp_path
     convert(tmp_path, tmp_path / "plain.gguf", outtype="f32", method="ntk", pre_tokenizer="gpt-2")
     window = {"olmo2.attention.sliding_window": np.uint32(32)}
     model = Model(rewrite(tmp_path / "plain.gguf", tmp_path / "m.gguf", window))
-    with logged(ERROR) as lines, pytest.raises(AssertionError):
+    with logged(ERROR) as lines, pytest.raises(ClexError, match="cannot make a context"):
         Context(model, n_ctx=256)
     model.close()
     assert any("the RoPE tables of this model need a plain KV cache" in line for line in lines), lines

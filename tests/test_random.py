@@ -11,7 +11,7 @@ import llama_cpp
 import numpy as np
 import pytest
 
-from clex_local import llama_clex
+from clex_local import ClexError, llama_clex
 from helpers.low_level import Context, Model
 from helpers.random_gguf import N_VOCAB, make_model
 
@@ -228,7 +228,7 @@ def failure(model: Model, program: list[tuple[str, int, int, int]], unified: boo
     with Context(model, n_seq=N_SEQ, n_ctx=N_SEQ * LIMIT, n_ubatch=16, unified=unified) as context:
         try:
             Machine(model, context, unified).run(program)
-        except AssertionError as error:
+        except (AssertionError, ClexError) as error:
             return str(error) or repr(error)
     return ""
 

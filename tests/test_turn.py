@@ -134,7 +134,7 @@ def test_a_stream_that_is_closed_or_dropped_lets_others_go_on(llm, end):
 
 
 def test_a_stream_that_is_left_lets_others_go_on_after_a_while(llm, monkeypatch):
-    monkeypatch.setattr(Turn, "patience", 0.05)
+    monkeypatch.setattr(Turn, "idle_timeout", 0.05)
     expected = complete(llm, PROMPTS[1])
     parts = stream(llm, PROMPTS[0])
     next(parts)

@@ -16,9 +16,9 @@ import llama_cpp
 import numpy as np
 import numpy.typing as npt
 
-from clex_local import llama_clex
-from clex_local.decoding import NOT_FINITE, decode_failure
-from clex_local.memory import default_threads
+from clex_local.decoding import NOT_FINITE, DecodeError, decode_failure
+from clex_local.errors import ClexError
+from clex_local.low_level import Context, Model, context_params
 
 _RESIDENT = 256 << 20  # bytes of the file that may be in this process' memory, or not much more
 _MADV_DONTNEED = 4  # Linux
@@ -53,7 +53,15 @@ class NotFinite(SystemExit):
 
 
 class Decoder:
-    """One model of a file and one context; the process ends soon, so neither is freed."""
+    """One model of a file and one context; the process ends soon, so neither is freed.
+
+    Attributes:
+        model: ``llama_model *``.
+        n_vocab: tokens in its vocabulary.
+        bos: the token that a text begins with, for a model that wants one.
+        original_context: tokens that it covers without scaling.
+        n_ctx, n_batch: tokens of a sequence and of a batch, no more than that.
+    """
 
     def __init__(self, path: Path, n_ctx: int, *, n_batch: int, callback: Any = None, user_data: Any = None) -> None:
         """Loads the model and makes a context of at most what its tables, or else its training, cover.
@@ -65,50 +73,34 @@ class Decoder:
             callback: ``llama_context_params.cb_eval``.
             user_data: ``llama_context_params.cb_eval_user_data``.
         """
-        parameters = llama_cpp.llama_model_default_params()
-        parameters.n_gpu_layers = 0
         if os.path.exists("/proc/self/statm"):
             os.environ["LLAMA_CLEX_NO_PREFETCH"] = "1"
             _keep_out(path)
-        # Another layout of the weights would take as much memory as they do, for the sake of one pass or a few.
-        parameters.use_extra_bufts = False
-        self.model: Any = llama_cpp.llama_model_load_from_file(os.fsencode(path), parameters)
-        if not self.model:
-            raise SystemExit(1)
-        self.vocabulary: Any = llama_cpp.llama_model_get_vocab(self.model)
-        self.n_vocab = llama_cpp.llama_vocab_n_tokens(self.vocabulary)
-        self.original_context = llama_clex.original_context(self.model) or llama_cpp.llama_model_n_ctx_train(self.model)
-        self.n_ctx = min(n_ctx, self.original_context)
-        self.n_batch = min(n_batch, self.n_ctx)
-        options = llama_cpp.llama_context_default_params()
-        options.n_ctx, options.n_batch, options.n_ubatch = self.n_ctx, self.n_batch, self.n_batch
-        options.n_threads = options.n_threads_batch = default_threads()
-        if callback is not None:
-            options.cb_eval = ctypes.cast(callback, llama_cpp.ggml_backend_sched_eval_callback)
-            options.cb_eval_user_data = user_data
-        self.context: Any = llama_cpp.llama_init_from_model(self.model, options)
-        if not self.context:
-            raise SystemExit(1)
-        self._batch = llama_cpp.llama_batch_init(self.n_batch, 0, 1)
+        try:
+            # Another layout of the weights would take as much memory as they do, for the sake of one pass or a few.
+            self._model = Model(path, use_extra_bufts=False)
+            self.original_context = self._model.original_context or self._model.trained_context
+            self.n_ctx = min(n_ctx, self.original_context)
+            self.n_batch = min(n_batch, self.n_ctx)
+            params = context_params(self.n_ctx, n_batch=self.n_batch)
+            if callback is not None:
+                params.cb_eval = ctypes.cast(callback, llama_cpp.ggml_backend_sched_eval_callback)
+                params.cb_eval_user_data = user_data
+            self._context = Context(self._model, params)
+        except ClexError:  # the log says why
+            raise SystemExit(1) from None
+        self.model, self.n_vocab, self.bos = self._model.pointer, self._model.n_vocab, self._model.bos
 
     def tokenize(self, text: bytes) -> npt.NDArray[np.int32]:
         """Token ids of a text, with the token that a text begins with where the model wants one."""
-        tokens = (llama_cpp.llama_token * (len(text) + 2))()
-        count = llama_cpp.llama_tokenize(self.vocabulary, text, len(text), tokens, len(tokens), True, False)
-        if count <= 0:
-            raise SystemExit("llama.cpp cannot tokenize with this vocabulary")
-        return np.array(tokens[:count], np.int32)
-
-    @property
-    def bos(self) -> int | None:
-        """The token that a text begins with, for a model that wants one."""
-        wanted = llama_cpp.llama_vocab_get_add_bos(self.vocabulary)
-        return int(llama_cpp.llama_vocab_bos(self.vocabulary)) if wanted else None
+        try:
+            return self._model.tokenize(text, bos=True)
+        except ClexError as error:
+            raise SystemExit(str(error)) from None
 
     def clear(self) -> None:
         """Forgets the sequence."""
-        memory: Any = llama_cpp.llama_get_memory(self.context)
-        llama_cpp.llama_memory_clear(memory, True)
+        self._context.clear()
 
     def decode(self, tokens: npt.NDArray[np.int32], position: int) -> npt.NDArray[np.float32]:
         """Logits of one batch, [tokens, n_vocab]: a view that the next batch overwrites.
@@ -116,17 +108,9 @@ class Decoder:
         Raises:
             NotFinite: those of the last token are no numbers; the others are not looked at.
         """
-        batch = self._batch
-        batch.n_tokens = len(tokens)
-        for i, token in enumerate(tokens):
-            batch.token[i] = int(token)
-            batch.pos[i] = position + i
-            batch.n_seq_id[i] = 1
-            batch.seq_id[i][0] = 0
-            batch.logits[i] = True
-        status = llama_cpp.llama_decode(self.context, batch)
-        if status:
-            stop = NotFinite if status == NOT_FINITE else SystemExit
-            raise stop(f"cannot compute {len(tokens)} tokens: {decode_failure(status)}")
-        logits = ctypes.cast(llama_cpp.llama_get_logits(self.context), ctypes.POINTER(ctypes.c_float))
-        return np.ctypeslib.as_array(logits, (len(tokens), self.n_vocab))
+        try:
+            self._context.decode_sequence(tokens, position)
+        except DecodeError as error:
+            stop = NotFinite if error.status == NOT_FINITE else SystemExit
+            raise stop(f"cannot compute {len(tokens)} tokens: {decode_failure(error.status)}") from None
+        return self._context.all_logits(len(tokens))

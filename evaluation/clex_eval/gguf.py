@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import warnings
 from collections.abc import Sequence
 from functools import cached_property
@@ -15,7 +14,6 @@ import numpy.typing as npt
 from clex_eval.models import Coverage, Prefill, Progress, before_stop, likelihoods, plan_prefill
 from clex_eval.options import EvalOptions
 from clex_local import inspect
-from clex_local.decoding import decode_failure
 from clex_local.errors import ClexError
 from clex_local.opening import load
 
@@ -40,6 +38,7 @@ class GGUFModel:
         from jinja2 import TemplateError
 
         from clex_local.arguments import ContextWarning
+        from clex_local.low_level import Context
 
         self.path = path
         self.name = path.name.removesuffix(".gguf")
@@ -69,10 +68,7 @@ class GGUFModel:
         wanted = llama_cpp.llama_vocab_get_add_bos(vocab) and self._llm.token_bos() >= 0
         self.bos = (self._llm.token_bos(),) if wanted else ()
         self._vocab = vocab
-        self._batch = llama_cpp.llama_batch_init(self._llm.n_batch, 0, 1)
-        for i in range(self._llm.n_batch):
-            self._batch.n_seq_id[i] = 1
-            self._batch.seq_id[i][0] = 0
+        self._context = Context.of(self._llm)
 
     def __enter__(self) -> GGUFModel:
         return self
@@ -82,10 +78,8 @@ class GGUFModel:
 
     def close(self) -> None:
         """Free the memory."""
-        import llama_cpp
-
         if self._llm is not None:
-            llama_cpp.llama_batch_free(self._batch)
+            self._context.close()
             self._llm.close()
             self._llm: Any = None
 
@@ -144,23 +138,21 @@ class GGUFModel:
         progress: Progress | None = None,
     ) -> npt.NDArray[np.float64]:
         """As ``Model`` says."""
-        import llama_cpp
-
         total, step, first = plan_prefill(self, len(tokens), prefill, chunk, last)
         llm = self._llm
         llm.reset()  # what it had cached is overwritten
-        memory: Any = llama_cpp.llama_get_memory(llm.ctx)
-        llama_cpp.llama_memory_clear(memory, False)
+        self._context.clear(data=False)
         parts = [np.empty(0)]
         for start in range(0, total, step):
             end = min(start + step, total)
-            self._declare(end)
+            if self._maximum:
+                self._context.declare(end)
             for a in range(start, end, llm.n_batch):
                 b = min(a + llm.n_batch, end)
-                self._decode(tokens[a:b], a, first)
+                self._context.decode_sequence(tokens[a:b], a, first=first)
                 rows = b - max(a, first)
                 if rows > 0:
-                    parts.append(likelihoods(self._logits(rows), tokens[b - rows + 1 : b + 1]))
+                    parts.append(likelihoods(self._context.all_logits(rows), tokens[b - rows + 1 : b + 1]))
                 if progress:
                     progress(b - a)
         return np.concatenate(parts)
@@ -171,32 +163,3 @@ class GGUFModel:
         if clex is None:
             return None
         return clex.buckets[-1 if self._policy == "fixed" else clex.bucket_of(min(n_tokens, clex.max_context))]
-
-    def _declare(self, n_tokens: int) -> None:
-        from clex_local import llama_clex
-
-        if self._maximum and not llama_clex.seq_reserve(self._llm.ctx, 0, n_tokens):
-            raise ClexError(f"{self.path}: its tables do not cover {n_tokens:,} tokens")
-
-    def _decode(self, tokens: npt.NDArray[np.int32], position: int, first: int) -> None:
-        """Compute a batch, and the logits of its tokens from position `first` on."""
-        import llama_cpp
-
-        batch, count = self._batch, len(tokens)
-        batch.n_tokens = count
-
-        def array(pointer: Any) -> npt.NDArray[Any]:
-            return np.ctypeslib.as_array(pointer, (count,))
-
-        array(batch.token)[:] = tokens
-        array(batch.pos)[:] = np.arange(position, position + count)
-        array(batch.logits)[:] = np.arange(position, position + count) >= first
-        status = llama_cpp.llama_decode(self._llm.ctx, batch)
-        if status:
-            raise ClexError(f"{self.path}: cannot compute {count} tokens at {position}: {decode_failure(status)}")
-
-    def _logits(self, rows: int) -> npt.NDArray[np.float32]:
-        import llama_cpp
-
-        pointer = ctypes.cast(llama_cpp.llama_get_logits(self._llm.ctx), ctypes.POINTER(ctypes.c_float))
-        return np.ctypeslib.as_array(pointer, (rows, self._llm.n_vocab()))
