@@ -31,9 +31,9 @@ class Turn:
     A call waits until no other thread is inside one. A stream (a completion that is streamed, ``generate``) has the
     turn from its first step until it ends, is closed or is dropped. One that is left in the middle stops nobody for
     ever: a call of the thread that left it takes the model at once, since only that thread could go on with it; a call
-    of another thread takes it when there was no step for `idle_timeout` seconds. Going on with the stream is then an error,
-    where it would continue another text. Of those that may go on, the one that has waited longest does, so that a
-    stream lets what is not in its way pass before its next step.
+    of another thread takes it when there was no step for `idle_timeout` seconds. Going on with the stream is then an
+    error, where it would continue another text. Of those that may go on, the one that has waited longest does, so that
+    a stream lets what is not in its way pass before its next step.
     """
 
     idle_timeout = 30.0
