@@ -17,6 +17,7 @@ from clex_local.errors import ClexError
 from helpers.gguf_maker import gguf_bytes
 from helpers.low_level import ERROR, Context, Model, logged
 from helpers.random_gguf import model_parts, random_tokens
+from helpers.sanitizers import skip_without_memory, skip_without_openmp
 
 pytestmark = [pytest.mark.native, pytest.mark.sanitize]
 
@@ -186,6 +187,7 @@ def child(script: str, *arguments: object) -> list[str]:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="limits the address space")
+@skip_without_memory
 def test_memory_that_runs_out_in_a_decode_is_a_status(tmp_path):
     """Whatever is allocated when it runs out; the cache is as before, and the next decode is right."""
     keys, tensors = model_parts(n_buckets=8)
@@ -195,6 +197,7 @@ def test_memory_that_runs_out_in_a_decode_is_a_status(tmp_path):
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="limits the address space")
+@skip_without_memory
 def test_memory_that_runs_out_while_a_file_is_read_is_no_damage(tmp_path):
     keys, tensors = model_parts()
     keys |= {f"test.list{i}": [f"element {j} of a list that takes memory" for j in range(20000)] for i in range(20)}
@@ -233,6 +236,7 @@ print(status, answer(llm) == wanted)
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="the system has no fork")
+@skip_without_openmp
 @pytest.mark.parametrize("used", ["used", "loaded"])
 def test_a_forked_process_computes_with_one_thread_and_says_so(tmp_path, used):
     """GCC's OpenMP waits there for ever, for threads that are in the other process."""
