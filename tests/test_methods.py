@@ -15,7 +15,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from clex_convert import ConvertError, frequencies, tables, weights
 from clex_convert.methods import METHODS
-from clex_convert.ode import ClexLayer, integrate
+from clex_convert.ode import Dynamics, integrate
 from clex_convert.transformers_folder import set_rope_scaling
 from clex_local.tables import Tables
 
@@ -225,8 +225,8 @@ def test_factors_between_are_on_the_learned_path() -> None:
 def test_an_untrained_layer_gives_the_closed_form_everywhere() -> None:
     factors = [1, 1.01, 1.1, 1.237, 2, 5.5, 8]
     closed = tables("ntk", dim=64, base=1e4, original_context=4096, factors=factors)
-    layer = ClexLayer(torch.ones(32, 64), torch.zeros(64, 32), "silu")
-    np.testing.assert_allclose(integrate(layer, 1e4, np.array(factors), 0.01), closed.inv_freq, rtol=3e-5)
+    dynamics = Dynamics(torch.ones(32, 64), torch.zeros(64, 32), "silu")
+    np.testing.assert_allclose(integrate(dynamics, 1e4, np.array(factors), 0.01), closed.inv_freq, rtol=3e-5)
 
 
 # factors and parameters

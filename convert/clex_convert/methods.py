@@ -94,10 +94,10 @@ def _clex(request: Request) -> Made:
     with extra_packages():
         import torch
 
-        from clex_convert.ode import ClexLayer, integrate
+        from clex_convert.ode import Dynamics, integrate
     # Copies: numpy may share memory that torch would have to treat as read-only.
-    layer = ClexLayer(torch.tensor(weights.up), torch.tensor(weights.down), act)
-    inv_freq = integrate(layer, request.base, factors, time_dt)
+    dynamics = Dynamics(torch.tensor(weights.up), torch.tensor(weights.down), act)
+    inv_freq = integrate(dynamics, request.base, factors, time_dt)
     wrong = ~(np.isfinite(inv_freq) & (inv_freq > 0)).all(axis=1)
     if wrong.any():
         index = int(np.argmax(wrong))

@@ -22,7 +22,7 @@ ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
 _NTK_BASE = 10000.0
 
 
-class ClexLayer(torch.nn.Module):
+class Dynamics(torch.nn.Module):
     """dx/dt of the state x(t) = log f(t), f the d/2 inverse frequencies in rad/position.
 
     dx/dt = act((x + log n(t)) @ up) @ down + e(t), where n(t) are the NTK-aware frequencies at a stretch of
@@ -54,37 +54,37 @@ class ClexLayer(torch.nn.Module):
         return self.activation((x + torch.log(ntk)) @ self.ode_up_proj) @ self.ode_down_proj + drift
 
 
-def plain_frequencies(layer: ClexLayer, base: float) -> torch.Tensor:
+def plain_frequencies(dynamics: Dynamics, base: float) -> torch.Tensor:
     """f(1) = base^(-2i/d), float32 [d/2]."""
-    return 1 / base ** (layer.get_buffer("even") / layer.dim)
+    return 1 / base ** (dynamics.get_buffer("even") / dynamics.dim)
 
 
-def whole_states(layer: ClexLayer, base: float, last: int, time_dt: float) -> torch.Tensor:
+def whole_states(dynamics: Dynamics, base: float, last: int, time_dt: float) -> torch.Tensor:
     """x(t) at t = 1, 2, ... last, which can be differentiated by the weights.
 
     Args:
-        layer: the dynamics.
+        dynamics: those of the model.
         base: the model's rope_theta; x(1) is log of base^(-2i/d).
         last: the largest t.
         time_dt: step in units of t.
 
     Returns:
-        [last, d/2] in the type of the layer's weights.
+        [last, d/2] in the type of the weights.
     """
-    start = torch.log(plain_frequencies(layer, base))
+    start = torch.log(plain_frequencies(dynamics, base))
     if last == 1:
         return start[None]
-    return _solve(layer, start, torch.arange(1, last + 1, dtype=start.dtype, device=start.device), time_dt)
+    return _solve(dynamics, start, torch.arange(1, last + 1, dtype=start.dtype, device=start.device), time_dt)
 
 
-def _solve(layer: ClexLayer, x: torch.Tensor, times: torch.Tensor, time_dt: float) -> torch.Tensor:
-    solution = odeint(layer, x, times, method="rk4", options={"step_size": time_dt})
+def _solve(dynamics: Dynamics, x: torch.Tensor, times: torch.Tensor, time_dt: float) -> torch.Tensor:
+    solution = odeint(dynamics, x, times, method="rk4", options={"step_size": time_dt})
     assert isinstance(solution, torch.Tensor)  # a tensor in, a tensor out
     return solution
 
 
 def integrate(
-    layer: ClexLayer, base: float, factors: npt.NDArray[np.float64], time_dt: float
+    dynamics: Dynamics, base: float, factors: npt.NDArray[np.float64], time_dt: float
 ) -> npt.NDArray[np.float32]:
     """Inverse frequencies at every scaling factor.
 
@@ -92,7 +92,7 @@ def integrate(
     and from each of them on to the others before the next, so that these change nothing in the rows of the whole ones.
 
     Args:
-        layer: the dynamics.
+        dynamics: those of the model.
         base: the model's rope_theta; x(1) is log of base^(-2i/d).
         factors: [n] scaling factors t, ascending from 1.
         time_dt: step in units of t.
@@ -102,15 +102,15 @@ def integrate(
     """
 
     with torch.no_grad():
-        start = plain_frequencies(layer, base)
-        states = whole_states(layer, base, int(factors[-1]), time_dt)
+        start = plain_frequencies(dynamics, base)
+        states = whole_states(dynamics, base, int(factors[-1]), time_dt)
         rows, t, x = [], torch.tensor(1.0), states[0]
         for factor in torch.tensor(factors, dtype=torch.float32):
             below = factor.floor()
             if below > t or factor == below:
                 t, x = below, states[int(below) - 1]
             if factor > t:
-                t, x = factor, _solve(layer, x, torch.stack((t, factor)), time_dt)[1]
+                t, x = factor, _solve(dynamics, x, torch.stack((t, factor)), time_dt)[1]
             rows.append(x)
         frequencies = torch.exp(torch.stack(rows))
         frequencies[0] = start  # f(1) itself, without the rounding of exp(log(f))

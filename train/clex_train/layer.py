@@ -9,8 +9,7 @@ from typing import Any
 import torch
 from transformers import PretrainedConfig
 
-from clex_convert.ode import ClexLayer as Dynamics
-from clex_convert.ode import plain_frequencies, whole_states
+from clex_convert.ode import Dynamics, plain_frequencies, whole_states
 from clex_convert.transformers_folder import set_rope_scaling
 from clex_train import TrainError
 
