@@ -23,6 +23,16 @@ class Stats(ctypes.Structure):
     )
 
 
+class Layers(ctypes.Structure):
+    """``llama_clex_layers_info``: how many layers of a model the tables rotate."""
+
+    _fields_ = (
+        ("n_table", ctypes.c_int32),
+        ("n_windowed", ctypes.c_int32),
+        ("n_unrotated", ctypes.c_int32),
+    )
+
+
 class Policy(enum.IntEnum):
     """``enum llama_clex_policy``."""
 
@@ -44,6 +54,10 @@ def _declare(name: str, result: type | None, *arguments: type) -> ctypes._NamedF
 _model = llama_cpp.llama_model_p_ctypes
 _context = llama_cpp.llama_context_p_ctypes
 
+_takes_tables = _declare(
+    *("llama_clex_takes_tables", ctypes.c_bool, _model),
+    *(ctypes.POINTER(Layers), ctypes.c_char_p, ctypes.c_size_t),
+)
 _method = _declare("llama_clex_method", ctypes.c_char_p, _model)
 n_buckets = _declare("llama_clex_n_buckets", ctypes.c_int32, _model)
 original_context = _declare("llama_clex_original_context", ctypes.c_int32, _model)
@@ -67,6 +81,17 @@ imatrix_save = _declare(
     *("llama_clex_imatrix_save", ctypes.c_bool, ctypes.c_void_p, ctypes.c_char_p, ctypes.c_char_p),
     *(ctypes.c_uint32, ctypes.c_uint32),
 )
+
+
+def takes_tables(model: object) -> tuple[Layers, str]:
+    """Ask the graph of a model, with tables or without, which of its layers tables rotate.
+
+    Returns:
+        The layers, and why tables cannot be used with the model: empty if they can.
+    """
+    layers, reason = Layers(), ctypes.create_string_buffer(512)
+    _takes_tables(model, layers, reason, len(reason))
+    return layers, reason.value.decode("utf-8", errors="replace")
 
 
 def method(model: object) -> str:

@@ -21,7 +21,7 @@ _FACTORS = ("rope_freqs.weight", "rope_factors_short.weight", "rope_factors_long
 
 
 @dataclass(frozen=True)
-class RopeFacts:
+class RopeMetadata:
     """What a model file says of its RoPE.
 
     Attributes:
@@ -37,11 +37,11 @@ class RopeFacts:
     factor_tensors: tuple[str, ...]
 
 
-def read_rope(file: GGUFFile) -> RopeFacts:
+def read_rope(file: GGUFFile) -> RopeMetadata:
     """Reads what an open file says of its RoPE."""
     keys = ModelKeys(file)
     tensors = {tensor.name for tensor in file.tensors}
-    return RopeFacts(
+    return RopeMetadata(
         dimension=keys.rope_dimension,
         base=keys.rope_base,
         scaling={name: _plain(file, keys.key(name)) for name in keys.names(*_SCALING)},

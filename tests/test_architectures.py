@@ -17,11 +17,10 @@ from clex_convert import convert
 from clex_convert import tables as make_tables
 from clex_local._library import library_path
 from clex_local.architectures import with_tables
-from clex_local.errors import ClexError
 from clex_local.gguf_file import GGUFFile
 from clex_local.tables import Tables, read_tables
 from helpers.gguf_maker import rewrite
-from helpers.low_level import ERROR, WARN, Context, Model, logged
+from helpers.low_level import WARN, Context, Model, logged
 from helpers.tiny_models import LENGTH, Reference, assert_growing, convert_plainly, kind_of, make_model
 
 pytestmark = [pytest.mark.convert, pytest.mark.native, pytest.mark.folders]
@@ -190,14 +189,3 @@ def test_tables_win_over_frequency_factors_of_the_file_and_say_so(golden_dir, id
     with logged(WARN) as lines:
         assert_growing(reference, path, ids, 62, 67, 1e-4)
     assert sum("take the place of the tensor rope_freqs.weight" in line for line in lines) == 1
-
-
-def test_sliding_windows_are_refused_when_a_context_is_made(golden_dir, tmp_path):
-    make_model("Olmo2", {}, tmp_path, golden_dir("phi2"))
-    convert(tmp_path, tmp_path / "plain.gguf", outtype="f32", method="ntk", pre_tokenizer="gpt-2")
-    window = {"olmo2.attention.sliding_window": np.uint32(32)}
-    model = Model(rewrite(tmp_path / "plain.gguf", tmp_path / "m.gguf", window))
-    with logged(ERROR) as lines, pytest.raises(ClexError, match="cannot make a context"):
-        Context(model, n_ctx=256)
-    model.close()
-    assert any("the RoPE tables of this model need a plain KV cache" in line for line in lines), lines

@@ -108,22 +108,6 @@ def test_intact_tables_load_and_so_does_a_model_without(golden_gguf, tmp_path):
     assert load(rewrite(source, tmp_path / "plain.gguf", ours)) == (0, [])
 
 
-def test_architecture_without_hooks_is_refused_by_name(golden_gguf, tmp_path):
-    source = golden_gguf("llama")
-    with GGUFFile(source) as file:
-        names = [key for key in file.keys() if key.startswith("llama.")]  # noqa: SIM118
-        kinds = {"u32": np.uint32, "f32": np.float32}
-        copies = {
-            "starcoder2" + key.removeprefix("llama"): kinds[kind](file.get(key))
-            for key in names
-            if (kind := file.kind(key)) in kinds
-        }
-    changes = {"general.architecture": "starcoder2", "starcoder2.attention.layer_norm_epsilon": F32(1e-5), **copies}
-    count, lines = load(rewrite(source, tmp_path / "m.gguf", changes))
-    assert count is None
-    assert any("not supported for architecture 'starcoder2' (supported: llama" in line for line in lines), lines
-
-
 def test_attention_scale_of_a_bucket_scales_the_logits_before_softmax(golden_gguf, golden_npz, tmp_path):
     """A scale of 1 changes nothing; another changes only its bucket."""
     ids = golden_npz("llama")["ids"]

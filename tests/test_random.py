@@ -13,6 +13,7 @@ import pytest
 
 from clex_local import ClexError, llama_clex
 from helpers.low_level import Context, Model
+from helpers.random_architectures import make_architecture
 from helpers.random_gguf import N_VOCAB, make_model
 
 pytestmark = [pytest.mark.native, pytest.mark.sanitize]
@@ -216,10 +217,11 @@ class Machine:
             self.sequences = copy.deepcopy(self.snapshot[1])
 
 
-def program_of(seed: int) -> list[tuple[str, int, int, int]]:
+def program_of(seed: int, without: tuple[str, ...] = ()) -> list[tuple[str, int, int, int]]:
     rng = np.random.default_rng(seed)
-    weights = np.array(list(WEIGHTS.values()), float)
-    names = rng.choice(list(WEIGHTS), OPERATIONS, p=weights / weights.sum())
+    chosen = {name: weight for name, weight in WEIGHTS.items() if name not in without}
+    weights = np.array(list(chosen.values()), float)
+    names = rng.choice(list(chosen), OPERATIONS, p=weights / weights.sum())
     return [(str(name), *map(int, rng.integers(0, 2**16, 3))) for name in names]
 
 
@@ -255,11 +257,35 @@ def model(tmp_path_factory):
     loaded.close()
 
 
-@pytest.mark.parametrize("unified", [False, True], ids=["streams", "unified"])
-@pytest.mark.parametrize("seed", range(10))
-def test_random_operations_equal_each_sequence_alone(model, seed, unified):
-    program = program_of(seed)
+def check_program(model: Model, program: list[tuple[str, int, int, int]], unified: bool) -> None:
     if failure(model, program, unified):
         program = shrunk(model, program, unified)
         lines = "\n".join(map(str, program))
         pytest.fail(f"{failure(model, program, unified)}\nafter {len(program)} operations:\n{lines}")
+
+
+@pytest.mark.parametrize("unified", [False, True], ids=["streams", "unified"])
+@pytest.mark.parametrize("seed", range(10))
+def test_random_operations_equal_each_sequence_alone(model, seed, unified):
+    check_program(model, program_of(seed), unified)
+
+
+# The state of a recurrent layer cannot lose some of its tokens, nor can it be that of two sequences at once. M-RoPE is
+# never shifted.
+OTHERS = {"olmo2": (), "smollm3": (), "lfm2": ("cut", "shift", "both"), "qwen2vl": ("shift",)}
+# The window is longer than the sequences, or llama.cpp would take cells away that a shorter sequence sees again.
+WINDOW = {"olmo2.attention.sliding_window": np.uint32(2 * LIMIT)}
+
+
+@pytest.fixture(scope="module", params=OTHERS)
+def other(request, tmp_path_factory):
+    loaded = Model(make_architecture(tmp_path_factory.mktemp("random") / "tiny.gguf", request.param, more=WINDOW))
+    yield request.param, loaded
+    loaded.close()
+
+
+@pytest.mark.parametrize("unified", [False, True], ids=["streams", "unified"])
+@pytest.mark.parametrize("seed", range(3))
+def test_random_operations_on_windows_recurrent_layers_and_other_ropes(other, seed, unified):
+    name, model = other
+    check_program(model, program_of(100 + seed, OTHERS[name]), unified)

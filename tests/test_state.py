@@ -230,11 +230,11 @@ def test_damaged_state_leaves_a_context_that_works(model, whole):
             llama_cpp.llama_memory_seq_rm(context.memory, 0, -1, -1)
             np.testing.assert_allclose(context.feed(IDS[:70], 0), expected, atol=1e-6, rtol=0)
             llama_cpp.llama_memory_seq_rm(context.memory, 0, -1, -1)
-        # a bucket that does not exist, in the record of one cell: position, number of sequences, bucket
-        record = np.array([50, 1, 1], np.int32).tobytes()
+        # a bucket that does not exist, in the record of one cell: position, number of sequences, x, y, token, bucket
+        record = np.array([50, 1, 0, 0, IDS[50], 1], np.int32).tobytes()
         assert state.count(record) == 1
         with logged(ERROR) as lines:
-            broken = state.replace(record, np.array([50, 1, 9], np.int32).tobytes())
+            broken = state.replace(record, np.array([50, 1, 0, 0, IDS[50], 9], np.int32).tobytes())
             assert not (context.load(broken) if whole else context.load_sequence(broken, 0))
         assert any("damaged" in line for line in lines)
         assert context.last_position() == -1

@@ -1,17 +1,58 @@
 #include "llama-clex.h"
 
+#include "llama-clex-memory.h"
+
 #include "llama-context.h"
 #include "llama-kv-cache.h"
 #include "llama-model.h"
 
 #include <algorithm>
+#include <cstdio>
+#include <stdexcept>
+#include <string>
 
 static const llama_kv_cache * clex_kv(const llama_context * ctx) {
-    return ctx->get_model().clex.enabled() ? dynamic_cast<const llama_kv_cache *>(ctx->get_memory()) : nullptr;
+    return ctx->get_model().clex.enabled() ? llama_clex_kv(ctx->get_memory()) : nullptr;
 }
 
 static bool clex_has_bucket(const llama_model * model, int32_t bucket) {
     return bucket >= 0 && bucket < llama_clex_n_buckets(model);
+}
+
+static std::string clex_layers_of(llama_model & model, llama_clex_layers & layers) {
+    llama_context_params params = llama_context_default_params();
+    params.n_ctx    = 256;
+    params.n_batch  = 16;
+    params.n_ubatch = 16;
+
+    try {
+        const llama_context ctx(model, params);
+
+        const auto * kv = llama_clex_kv(ctx.get_memory());
+        if (!kv || !kv->clex.layers.known) {
+            return "it has no KV cache that holds keys of its own";
+        }
+        layers = kv->clex.layers;
+    } catch (const std::exception & err) {
+        return err.what();
+    }
+    return layers.refusal;
+}
+
+bool llama_clex_takes_tables(llama_model * model, llama_clex_layers_info * info, char * reason, size_t size) {
+    llama_clex_layers layers;
+
+    const std::string refusal = model->hparams.vocab_only ? "only its vocabulary was loaded" : clex_layers_of(*model, layers);
+
+    if (info) {
+        const auto n_table = std::count_if(layers.ropes.begin(), layers.ropes.end(), [](const auto & rope) { return rope.n_dims > 0; });
+
+        *info = { (int32_t) n_table, layers.n_windowed, (int32_t) (layers.ropes.size() - n_table) };
+    }
+    if (reason && size > 0) {
+        snprintf(reason, size, "%s", refusal.c_str());
+    }
+    return refusal.empty();
 }
 
 const char * llama_clex_method(const llama_model * model) {

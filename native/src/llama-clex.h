@@ -39,6 +39,22 @@ enum llama_clex_policy {
 };
 
 //
+// what a model takes
+//
+
+struct llama_clex_layers_info {
+    int32_t n_table;     // layers that see everything and have RoPE: tables take its place
+    int32_t n_windowed;  // layers with RoPE and a sliding window: they keep that of the model, whatever the length
+    int32_t n_unrotated; // layers that see everything and have no RoPE
+};
+
+// Whether RoPE tables can be used with a model, with tables or without, read from the graph that it builds: a small context
+// is made and freed again. Works for a model that was loaded with no_alloc. The keys of each layer must be cached as RoPE
+// leaves them; what is behind it may only be what a rotation passes through. Layers with no RoPE are left alone.
+// reason: why they cannot, cut to size bytes with its 0, empty if they can; both may be NULL
+LLAMA_API bool llama_clex_takes_tables(struct llama_model * model, struct llama_clex_layers_info * layers, char * reason, size_t size);
+
+//
 // the tables of a model
 //
 

@@ -41,7 +41,7 @@ class StateBytes:
         self.count = self.declared + 8 if tables else self.streams + 4
         assert self.int_at(self.count) == n_tokens
         self.cells = self.count + 4
-        self.cell_size = 24 if tables else 12
+        self.cell_size = 28 if tables else 12
         self.layers = self.cells + n_tokens * self.cell_size
 
     def int_at(self, offset: int) -> int:

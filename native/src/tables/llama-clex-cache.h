@@ -9,6 +9,7 @@
 //   llama-clex-state-*.cpp      write and check the part of saved states that comes from here
 
 #include "llama-clex-kept.h"
+#include "llama-clex-rope.h"
 #include "llama-clex-rotation.h"
 #include "llama-clex-tables.h"
 #include "llama-clex.h"
@@ -31,6 +32,7 @@ class llama_batch_allocr;
 class llama_io_read_i;
 class llama_io_write_i;
 class llama_kv_cache;
+class llama_kv_cells;
 class llm_graph_input_clex_rotate;
 
 struct llama_clex_cache {
@@ -60,9 +62,12 @@ struct llama_clex_cache {
         bool pending;
     };
 
-    explicit llama_clex_cache(const llama_model & model);
+    // windowed: that of layers with a sliding window, which use no tables
+    llama_clex_cache(const llama_model & model, bool windowed);
 
     const llama_clex_tables & tables;
+
+    llama_clex_layers layers;
 
     llama_clex_policy policy = LLAMA_CLEX_POLICY_BY_LENGTH;
 
@@ -89,8 +94,14 @@ struct llama_clex_cache {
     // a copy of a whole sequence has its declared length too
     void seq_cp(const llama_kv_cache & kv, llama_seq_id src, llama_seq_id dst, llama_pos p0, llama_pos p1);
 
-    // bucket of the sequences of a ubatch, 0 for one that was not selected (a restored state sets its buckets itself)
-    int32_t ubatch_bucket(const llama_ubatch & ubatch) const;
+    // bucket of a token of a ubatch, 0 where none was selected (a restored state sets its buckets itself)
+    int32_t token_bucket(const llama_ubatch & ubatch, uint32_t i_token) const;
+
+    // a cell gets the key of a token
+    void set_key(llama_kv_cells & cells, uint32_t i_cell, uint32_t stream, const llama_ubatch & ubatch, uint32_t i_token);
+
+    // bytes of llama_kv_cell_ext in a saved state: without tables as many as stock writes
+    size_t ext_size() const;
 
     // cells to rotate: shifted ones where ubatch is null, otherwise those of its sequences that are not as it needs them
     std::vector<llama_clex_rotation> pending(const llama_kv_cache & kv, const llama_ubatch * ubatch) const;

@@ -1,5 +1,7 @@
 #include "llama-clex-context.h"
 
+#include "llama-clex-memory.h"
+
 #include "llama-context.h"
 #include "llama-cparams.h"
 #include "llama-impl.h"
@@ -28,37 +30,41 @@ void llama_clex_check_types(const llama_model & model, const llama_memory_params
     }
 }
 
-void llama_clex_init_context(const llama_model & model, llama_cparams & cparams, llama_memory_i * memory) {
+void llama_clex_own_rope(const llama_model & model, llama_context_params & params) {
     if (!model.clex.enabled()) {
         return;
     }
 
-    auto * kv = dynamic_cast<llama_kv_cache *>(memory);
-    if (!kv) {
-        throw std::runtime_error("the RoPE tables of this model need a plain KV cache, which this context does not have");
-    }
+    const auto & hparams = model.hparams;
 
-    kv->clex.n_ctx = cparams.n_ctx_seq;
-
-    // in the first bucket alone nothing is ever re-rotated
-    if (model.clex.bucket_for(std::min(kv->clex.n_ctx, model.clex.n_ctx_max())) > 0) {
-        kv->clex.kept.init(*kv);
-    }
-
-    if (cparams.rope_freq_base  != model.hparams.rope_freq_base_train ||
-        cparams.rope_freq_scale != model.hparams.rope_freq_scale_train) {
+    if ((params.rope_freq_base  != 0.0f && params.rope_freq_base  != hparams.rope_freq_base_train) ||
+        (params.rope_freq_scale != 0.0f && params.rope_freq_scale != hparams.rope_freq_scale_train)) {
         LLAMA_LOG_WARN("%s: the model has RoPE tables, the RoPE parameters of the context are ignored\n", __func__);
     }
 
-    // with another type the context would be taken for one of a custom scaling, and n_ctx_train be changed
-    cparams.rope_scaling_type = LLAMA_ROPE_SCALING_TYPE_NONE;
-    cparams.rope_freq_base    = 1.0f;
-    cparams.rope_freq_scale   = 1.0f;
-    cparams.yarn_ext_factor   = 0.0f;
-    cparams.yarn_attn_factor  = model.clex.rope_scale;
+    params.rope_scaling_type = LLAMA_ROPE_SCALING_TYPE_UNSPECIFIED;
+    params.rope_freq_base    =  0.0f;
+    params.rope_freq_scale   =  0.0f;
+    params.yarn_ext_factor   = -1.0f;
+    params.yarn_attn_factor  = -1.0f;
+    params.yarn_beta_fast    = -1.0f;
+    params.yarn_beta_slow    = -1.0f;
+    params.yarn_orig_ctx     =  0;
 }
 
-llama_clex_removal::llama_clex_removal(llama_memory_i * memory) : kv(dynamic_cast<llama_kv_cache *>(memory)) {
+void llama_clex_init_context(const llama_model & model, const llama_cparams & cparams, llama_memory_i * memory) {
+    auto * kv = llama_clex_kv(memory);
+
+    if (model.clex.enabled() && !kv) {
+        throw std::runtime_error(format("RoPE tables cannot be used with the architecture '%s': it has no KV cache that holds keys of its own",
+                    llm_arch_name(model.arch)));
+    }
+    if (kv) {
+        kv->clex.n_ctx = cparams.n_ctx_seq;
+    }
+}
+
+llama_clex_removal::llama_clex_removal(llama_memory_i * memory) : kv(llama_clex_kv(memory)) {
     for (llama_seq_id s = 0; kv && s < LLAMA_MAX_SEQ; ++s) {
         if (kv->clex.seqs[s].n_declared > 0 && kv->seq_pos_max(s) >= 0) {
             seq_ids.push_back(s);
@@ -75,7 +81,7 @@ llama_clex_removal::~llama_clex_removal() {
 }
 
 llama_kv_cache * llama_context::clex_kv() {
-    return model.clex.enabled() ? dynamic_cast<llama_kv_cache *>(memory.get()) : nullptr;
+    return model.clex.enabled() ? llama_clex_kv(memory.get()) : nullptr;
 }
 
 bool llama_context::clex_select() {

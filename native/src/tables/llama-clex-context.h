@@ -16,8 +16,11 @@ class llama_kv_cache;
 // throws if rows of these cache types cannot hold the heads of a model with tables; stock aborts or computes NaN
 void llama_clex_check_types(const llama_model & model, const llama_memory_params & params);
 
-// make the whole angle come from the table; throws if the memory of the context cannot hold per-bucket keys
-void llama_clex_init_context(const llama_model & model, llama_cparams & cparams, llama_memory_i * memory);
+// layers with a sliding window keep the RoPE of the model, whatever the host asks for
+void llama_clex_own_rope(const llama_model & model, llama_context_params & params);
+
+// throws if the memory of the context cannot hold per-bucket keys
+void llama_clex_init_context(const llama_model & model, const llama_cparams & cparams, llama_memory_i * memory);
 
 // Forgets the declared lengths of the sequences that lose their last token while it lives: whoever uses their ids next
 // means other texts. Only for removals that the host asks for: those after a failed decode are for it to be tried again.

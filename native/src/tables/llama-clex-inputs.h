@@ -2,20 +2,22 @@
 
 // What the tables put into a graph.
 
-#include "ggml.h"
+#include "llama-graph.h"
 
-struct llm_graph_context;
+class llama_kv_cache;
 
-// factors of the bucket of the ubatch, and the query scale where the tables ask for one
-// both are null for a model without tables
-struct llama_clex_inputs {
-    ggml_tensor * factors = nullptr; // F32 [n_rot/2]
-    ggml_tensor * q_scale = nullptr; // F32 [1, 1, n_tokens]
+class llm_graph_input_clex : public llm_graph_input_i {
+public:
+    // adds tensors to the graph
+    llm_graph_input_clex(const llama_kv_cache & kv, const llm_graph_context & graph);
 
-    explicit llama_clex_inputs(const llm_graph_context & graph);
+    void set_input(const llama_ubatch * ubatch) override;
 
-    // factors of the table, or those that stock would use
-    ggml_tensor * rope_factors(ggml_tensor * stock) const { return factors ? factors : stock; }
+    bool can_reuse(const llm_graph_params & params) override;
 
-    ggml_tensor * scale_q(ggml_context * ctx, ggml_tensor * q) const;
+    ggml_tensor * factors = nullptr; // F32 [n_rot/2], of the bucket of the ubatch
+    ggml_tensor * q_scale = nullptr; // F32 [1, 1, n_tokens], null where the tables ask for none
+
+private:
+    const llama_kv_cache & kv;
 };

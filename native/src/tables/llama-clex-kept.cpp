@@ -7,7 +7,10 @@
 #include <stdexcept>
 
 void llama_clex_kept::init(const llama_kv_cache & kv) {
-    if (!ggml_is_quantized(kv.type_k())) {
+    const auto & clex = kv.clex;
+
+    // in the first bucket alone nothing is ever re-rotated
+    if (!ggml_is_quantized(kv.type_k()) || clex.tables.bucket_for(std::min(clex.n_ctx, clex.tables.n_ctx_max())) <= 0) {
         return;
     }
 
@@ -15,8 +18,10 @@ void llama_clex_kept::init(const llama_kv_cache & kv) {
 
     std::map<ggml_backend_buffer_type_t, ggml_context *> ctxs;
 
-    for (const auto & layer : kv.layers) {
-        if (!kv.hparams.has_rope(layer.il)) {
+    for (size_t i = 0; i < kv.layers.size(); ++i) {
+        const auto & layer = kv.layers[i];
+
+        if (clex.layers.ropes[i].n_dims == 0) {
             k.push_back(nullptr);
             continue;
         }

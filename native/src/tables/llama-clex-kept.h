@@ -23,7 +23,7 @@ struct llama_clex_kept {
     };
 
     std::vector<key>           keys; // of each cell of all streams; empty where keys are not kept
-    std::vector<ggml_tensor *> k;    // [n_embd_k, cells] of each layer of the cache, null without RoPE
+    std::vector<ggml_tensor *> k;    // [n_embd_k, cells] of each layer of the cache, null where they are never rotated
 
     // memory as large as the keys of the cache, where they are quantized; on a CPU the system provides it when a row is
     // first written

@@ -27,14 +27,14 @@ public:
         }
     }
 
-    void build(ggml_context * ctx) {
+    void build(ggml_context * ctx, int64_t n_pos) {
         const int64_t n      = rows.size();
         const int64_t n_freq = factors_old.size();
 
         t_rows        = input(ctx, GGML_TYPE_I32, n);
         t_rows64      = input(ctx, GGML_TYPE_I64, n);
-        t_pos_old     = input(ctx, GGML_TYPE_I32, n);
-        t_pos_new     = input(ctx, GGML_TYPE_I32, n);
+        t_pos_old     = input(ctx, GGML_TYPE_I32, n*n_pos);
+        t_pos_new     = input(ctx, GGML_TYPE_I32, n*n_pos);
         t_factors_old = input(ctx, GGML_TYPE_F32, n_freq);
         t_factors_new = input(ctx, GGML_TYPE_F32, n_freq);
         t_k_rot       = kv.build_input_k_rot(ctx);
@@ -45,8 +45,8 @@ public:
 
         set(t_rows,        rows.data());
         set(t_rows64,      rows64.data());
-        set(t_pos_old,     pos_old.data());
-        set(t_pos_new,     pos_new.data());
+        set_pos(t_pos_old, pos_old);
+        set_pos(t_pos_new, pos_new);
         set(t_factors_old, factors_old.data());
         set(t_factors_new, factors_new.data());
 
@@ -76,6 +76,17 @@ private:
         }
     }
 
+    // M-RoPE takes the position of a text three times, and 0 once
+    static void set_pos(ggml_tensor * dst, std::vector<llama_pos> pos) {
+        const size_t n = pos.size();
+        if ((size_t) dst->ne[0] == GGML_MROPE_SECTIONS*n) {
+            pos.resize(GGML_MROPE_SECTIONS*n);
+            std::copy_n(pos.begin(), n, pos.begin() +   n);
+            std::copy_n(pos.begin(), n, pos.begin() + 2*n);
+        }
+        set(dst, pos.data());
+    }
+
     const llama_kv_cache & kv;
 
     std::vector<float>     factors_old;
@@ -91,7 +102,7 @@ void llama_clex_cache::build_rotate(const llama_kv_cache & kv, const llama_clex_
         llm_graph_input_clex_rotate & inp, ggml_context * ctx, ggml_cgraph * gf) const {
     const auto & hparams = kv.hparams;
 
-    inp.build(ctx);
+    inp.build(ctx, hparams.n_pos_per_embd());
 
     const int64_t n = inp.t_rows->ne[0];
 
@@ -100,13 +111,10 @@ void llama_clex_cache::build_rotate(const llama_kv_cache & kv, const llama_clex_
 
         const uint32_t il = layer.il;
 
-        if (!hparams.has_rope(il)) {
+        const auto & rope = layers.ropes[i];
+        if (rope.n_dims == 0) {
             continue;
         }
-
-        const auto rope = [&](ggml_tensor * cur, ggml_tensor * pos, ggml_tensor * factors) {
-            return ggml_rope_ext(ctx, cur, pos, factors, hparams.n_rot(il), hparams.rope_type, 0, 1.0f, 1.0f, 0.0f, 1.0f, 0.0f, 0.0f);
-        };
 
         const int64_t n_embd_k = hparams.n_embd_k_gqa(il);
 
@@ -124,8 +132,8 @@ void llama_clex_cache::build_rotate(const llama_kv_cache & kv, const llama_clex_
             if (inp.t_k_rot) {
                 cur = llama_mul_mat_hadamard(ctx, cur, inp.t_k_rot);
             }
-            cur = rope(cur, inp.t_pos_old, inp.t_factors_old);
-            cur = rope(cur, inp.t_pos_new, inp.t_factors_new);
+            cur = rope.apply(ctx, cur, inp.t_pos_old, inp.t_factors_old, 1.0f);
+            cur = rope.apply(ctx, cur, inp.t_pos_new, inp.t_factors_new, 1.0f);
             if (inp.t_k_rot) {
                 cur = llama_mul_mat_hadamard(ctx, cur, inp.t_k_rot);
             }

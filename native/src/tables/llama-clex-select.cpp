@@ -71,7 +71,10 @@ static void clex_join_sharers(const llama_kv_cells & cells, clex_groups & groups
     }
 }
 
-llama_clex_cache::llama_clex_cache(const llama_model & model) : tables(model.clex), seqs(LLAMA_MAX_SEQ) {}
+static const llama_clex_tables LLAMA_CLEX_NO_TABLES;
+
+llama_clex_cache::llama_clex_cache(const llama_model & model, bool windowed) :
+    tables(windowed ? LLAMA_CLEX_NO_TABLES : model.clex), seqs(LLAMA_MAX_SEQ) {}
 
 void llama_clex_cache::clear() {
     std::fill(seqs.begin(), seqs.end(), seq_state {});
@@ -88,6 +91,11 @@ int32_t llama_clex_cache::choose_bucket(int64_t n_tokens) const {
 
 bool llama_clex_cache::select(const llama_kv_cache & kv, llama_batch_allocr & balloc) {
     const llama_batch & batch = balloc.get_batch();
+
+    if (!batch.token && kv.hparams.n_pos_per_embd() > 1) {
+        LLAMA_LOG_ERROR("%s: a model with RoPE tables and M-RoPE takes text only, no images\n", __func__);
+        return false;
+    }
 
     std::vector<llama_seq_id> present;
     std::vector<int64_t>      lengths(LLAMA_MAX_SEQ, 0);
@@ -146,8 +154,20 @@ bool llama_clex_cache::select(const llama_kv_cache & kv, llama_batch_allocr & ba
     return true;
 }
 
-int32_t llama_clex_cache::ubatch_bucket(const llama_ubatch & ubatch) const {
-    return std::max(seqs[ubatch.seq_id[0][0]].bucket, 0);
+int32_t llama_clex_cache::token_bucket(const llama_ubatch & ubatch, uint32_t i_token) const {
+    return std::max(seqs[ubatch.seq_id[i_token][0]].bucket, 0);
+}
+
+void llama_clex_cache::set_key(llama_kv_cells & cells, uint32_t i_cell, uint32_t stream, const llama_ubatch & ubatch, uint32_t i_token) {
+    if (!tables.enabled()) {
+        return;
+    }
+
+    llama_kv_cell_ext ext = cells.ext_get(i_cell);
+    ext.clex = token_bucket(ubatch, i_token);
+    cells.ext_set(i_cell, ext);
+
+    kept.drop(stream*cells.size() + i_cell);
 }
 
 void llama_clex_cache::seq_cp(const llama_kv_cache & kv, llama_seq_id src, llama_seq_id dst, llama_pos p0, llama_pos p1) {

@@ -28,11 +28,18 @@ std::vector<llama_clex_rotation> llama_clex_cache::pending(const llama_kv_cache 
         }
     }
 
-    const int32_t wanted = ubatch ? ubatch_bucket(*ubatch) : -1;
+    // of the sequences of the ubatch, -1 where they are in several
+    int32_t common = ubatch ? token_bucket(*ubatch, 0) : -1;
+    for (uint32_t i = 1; ubatch && i < ubatch->n_tokens; ++i) {
+        common = token_bucket(*ubatch, i) == common ? common : -1;
+    }
 
-    const auto in_ubatch = [&](const llama_kv_cells & cells, uint32_t i) {
-        return std::any_of(ubatch->seq_id_unq, ubatch->seq_id_unq + ubatch->n_seqs_unq,
+    // of the sequences of the ubatch that have the cell, which are all in one; -1 where none has it
+    const auto wanted_by = [&](const llama_kv_cells & cells, uint32_t i) {
+        const auto * end = ubatch->seq_id_unq + ubatch->n_seqs_unq;
+        const auto * seq = std::find_if(static_cast<const llama_seq_id *>(ubatch->seq_id_unq), end,
                 [&](llama_seq_id s) { return cells.seq_has(i, s); });
+        return seq == end ? -1 : std::max(seqs[*seq].bucket, 0);
     };
 
     for (uint32_t s = 0; s < kv.n_stream; ++s) {
@@ -53,11 +60,13 @@ std::vector<llama_clex_rotation> llama_clex_cache::pending(const llama_kv_cache 
             const llama_pos shift = cells.get_shift(i);
 
             // nearly all cells of nearly all decodes stop here
-            if (from == wanted && shift == 0) {
+            if (from == common && shift == 0) {
                 continue;
             }
 
-            if (ubatch ? !in_ubatch(cells, i) : shift == 0) {
+            const int32_t wanted = ubatch ? wanted_by(cells, i) : from;
+
+            if (wanted < 0 || (from == wanted && shift == 0)) {
                 continue;
             }
 
@@ -65,7 +74,7 @@ std::vector<llama_clex_rotation> llama_clex_cache::pending(const llama_kv_cache 
             const llama_pos pos_new = cells.pos_get(i);
 
             llama_clex_rotation kind;
-            kind.to      = ubatch ? wanted : from;
+            kind.to      = wanted;
             kind.crosses = kind.to != from;
 
             const auto * key = kept.find(row);

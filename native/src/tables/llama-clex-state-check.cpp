@@ -110,7 +110,7 @@ private:
         }
 
         if (kv.has_cell_ext()) {
-            check_ext(io.get<llama_kv_cell_ext>());
+            check_ext(pos);
         }
 
         llama_seq_id last = -1;
@@ -127,14 +127,22 @@ private:
         }
     }
 
-    void check_ext(const llama_kv_cell_ext & ext) const {
+    void check_ext(llama_pos pos) const {
+        llama_kv_cell_ext ext;
+        io.read(&ext, kv.clex.ext_size());
+
         if (!tables.enabled()) {
             return;
         }
         if (ext.clex < 0 || ext.clex >= (int32_t) tables.scaling_factors.size()) {
             clex_damaged("a key was rotated with a table that does not exist:", ext.clex);
         }
-        if (ext.y != 0 || ext.tok < LLAMA_TOKEN_NULL || ext.tok >= (int32_t) kv.model.vocab.n_tokens()) {
+        // a text has the same position in all sections of M-RoPE
+        const llama_pos pos_2d = kv.hparams.n_pos_per_embd() > 1 ? pos : 0;
+        if (ext.x != pos_2d || ext.y != pos_2d) {
+            clex_damaged("a token has the position of a part of an image:", ext.x);
+        }
+        if (ext.tok < LLAMA_TOKEN_NULL || ext.tok >= (int32_t) kv.model.vocab.n_tokens()) {
             clex_damaged("a cell has the token", ext.tok);
         }
     }

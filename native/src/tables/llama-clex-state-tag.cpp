@@ -34,6 +34,10 @@ clex_state_tag llama_clex_cache::state_tag(const llama_kv_cache & kv, llama_seq_
     return tag;
 }
 
+size_t llama_clex_cache::ext_size() const {
+    return tables.enabled() ? sizeof(llama_kv_cell_ext) : offsetof(llama_kv_cell_ext, clex);
+}
+
 void llama_clex_cache::state_write(const llama_kv_cache & kv, llama_io_write_i & io, llama_seq_id seq_id) const {
     if (!tables.enabled()) {
         return;

@@ -6,7 +6,7 @@
 struct clex_state_tag {
     // read as a number of cells by a library that does not know it, which then refuses the state
     uint32_t magic   = 0x58454c43;
-    uint32_t version = 2; // 2: with a checksum at the end
+    uint32_t version = 3; // 2: with a checksum at the end; 3: buckets in words of their own
 
     uint64_t model  = 0;
     uint64_t tables = 0;

@@ -8,6 +8,8 @@
 #include "llama-impl.h"
 #include "llama-kv-cache-iswa.h"
 #include "llama-kv-cache.h"
+#include "llama-memory-hybrid-iswa.h"
+#include "llama-memory-hybrid.h"
 #include "llama-mmap.h"
 #include "llama-model.h"
 
@@ -65,6 +67,29 @@ void llama_clex_state::check_front(clex_state_reader & io) const {
     }
 }
 
+struct clex_caches {
+    const llama_kv_cache      * plain;
+    const llama_kv_cache_iswa * iswa;
+    bool                        recurrent; // there are recurrent layers besides
+};
+
+static clex_caches clex_caches_of(llama_memory_i * memory) {
+    if (const auto * hybrid = dynamic_cast<llama_memory_hybrid *>(memory)) {
+        return { hybrid->get_mem_attn(), nullptr, true };
+    }
+    if (const auto * hybrid = dynamic_cast<llama_memory_hybrid_iswa *>(memory)) {
+        return { nullptr, hybrid->get_mem_attn(), true };
+    }
+    return { dynamic_cast<llama_kv_cache *>(memory), dynamic_cast<llama_kv_cache_iswa *>(memory), false };
+}
+
+// a state of windows or of recurrent layers alone has no keys that were rotated with a table
+bool llama_clex_state::has_tag() const {
+    const auto caches = clex_caches_of(ctx.memory.get());
+
+    return kv && !(partial && (caches.iswa || caches.recurrent));
+}
+
 void llama_clex_state::check_version(clex_state_reader && io) const {
     check_front(io);
     io.get<uint32_t>(); // number of streams
@@ -76,11 +101,11 @@ void llama_clex_state::check_version(clex_state_reader && io) const {
 void llama_clex_state::check_words(clex_state_reader && io, bool exact) const {
     check_front(io);
 
-    const auto * plain = dynamic_cast<llama_kv_cache      *>(ctx.memory.get());
-    const auto * iswa  = dynamic_cast<llama_kv_cache_iswa *>(ctx.memory.get());
+    const auto [plain, iswa, recurrent] = clex_caches_of(ctx.memory.get());
 
-    // what else is wrong with the state of another kind of memory llama.cpp finds out while it reads
-    if (!plain && !iswa) {
+    // what is wrong with the states of recurrent layers, which are behind those of the caches, and with the state of another
+    // kind of memory llama.cpp finds out while it reads
+    if ((!plain && !iswa) || (recurrent && partial)) {
         return;
     }
 
@@ -95,6 +120,9 @@ void llama_clex_state::check_words(clex_state_reader && io, bool exact) const {
         n_data += llama_clex_cache::state_check(*iswa->get_swa(), io, seq_id, !on_device);
     }
 
+    if (recurrent) {
+        return;
+    }
     if (exact && io.n_left() > 0) {
         throw std::runtime_error(format("the state ends with %zu bytes that do not belong to it", io.n_left()));
     }
@@ -176,12 +204,16 @@ size_t llama_clex_state::read(const uint8_t * src, size_t size, const std::funct
         }
 
         if (kv) {
-            check_version({ src, size });
+            if (has_tag()) {
+                check_version({ src, size });
+            }
 
             if (!exact) {
+                if (clex_caches_of(ctx.memory.get()).recurrent) {
+                    throw std::runtime_error("the size of the state of a model with recurrent layers has to be given");
+                }
                 clex_state_reader io(src, size);
-                check_front(io);
-                llama_clex_cache::state_check(*kv, io, seq_id, !on_device);
+                check_words(std::move(io), false);
                 size = io.n_bytes() + sum_size();
                 exact = true;
             }
@@ -230,8 +262,10 @@ void llama_clex_state::check_file(const char * path) const {
     const size_t size  = file.size() - begin - sum_size();
 
     if (kv) {
-        file.seek(begin, SEEK_SET);
-        check_version({ file, size });
+        if (has_tag()) {
+            file.seek(begin, SEEK_SET);
+            check_version({ file, size });
+        }
 
         llama_clex_sum sum;
         std::vector<uint8_t> buffer(1024*1024);

@@ -44,6 +44,8 @@ private:
     void check_version(clex_state_reader && io) const; // that the state has a checksum
     void check_words  (clex_state_reader && io, bool exact) const;
 
+    bool has_tag() const; // a version, model and tables in front of the cells
+
     size_t device_size(const uint8_t * data, size_t size) const; // bytes that the device keeps for the state
 
     llama_context & ctx;
@@ -51,7 +53,7 @@ private:
     const bool         is_seq;
     const llama_seq_id seq_id;
     const bool         on_device; // keys and values stay there
-    const bool         partial;   // only what a sliding window holds
+    const bool         partial;   // only what a sliding window or recurrent layers hold
 
     llama_kv_cache * kv; // null for a model without tables
 };

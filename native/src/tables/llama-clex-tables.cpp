@@ -24,26 +24,6 @@ static const float LLAMA_CLEX_MAX_INV_FREQ   = 1e3f;           // trained tables
 static const float LLAMA_CLEX_MIN_ATTN_SCALE = 1e-3f;
 static const float LLAMA_CLEX_MAX_ATTN_SCALE = 1e3f;
 
-// rope call sites of these architectures use llama_clex_inputs
-static const llm_arch LLAMA_CLEX_ARCHS[] = {
-    LLM_ARCH_LLAMA,
-    LLM_ARCH_MISTRAL3,
-    LLM_ARCH_PHI2,
-    LLM_ARCH_PHI3,
-    LLM_ARCH_GPTNEOX,
-    LLM_ARCH_QWEN2,
-    LLM_ARCH_QWEN2MOE,
-    LLM_ARCH_QWEN3,
-    LLM_ARCH_QWEN3MOE,
-    LLM_ARCH_STABLELM,
-    LLM_ARCH_FALCON,
-    LLM_ARCH_OLMO2,
-};
-
-static bool clex_supports(llm_arch arch) {
-    return std::find(std::begin(LLAMA_CLEX_ARCHS), std::end(LLAMA_CLEX_ARCHS), arch) != std::end(LLAMA_CLEX_ARCHS);
-}
-
 //
 // reading the metadata
 //
@@ -170,10 +150,12 @@ static std::vector<float> clex_read_tensor(const llama_model_loader & ml, const 
 
 // two buckets: the original context with the short factors, everything beyond it with the long ones
 // stock chooses between the two by the allocated context, so that a large one changes the answers to short prompts
-void llama_clex_tables::load_longrope(const llama_model_loader & ml, llm_arch arch, const llama_hparams & hparams) {
+void llama_clex_tables::load_longrope(const llama_model_loader & ml, const llama_hparams & hparams) {
     const uint32_t orig = hparams.n_ctx_orig_yarn;
 
-    if (getenv("LLAMA_CLEX_LONGROPE_DISABLE") || !clex_supports(arch) || orig == 0 || hparams.n_ctx_train <= orig) {
+    // layers with a window would keep the factors that n_ctx chooses; latent attention can have no tables
+    if (getenv("LLAMA_CLEX_LONGROPE_DISABLE") || hparams.swa_type != LLAMA_SWA_TYPE_NONE || hparams.n_lora_kv > 0 ||
+        orig == 0 || hparams.n_ctx_train <= orig) {
         return;
     }
 
@@ -229,7 +211,7 @@ void llama_clex_tables::set_hash() {
     llama_clex_hash(hash, &log_scale, sizeof(log_scale));
 }
 
-void llama_clex_tables::load(const llama_model_loader & ml, llm_arch arch, llama_hparams & hparams) {
+void llama_clex_tables::load(const llama_model_loader & ml, llama_hparams & hparams) {
     const gguf_context * meta = ml.metadata;
 
     bool present = false;
@@ -237,22 +219,13 @@ void llama_clex_tables::load(const llama_model_loader & ml, llm_arch arch, llama
         present = present || strncmp(gguf_get_key(meta, i), "clex.", 5) == 0;
     }
     if (!present) {
-        load_longrope(ml, arch, hparams);
+        load_longrope(ml, hparams);
         return;
     }
 
     const uint32_t version = clex_u32(meta, "clex.version");
     if (version != LLAMA_CLEX_VERSION) {
         clex_fail("clex.version", format("is %u, this library reads version %u", version, LLAMA_CLEX_VERSION));
-    }
-
-    if (!clex_supports(arch)) {
-        std::string supported;
-        for (const llm_arch a : LLAMA_CLEX_ARCHS) {
-            supported += std::string(" ") + llm_arch_name(a);
-        }
-        throw std::runtime_error(format("clex.* tables are not supported for architecture '%s' (supported:%s)",
-                    llm_arch_name(arch), supported.c_str()));
     }
 
     const int64_t id_method = clex_find(meta, "clex.method", GGUF_TYPE_STRING, "string");

@@ -2,8 +2,6 @@
 
 // The RoPE tables of a model, by length; see llama-clex.h for what they are. Owned by the model and constant after loading.
 
-#include "llama-arch.h"
-
 #include <cstddef>
 #include <cstdint>
 #include <string>
@@ -36,7 +34,7 @@ struct llama_clex_tables {
     // read and check the clex.* keys, or make the tables from LongRoPE factors; nothing happens if there are neither
     // throws std::runtime_error with the key and the rule that it breaks
     // sets hparams.n_ctx_train to the tokens that the last bucket covers
-    void load(const llama_model_loader & ml, llm_arch arch, llama_hparams & hparams);
+    void load(const llama_model_loader & ml, llama_hparams & hparams);
 
     void hash_model(llama_model_loader & ml);
 
@@ -54,7 +52,7 @@ struct llama_clex_tables {
     float q_scale(int32_t bucket, int64_t n_tokens) const;
 
 private:
-    void load_longrope(const llama_model_loader & ml, llm_arch arch, const llama_hparams & hparams);
+    void load_longrope(const llama_model_loader & ml, const llama_hparams & hparams);
 
     void set_hash();
 };
