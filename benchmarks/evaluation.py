@@ -9,8 +9,6 @@ import json
 import math
 import os
 import re
-import subprocess
-import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
@@ -22,11 +20,11 @@ import numpy as np
 import numpy.typing as npt
 
 from benchmarks.markdown import put_table, row
+from benchmarks.pictures import DOCS, draw_dynamics, draw_perplexities
 from benchmarks.small_model import CONTEXT, FOLDER, MAX_FACTOR, folder
 from benchmarks.text import emma
 from clex_eval.options import json_settings
 
-DOCS = Path(__file__).parent.parent / "docs"
 DOCUMENT = DOCS / "evaluation.md"
 RESULTS, FILES = FOLDER / "results", FOLDER / "gguf"
 LENGTHS = tuple(CONTEXT * t for t in (1, 2, 4, 8, 16))
@@ -83,7 +81,6 @@ METHODS = {
     "plain RoPE, trained with skips": Variant("skips", AS_IT_IS),
     "CLEX, the authors' positions": Variant("clex-random"),
 }
-DRAWN = ("plain RoPE", "PI, trained at 8x", "NTK, not trained", "YaRN, not trained", "YaRN, trained at 8x", "**CLEX**")
 
 # Lengths that no grid but the finest fits.
 BETWEEN = tuple(CONTEXT * t // 4 for t in (5, 10, 14, 22, 36, 50))
@@ -220,37 +217,6 @@ def references() -> str:
     return "\n".join(lines)
 
 
-def pictures(seeds: int) -> None:
-    """Perplexity by length, and the trained dynamics beside the closed forms."""
-    from clex_eval.report import plot_curves
-
-    curves = {name: METHODS[name] for name in DRAWN if METHODS[name].folder(1).exists()}
-    plot_curves(
-        DOCS / "evaluation.svg",
-        "Perplexity of Emma per byte, Q8_0, by context length",
-        LENGTHS,
-        {
-            name.strip("*"): [float(np.exp(values.mean())) for values in losses(variant, seeds)]
-            for name, variant in curves.items()
-        },
-        "context length (bytes)",
-        "perplexity",
-        marks={f"trained context, {CONTEXT}": CONTEXT},
-        log_y=True,
-    )
-    files = {f"clex-seed-{seed}": METHODS["**CLEX**"].gguf(seed) for seed in range(1, min(seeds, 2) + 1)}
-    files |= {"ntk": METHODS["NTK, not trained"].gguf(1), "yarn": METHODS["YaRN, not trained"].gguf(1)}
-    links = []
-    for name, path in files.items():
-        links.append(FILES / f"{name}.gguf")
-        links[-1].unlink(missing_ok=True)
-        links[-1].symlink_to(path)
-    subprocess.run(
-        [sys.executable, "-m", "clex_local.inspect_command", *map(str, links), "--plot", str(DOCS / "dynamics.svg")],
-        check=True, stdout=subprocess.DEVNULL,
-    )  # fmt: skip
-
-
 @click.command()
 @click.option(
     "--seeds", type=click.IntRange(min=1), default=3, show_default=True, help="Trained models of each method."
@@ -281,7 +247,8 @@ def main(seeds: int, jobs: int) -> None:
     }
     for name, content in tables.items():
         put_table(DOCUMENT, f"{name}: made by benchmarks/evaluation.py", content)
-    pictures(seeds)
+    draw_perplexities(DOCS / "evaluation.svg")
+    draw_dynamics(DOCS / "dynamics.svg")
 
 
 if __name__ == "__main__":

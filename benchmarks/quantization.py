@@ -86,7 +86,7 @@ def main(model: Path, count: int, chunks: int, threads: int | None) -> None:
     ]
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        plain, made, matrix = folder / "f32.gguf", folder / "made.gguf", folder / "imatrix.gguf"
+        plain, quantized, matrix = folder / "f32.gguf", folder / "quantized.gguf", folder / "imatrix.gguf"
         convert(model, plain, method="ntk", outtype="f32", check="none")
         # The novel's second half: what is measured is not what the matrix was computed from.
         half = folder / "second half of Emma"
@@ -104,8 +104,8 @@ def main(model: Path, count: int, chunks: int, threads: int | None) -> None:
         ]:
             path = plain
             if outtype != "f32":
-                path = made
-                convert(plain, made, method="ntk", outtype=outtype, imatrix=imatrix, overwrite=True, check="none")
+                path = quantized
+                convert(plain, quantized, method="ntk", outtype=outtype, imatrix=imatrix, overwrite=True, check="none")
             kl, agreement, perplexity = measure(path, novel, folder, count, threads)
             base = base or perplexity
             size = path.stat().st_size

@@ -16,6 +16,13 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 FORMATS = (".png", ".svg")
+PAGE_WIDTH = 8.0  # inches: a wider figure is scaled down where a page shows it, and its letters with it
+# Okabe and Ito's colours, which colour-blind people tell apart as well, without the yellow, too pale for a line; and,
+# for pages without colours, a marker for each.
+_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+_MARKERS = ("o", "s", "D", "^", "v", "P", "X")
+_LINES = ("-", "--", ":", "-.")
+SHARES = "cividis"  # colours of shares from 0 to 1: their lightness grows, for whoever sees no other difference
 # So that the same file gives the same bytes, whatever the user's own settings.
 _STYLE: Any = {"svg.hashsalt": "clex-local", "svg.fonttype": "path", "font.family": "DejaVu Sans", "font.size": 9}
 
@@ -30,6 +37,15 @@ def checked_name(output: str | os.PathLike[str]) -> Path:
     if output.suffix.lower() not in FORMATS:
         raise ClexError(f"{output}: pictures are written as {' or '.join(FORMATS)}, by the name's ending")
     return output
+
+
+def curve_style(number: int) -> dict[str, Any]:
+    """How a curve is drawn that is told from the others by its number: colour, marker and line."""
+    return {
+        "color": _COLOURS[number % len(_COLOURS)],
+        "marker": _MARKERS[number % len(_MARKERS)],
+        "linestyle": _LINES[number // len(_COLOURS) % len(_LINES)],
+    }
 
 
 @contextmanager

@@ -15,7 +15,7 @@ from clex_local.errors import ClexError, escaped
 from clex_local.gguf_file import GGUFFile
 from clex_local.memory import KV_TYPES, ModelShape, compute_bytes, kv_bytes, kv_type_fits
 from clex_local.model_keys import ModelKeys
-from clex_local.rope import RopeMetadata, longrope_tables, read_rope
+from clex_local.rope import RopeFacts, longrope_tables, read_rope
 from clex_local.tables import Tables, named_tables
 
 KV_SHOWN = ("f16", "q8_0", "q4_0")
@@ -94,7 +94,7 @@ class Inspection:
     trained_context: int | None
     original_context: int | None
     max_context: int | None
-    rope: RopeMetadata
+    rope: RopeFacts
     tables: Tables | None
     tables_in_file: bool
     baked: Baked | None

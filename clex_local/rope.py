@@ -21,7 +21,7 @@ _FACTORS = ("rope_freqs.weight", "rope_factors_short.weight", "rope_factors_long
 
 
 @dataclass(frozen=True)
-class RopeMetadata:
+class RopeFacts:
     """What a model file says of its RoPE.
 
     Attributes:
@@ -37,11 +37,11 @@ class RopeMetadata:
     factor_tensors: tuple[str, ...]
 
 
-def read_rope(file: GGUFFile) -> RopeMetadata:
+def read_rope(file: GGUFFile) -> RopeFacts:
     """Reads what an open file says of its RoPE."""
     keys = ModelKeys(file)
     tensors = {tensor.name for tensor in file.tensors}
-    return RopeMetadata(
+    return RopeFacts(
         dimension=keys.rope_dimension,
         base=keys.rope_base,
         scaling={name: _plain(file, keys.key(name)) for name in keys.names(*_SCALING)},

@@ -10,9 +10,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from clex_local.errors import ClexError, escaped
-from clex_local.figure import checked_name, new_figure
+from clex_local.figure import PAGE_WIDTH, checked_name, new_figure
 
 if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
     from clex_local.inspection import Inspection
 
 _MOST_MODELS = 6
@@ -44,34 +46,38 @@ def plot(found: Sequence[Inspection], output: str | os.PathLike[str]) -> None:
             raise ClexError(f"{model.path}: has no tables to draw; clex-convert adds some")
         if not 1 < model.tables.inv_freq.shape[1] <= _MOST_FREQUENCIES:
             raise ClexError(f"{model.path}: {model.tables.inv_freq.shape[1]} frequencies cannot be drawn")
-    rows, columns = math.ceil(len(found) / 3), min(len(found), 3)
-    size = (6.4, 5.0) if columns == 1 else (4.8 * columns, 5.8 * rows)
+    columns = min(len(found), 2)
+    rows = math.ceil(len(found) / columns)
+    size = (6.4, 5.0) if columns == 1 else (PAGE_WIDTH, 4.0 * rows + 0.6)
     with new_figure(output, *size) as figure:
         grid = list(figure.subplots(rows, columns, squeeze=False).flat)
-        for axes, model in zip(grid, found, strict=False):
-            _draw(axes, model, legend_columns=2 if columns == 1 else 1)
-        for axes in grid[len(found) :]:
+        drawn, empty = grid[: len(found)], grid[len(found) :]
+        for axes, model in zip(drawn, found, strict=True):
+            _draw(axes, model)
+        for axes in empty:
             axes.set_axis_off()
         # One scale for all, so that models can be compared.
-        limits = [axes.get_ylim() for axes in grid[: len(found)]]
-        for axes in grid[: len(found)]:
+        limits = [axes.get_ylim() for axes in drawn]
+        for axes in drawn:
             _set_scale(axes, min(low for low, _ in limits), max(high for _, high in limits))
+        for k, axes in enumerate(drawn):
+            if k % columns:
+                axes.set_ylabel("")
+            if k + columns < len(drawn):
+                axes.set_xlabel("")
+        _explain(figure, drawn, found, empty)
 
 
-def _draw(axes: Any, model: Inspection, legend_columns: int) -> None:
-    from matplotlib import colormaps
-    from matplotlib.colors import LogNorm
-
+def _draw(axes: Any, model: Inspection) -> None:
     tables = model.tables
     assert tables is not None
     plain = tables.inv_freq[0].astype(np.float64)  # rad/token at t = 1
     original, dimensions = tables.original_context_length, np.arange(plain.size)
     factors = tables.scaling_factors.astype(np.float64)
     lengths = tables.context_lengths
-    shown = np.unique(np.linspace(0, len(factors) - 1, min(len(factors), _MOST_CURVES)).round().astype(int))
+    shown = _shown(model)
     named = len(shown) <= _MOST_NAMED
-
-    norm, colours = LogNorm(1, max(float(factors[-1]), 1.0001)), colormaps["viridis"]
+    norm, colours = _colour_scale(float(factors[-1]))
     low = high = 1.0
     for i in shown:
         colour = colours(_PALEST * float(norm(factors[i])))
@@ -104,9 +110,41 @@ def _draw(axes: Any, model: Inspection, legend_columns: int) -> None:
     _wavelength_axis(axes, dimensions, wavelengths)
     name = escaped(model.name or model.path.name, 36)
     axes.set_title(f"{name}, {escaped(tables.method, 20)}".replace("$", r"\$"), fontsize=9)
-    axes.legend(frameon=False, fontsize=7.5, loc="upper center", bbox_to_anchor=(0.5, -0.13), ncols=legend_columns)
-    if not named:
-        _colour_bar(axes, norm, colours, float(factors[-1]))
+
+
+def _shown(model: Inspection) -> np.ndarray[Any, Any]:
+    """The buckets that are drawn: all, or as many of them as can be told apart."""
+    assert model.tables is not None
+    count = len(model.tables.scaling_factors)
+    return np.unique(np.linspace(0, count - 1, min(count, _MOST_CURVES)).round().astype(int))
+
+
+def _colour_scale(largest: float) -> tuple[Any, Any]:
+    from matplotlib import colormaps
+    from matplotlib.colors import LogNorm
+
+    return LogNorm(1, max(largest, 1.0001)), colormaps["viridis"]
+
+
+def _explain(figure: Figure, drawn: Sequence[Any], found: Sequence[Inspection], empty: Sequence[Any]) -> None:
+    """A legend and a scale of colours for each picture, or for all of them where they are the same."""
+    legends = [axes.get_legend_handles_labels() for axes in drawn]
+    alike = len(drawn) > 1 and all(labels == legends[0][1] for _, labels in legends)
+    if alike and empty:
+        empty[0].legend(*legends[0], frameon=False, fontsize=9, loc="center")
+    elif alike:
+        figure.legend(*legends[0], frameon=False, fontsize=9, loc="outside lower center", ncols=2)
+    for axes in () if alike else drawn:
+        columns = 2 if len(drawn) == 1 else 1
+        axes.legend(frameon=False, fontsize=7.5, loc="upper center", bbox_to_anchor=(0.5, -0.13), ncols=columns)
+    scaled = [(axes, model) for axes, model in zip(drawn, found, strict=True) if len(_shown(model)) > _MOST_NAMED]
+    largest = {float(model.tables.scaling_factors[-1]) for _, model in scaled if model.tables}
+    if len(scaled) == len(drawn) and len(largest) == 1:
+        _colour_bar(figure, [*drawn, *empty], largest.pop(), aspect=40)
+    else:
+        for axes, model in scaled:
+            assert model.tables is not None
+            _colour_bar(figure, axes, float(model.tables.scaling_factors[-1]))
 
 
 def _set_scale(axes: Any, low: float, high: float) -> None:
@@ -129,12 +167,13 @@ def _wavelength_axis(axes: Any, dimensions: np.ndarray[Any, Any], wavelengths: n
     upper.set_xlabel("wavelength at t = 1 (tokens)")
 
 
-def _colour_bar(axes: Any, norm: Any, colours: Any, largest: float) -> None:
+def _colour_bar(figure: Figure, axes: Any, largest: float, aspect: float = 20) -> None:
     from matplotlib.cm import ScalarMappable
     from matplotlib.colors import ListedColormap
 
+    norm, colours = _colour_scale(largest)
     scale = ScalarMappable(norm, ListedColormap(colours(np.linspace(0, _PALEST, 256))))
-    bar = axes.figure.colorbar(scale, ax=axes, label="scaling factor t of the bucket", pad=0.02)
+    bar = figure.colorbar(scale, ax=axes, label="scaling factor t of the bucket", pad=0.02, aspect=aspect)
     ticks = [1.0, *(2.0**k for k in range(1, 24) if 2.0**k < largest / 1.3), largest]
     bar.set_ticks(ticks, labels=[f"{t:g}" for t in ticks])
     bar.minorticks_off()

@@ -17,6 +17,7 @@ from clex_local.errors import ClexError
 from helpers.gguf_maker import gguf_bytes
 from helpers.low_level import ERROR, Context, Model, logged
 from helpers.random_gguf import model_parts, random_tokens
+from helpers.sanitizers import skip_without_memory, skip_without_openmp
 
 pytestmark = [pytest.mark.native, pytest.mark.sanitize]
 
@@ -150,6 +151,40 @@ for extra in (0, 1 << 14, 1 << 16, 1 << 18, 1 << 19, 1 << 20, 1 << 22, None):
 print(sorted(statuses))
 """
 
+FULL_HEAP = """
+import ctypes, resource, sys
+import llama_cpp
+from helpers.low_level import Context, Model
+
+libc = ctypes.CDLL(None)
+libc.malloc.restype, libc.malloc.argtypes, libc.free.argtypes = ctypes.c_void_p, [ctypes.c_size_t], [ctypes.c_void_p]
+blocks = (ctypes.c_void_p * 1_000_000)()
+
+def limit(extra):
+    pages = int(open("/proc/self/statm").read().split()[0])
+    hard = resource.getrlimit(resource.RLIMIT_AS)[1]
+    resource.setrlimit(resource.RLIMIT_AS, (hard if extra is None else pages * resource.getpagesize() + extra, hard))
+
+model = Model(sys.argv[1])
+found = []
+for kilobytes in range(0, 600, 12):
+    with Context(model, n_ctx=1024, n_ubatch=64, n_seq=4, unified=True) as context:
+        context._fill((3 + i % 200, i, [0], i == 511) for i in range(512))
+        limit(0)
+        n = 0
+        while n < len(blocks) and (block := libc.malloc(1000)):
+            blocks[n] = block
+            n += 1
+        for i in range(min(kilobytes, n)):
+            libc.free(blocks[i])
+        status = llama_cpp.llama_decode(context.pointer, context._batch)
+        for i in range(min(kilobytes, n), n):
+            libc.free(blocks[i])
+        limit(None)
+        found.append((status, context.last_position()))
+print(found)
+"""
+
 HEADER = """
 import resource, sys
 from clex_local.errors import ClexError
@@ -186,6 +221,7 @@ def child(script: str, *arguments: object) -> list[str]:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="limits the address space")
+@skip_without_memory
 def test_memory_that_runs_out_in_a_decode_is_a_status(tmp_path):
     """Whatever is allocated when it runs out; the cache is as before, and the next decode is right."""
     keys, tensors = model_parts(n_buckets=8)
@@ -195,6 +231,16 @@ def test_memory_that_runs_out_in_a_decode_is_a_status(tmp_path):
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="limits the address space")
+@skip_without_memory
+def test_memory_that_runs_out_anywhere_before_a_batch_is_computed_leaves_the_cache_empty(tmp_path):
+    """A heap that is full but for some kilobytes: they last until places for some of the tokens are found."""
+    (tmp_path / "m.gguf").write_bytes(gguf_bytes(*model_parts(tables=False, original=1024)))
+    (line,) = child(FULL_HEAP, tmp_path / "m.gguf")
+    assert {(status, last) for status, last in eval(line) if status != 0} == {(-2, -1)}
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="limits the address space")
+@skip_without_memory
 def test_memory_that_runs_out_while_a_file_is_read_is_no_damage(tmp_path):
     keys, tensors = model_parts()
     keys |= {f"test.list{i}": [f"element {j} of a list that takes memory" for j in range(20000)] for i in range(20)}
@@ -233,6 +279,7 @@ print(status, answer(llm) == wanted)
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="the system has no fork")
+@skip_without_openmp
 @pytest.mark.parametrize("used", ["used", "loaded"])
 def test_a_forked_process_computes_with_one_thread_and_says_so(tmp_path, used):
     """GCC's OpenMP waits there for ever, for threads that are in the other process."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
@@ -18,6 +19,7 @@ from clex_eval.models import likelihoods
 from clex_eval.options import LENGTHS, Length, names
 from clex_eval.report import Column, Report, plot_curves, plot_heat_map, run
 from clex_local import ClexError, Llama
+from clex_local.figure import curve_style
 from clex_local.session import PromptTooLong
 from helpers.low_level import F32, GPU_LAYERS
 from helpers.tiny_models import LENGTH, convert_plainly, make_model
@@ -336,6 +338,35 @@ def test_pictures_have_the_same_bytes_for_the_same_numbers(golden_gguf, words, t
     assert pictures[0].read_bytes() == pictures[1].read_bytes()
     assert len(pictures[0].read_bytes()) > 5000
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
+
+
+def test_curves_are_told_apart_without_their_colours():
+    styles = [curve_style(number) for number in range(20)]
+    assert len({(style["marker"], style["linestyle"]) for style in styles}) == 20
+    assert len({style["color"] for style in styles[:7]}) == 7
+    for style in styles:
+        red, green, blue = (int(style["color"][k : k + 2], 16) / 255 for k in (1, 3, 5))
+        assert 0.2126 * red + 0.7152 * green + 0.0722 * blue < 0.7  # seen on white
+
+
+def test_many_models_make_a_picture_longer_and_not_wider(tmp_path):
+    def width(path: Path) -> float:
+        return float(ElementTree.parse(path).getroot().attrib["width"].removesuffix("pt")) / 72
+
+    for count in (1, 2, 5):
+        picture = tmp_path / f"{count}.svg"
+        cells = [[[0.0] * 6] * 3] * count
+        plot_heat_map(picture, [f"model {k}" for k in range(count)], [1024 << k for k in range(6)], [0, 50, 100], cells)
+        assert width(picture) <= 8
+
+
+def test_json_has_its_first_names_for_the_options(golden_gguf, words):
+    settings = found(golden_gguf("llama"), "--text", words, "--lengths", "1x", "--tokens", 64)["settings"]
+    assert settings["cache_type"] == "f32"
+    assert settings.keys() == {
+        *("text", "lengths", "tokens", "stride", "prefill", "chunk", "by", "original_context"),
+        *("cache_type", "flash_attn", "policy", "clamp", "batch", "threads", "n_gpu_layers"),
+    }
 
 
 def test_pictures_of_what_was_not_measured(tmp_path):

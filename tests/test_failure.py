@@ -14,6 +14,7 @@ import pytest
 from clex_local import llama_clex
 from helpers.low_level import F16, F32, Q8_0, Context, Model
 from helpers.random_gguf import make_model, random_tokens
+from helpers.sanitizers import skip_without_memory
 
 pytestmark = [pytest.mark.native, pytest.mark.sanitize]
 
@@ -227,7 +228,7 @@ print("difference", np.abs(outcomes[0] - outcomes[1]).max())
 
 
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="needs Linux")
-@pytest.mark.skipif("asan" in os.environ.get("LD_PRELOAD", ""), reason="AddressSanitizer ends the program itself")
+@skip_without_memory
 def test_memory_that_is_not_there_fails_the_decode_and_the_next_one_works(tmp_path):
     done = subprocess.run(
         [sys.executable, "-c", OUT_OF_MEMORY, str(tmp_path / "wide.gguf")],

@@ -332,7 +332,7 @@ def test_the_dimensions_that_extrapolate_begin_where_the_wavelength_is_the_conte
     base, head, original = 10000.0, 64, 2048
     found = inspect(make_model(tmp_path / "m.gguf", base=base, head=head, original=original))
     axes = Figure().subplots()
-    _draw(axes, found, 1)
+    _draw(axes, found)
     boundary = next(patch for patch in axes.patches).get_x()
     assert boundary == pytest.approx(head / 2 * np.log(original / (2 * np.pi)) / np.log(base), abs=1e-3)
     curves = [line.get_ydata() for line in axes.lines if str(line.get_label()).startswith("t = ")]

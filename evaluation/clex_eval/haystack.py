@@ -29,12 +29,12 @@ def hide(text: str, needles: Sequence[tuple[float, str]]) -> str:
             Those at one place keep their order.
     """
     ends = [0, *(match.end() for match in re.finditer(r"\.(?: |$)", text))]
-    pieces, start = [], 0
+    parts, start = [], 0
     for depth, sentence in sorted(needles, key=lambda needle: needle[0]):
         end = min(ends, key=lambda place: abs(place - depth / 100 * ends[-1]))
-        pieces += [text[start:end].strip(), sentence]
+        parts += [text[start:end].strip(), sentence]
         start = end
-    return " ".join(piece for piece in [*pieces, text[start:].strip()] if piece)
+    return " ".join(part for part in [*parts, text[start:].strip()] if part)
 
 
 def largest(count: Callable[[int], int], target: int) -> int:

@@ -19,7 +19,7 @@ from rich.table import Table
 from rich.text import Text
 
 from clex_local.errors import ClexError, escaped
-from clex_local.figure import checked_name, new_figure
+from clex_local.figure import PAGE_WIDTH, SHARES, checked_name, curve_style, new_figure
 
 VERSION = 1  # of the JSON
 
@@ -189,7 +189,7 @@ def plot_curves(
     output = checked_name(output)
     with new_figure(output, 6.4, 4.4 + 0.16 * max(len(series) - 4, 0)) as figure:
         axes = figure.subplots()
-        for name, values in series.items():
+        for number, (name, values) in enumerate(series.items()):
             spread = (errors or {}).get(name) or [None] * len(values)
             points = [
                 (a, b, 0.0 if c is None else c)
@@ -198,7 +198,8 @@ def plot_curves(
             ]
             if points:
                 a, b, c = zip(*points, strict=True)
-                axes.errorbar(a, b, yerr=c if any(c) else None, marker="o", markersize=4, capsize=2, label=_label(name))
+                error = c if any(c) else None
+                axes.errorbar(a, b, yerr=error, **curve_style(number), markersize=5, capsize=2, label=_label(name))
         for name, place in (marks or {}).items():
             axes.axvline(place, color="0.6", linestyle="--", linewidth=1, label=_label(name))
         if log_x:
@@ -250,28 +251,29 @@ def plot_heat_map(
         ClexError: another ending, matplotlib is missing, or the file cannot be written.
     """
     output = checked_name(output)
-    columns = min(len(titles), 3)
-    rows = math.ceil(len(titles) / columns)
     width, height = max(2.2, 0.62 * len(lengths) + 1.0), 0.34 * len(depths) + 1.3
+    columns = min(len(titles), max(1, int((PAGE_WIDTH - 0.8) / width)))
+    rows = math.ceil(len(titles) / columns)
     with new_figure(output, width * columns + 0.8, height * rows) as figure:
         grid = list(figure.subplots(rows, columns, squeeze=False).flat)
         image = None
         for axes, title, cells in zip(grid, titles, values, strict=False):
             shown = [[math.nan if cell is None else cell for cell in row] for row in cells]
-            image = axes.imshow(shown, cmap="RdYlGn", vmin=0, vmax=1, aspect="auto")
+            image = axes.imshow(shown, cmap=SHARES, vmin=0, vmax=1, aspect="auto")
             axes.set_xticks(range(len(lengths)), labels=[f"{n:,}" for n in lengths], rotation=45, ha="right")
             axes.set_yticks(range(len(depths)), labels=[f"{depth:g} %" for depth in depths])
             axes.set_title(_label(title), fontsize=9)
             for i, row in enumerate(shown):
                 for k, cell in enumerate(row):
                     if math.isfinite(cell):
-                        axes.text(k, i, f"{100 * cell:.0f}", ha="center", va="center", fontsize=7)
+                        colour = "black" if cell > 0.5 else "white"
+                        axes.text(k, i, f"{100 * cell:.0f}", ha="center", va="center", fontsize=8, color=colour)
         for axes in grid[len(titles) :]:
             axes.set_axis_off()
         figure.supxlabel("context length (tokens)", fontsize=9)
         figure.supylabel("depth", fontsize=9)
         if image is not None:
-            figure.colorbar(image, ax=grid, label="share of right answers", shrink=0.9)
+            figure.colorbar(image, ax=grid, label="share of right answers", shrink=0.9, aspect=30)
 
 
 def _label(text: str) -> str:

@@ -16,7 +16,7 @@ from clex_train import TrainError
 
 COLUMN = "text"
 # Characters that are tokenized at once: a file need not fit into memory.
-_PIECE = 1 << 20
+_BLOCK = 1 << 20
 # Sequences that a streamed dataset is shuffled among.
 _SHUFFLE_BUFFER = 1000
 
@@ -116,8 +116,8 @@ def _packed(
     length: int,
 ) -> Iterator[dict[str, list[int]]]:
     waiting: list[int] = []
-    for piece, ends in _pieces(files, dataset):
-        waiting += tokenizer(piece, add_special_tokens=False, verbose=False)["input_ids"]  # pyright: ignore
+    for block, ends in _blocks(files, dataset):
+        waiting += tokenizer(block, add_special_tokens=False, verbose=False)["input_ids"]  # pyright: ignore
         if ends and isinstance(tokenizer.eos_token_id, int):
             waiting.append(tokenizer.eos_token_id)
         whole = len(waiting) // length * length
@@ -126,7 +126,7 @@ def _packed(
         del waiting[:whole]
 
 
-def _pieces(
+def _blocks(
     files: tuple[tuple[str, int, int], ...], dataset: Iterable[dict[str, Any]] | None
 ) -> Iterator[tuple[str, bool]]:
     """Text, and whether its document ends with it."""
@@ -134,11 +134,11 @@ def _pieces(
         try:
             with open(path, encoding="utf-8", newline="") as file:
                 # cut between lines, where tokens rarely cross
-                piece = file.read(_PIECE) + file.readline(_PIECE)
-                while piece:
-                    following = file.read(_PIECE) + file.readline(_PIECE)
-                    yield piece, not following
-                    piece = following
+                block = file.read(_BLOCK) + file.readline(_BLOCK)
+                while block:
+                    following = file.read(_BLOCK) + file.readline(_BLOCK)
+                    yield block, not following
+                    block = following
         except (OSError, UnicodeDecodeError) as error:
             reason = "is not UTF-8 text" if isinstance(error, UnicodeDecodeError) else "could not be read"
             raise TrainError(f"{path}: {reason} ({one_line(error, 120)})") from None

@@ -1,0 +1,93 @@
+"""Draws the pictures of docs/ from what is in the repository: the tables of its documents, and examples/bytes."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tempfile
+from pathlib import Path
+
+import click
+
+from benchmarks.markdown import table_in
+from clex_local import inspect
+from clex_local.command import SETTINGS, Command
+from clex_local.tables_plot import plot
+
+ROOT = Path(__file__).parent.parent
+DOCS = ROOT / "docs"
+BYTES, MAX_FACTOR = ROOT / "examples" / "bytes", 16  # the CLEX model of the first seed
+METHODS_TABLE = "methods: made by benchmarks/evaluation.py"
+PASS_KEYS_TABLE = "pass keys: share found, in percent"
+# Of the methods those that a picture can show together.
+DRAWN = ("plain RoPE", "PI, trained at 8x", "NTK, not trained", "YaRN, not trained", "YaRN, trained at 8x", "**CLEX**")
+
+
+def tokens(heading: str) -> int:
+    """The context length that a column's heading names: ``4x (1,024)`` or ``1,024``."""
+    return int(heading.strip(")").split("(")[-1].replace(",", ""))
+
+
+def draw_perplexities(output: Path) -> None:
+    """Perplexity by context length, out of docs/evaluation.md."""
+    from clex_eval.report import plot_curves
+
+    (_, *headings), *rows = table_in(DOCS / "evaluation.md", METHODS_TABLE)
+    lengths = [tokens(heading) for heading in headings]
+    curves = {name: [float(cell.split()[0]) for cell in cells] for name, *cells in rows if name in DRAWN}
+    plot_curves(
+        output,
+        "Perplexity of Emma per byte, Q8_0, by context length",
+        lengths,
+        {name.strip("*"): curves[name] for name in DRAWN if name in curves},
+        "context length (bytes)",
+        "perplexity",
+        marks={f"trained context, {lengths[0]}": lengths[0]},
+        log_y=True,
+    )
+
+
+def draw_pass_keys(output: Path) -> None:
+    """Pass keys found by length and depth, out of docs/clex-eval.md."""
+    from clex_eval.report import plot_heat_map
+
+    (_, _, *headings), *rows = table_in(DOCS / "clex-eval.md", PASS_KEYS_TABLE)
+    found: dict[str, dict[float, list[float | None]]] = {}
+    for model, depth, *cells in rows:
+        shares = [float(cell) / 100 if cell else None for cell in cells]
+        found.setdefault(model, {})[float(depth.rstrip(" %"))] = shares
+    depths = list(next(iter(found.values())))
+    values = [[of_model[depth] for depth in depths] for of_model in found.values()]
+    plot_heat_map(output, list(found), [tokens(heading) for heading in headings], depths, values)
+
+
+def draw_dynamics(output: Path) -> None:
+    """The tables of the trained dynamics beside closed forms for the same model."""
+    from clex_convert import convert
+
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        plain = shutil.copytree(BYTES, folder / "bytes")
+        config = json.loads((BYTES / "config.json").read_text(encoding="utf-8"))
+        (plain / "config.json").write_text(json.dumps(config | {"rope_scaling": None}), encoding="utf-8")
+        files = []
+        for method, source in (("clex", BYTES), ("ntk", plain), ("yarn", plain)):
+            files.append(folder / f"{method}.gguf")
+            more = {} if method == "clex" else {"method": method, "max_factor": MAX_FACTOR}
+            convert(source, files[-1], pre_tokenizer="gpt-2", check="none", **more)
+        plot([inspect(path) for path in files], output)
+
+
+DRAW = {"evaluation.svg": draw_perplexities, "passkey.svg": draw_pass_keys, "dynamics.svg": draw_dynamics}
+
+
+@click.command("pictures", cls=Command, context_settings=SETTINGS)
+@click.argument("folder", type=click.Path(path_type=Path), default=DOCS)
+def main(folder: Path) -> None:
+    """Draw the pictures into FOLDER, docs/ unless it is given; docs/tables.svg is what README says."""
+    for name, draw in DRAW.items():
+        draw(folder / name)
+
+
+if __name__ == "__main__":
+    main()
