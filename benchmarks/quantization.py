@@ -91,7 +91,7 @@ def main(model: Path, count: int, chunks: int, threads: int | None) -> None:
         # The novel's second half: what is measured is not what the matrix was computed from.
         half = folder / "second half of Emma"
         half.write_text(novel[len(novel) // 2 :], encoding="utf-8")
-        compute_imatrix(plain, half, matrix, matrix, chunks=chunks)
+        compute_imatrix(plain, half, matrix, chunks=chunks)
         with log_probabilities(plain, novel, count, threads) as (_, predictions):
             for k, found in enumerate(predictions):
                 np.save(folder / f"{k}.npy", found.astype(np.float32))

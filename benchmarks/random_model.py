@@ -11,7 +11,7 @@ N_VOCAB, WIDTH, FEED_FORWARD = 4096, 2048, 8192  # beside the vocabulary, those 
 
 def random_model(path: Path, *, n_head: int = 32, n_head_kv: int = 8, head: int = 128, n_layer: int = 4) -> Path:
     """Write the model; its layers have the same numbers."""
-    from clex_convert.hf import conversion_scripts
+    from clex_convert.llama_cpp_scripts import conversion_scripts
 
     rng = np.random.default_rng(0)
     with conversion_scripts() as (_, gguf):

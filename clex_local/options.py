@@ -53,7 +53,12 @@ class Option:
 
 def option(default: Any, help: str, **more: Any) -> Any:
     """A field of a dataclass of options. See `Option` for `more`."""
-    return dataclasses.field(default=default, metadata={"option": Option(help, **more)})
+    return dataclasses.field(default=default, metadata=about(help, **more))
+
+
+def about(help: str, **more: Any) -> dict[str, Option]:
+    """The metadata of such a field, for one without a default."""
+    return {"option": Option(help, **more)}
 
 
 def options_in(options: type) -> list[tuple[dataclasses.Field[Any], Option]]:

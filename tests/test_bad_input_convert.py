@@ -481,7 +481,7 @@ def test_stopping_leaves_nothing(out: Path, smollm: Path, number: int, code: int
         ready = lambda files: len(files) == 2 and min(path.stat().st_size for path in files) > 0  # noqa: E731
     returned, errors = stop(arguments, out, number, ready)
     assert returned == code, errors
-    wanted = ["clex-convert: error: interrupted, nothing was written"] if number == signal.SIGINT else []
+    wanted = ["clex-convert: error: interrupted; nothing was written"] if number == signal.SIGINT else []
     assert errors.splitlines() == wanted
     assert list(out.parent.iterdir()) == []
 

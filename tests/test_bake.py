@@ -222,7 +222,7 @@ def test_log_scale_is_refused_unless_it_is_left_out(golden_gguf, ids, stock, tmp
     folder, with_tables = DATA / "llama-log-scale", golden_gguf("llama-log-scale")
     pairs = []
     for source in (folder, with_tables):
-        with pytest.raises(ConvertError, match=r"changes with every token, .* --no-log-scale to leave it out"):
+        with pytest.raises(ConvertError, match=r"changes with every token, .* `log_scale=False` to leave it out"):
             convert(source, tmp_path / "m.gguf", bake=SECOND)
         pairs.append((bake(source, SECOND, tmp_path / f"baked{source.suffix}.gguf", log_scale=False), ids[:SECOND]))
     unscaled = rewrite(with_tables, tmp_path / "unscaled.gguf", {"clex.log_scale": None})
@@ -237,7 +237,9 @@ def test_factors_take_the_place_of_those_that_the_file_has(golden_gguf, tmp_path
         for tensor in tensors_of(file):
             writer.add(tensor)
         writer.add(TensorData.of("rope_freqs.weight", factors))
-        writer.write(tmp_path / "new.gguf", tmp_path, progress=lambda part: None, planned=lambda: True)
+        layout = writer.layout()
+        layout.write_header(tmp_path / "new.gguf")
+        layout.write(tmp_path / "new.gguf", progress=lambda part: None)
         names = [tensor.name for tensor in file.tensors]
     np.testing.assert_array_equal(factors_of(tmp_path / "new.gguf"), factors)
     with GGUFFile(tmp_path / "new.gguf") as file:
@@ -274,10 +276,10 @@ def test_a_file_keeps_its_own_tables_without_a_method(golden_gguf, tmp_path):
     assert tables is not None
     np.testing.assert_array_equal(kept.inv_freq, tables.inv_freq)
     assert kept.provenance == tables.provenance
-    with pytest.raises(ConvertError, match=r"has tables already, .* pass --method to make new ones"):
+    with pytest.raises(ConvertError, match=r"has tables already, .* pass `method` to make new ones"):
         convert(source, tmp_path / "m.gguf", max_factor=8)
     broken = rewrite(source, tmp_path / "broken.gguf", {"clex.scaling_factors": None})
-    with pytest.raises(ConvertError, match=r"clex.scaling_factors is missing; pass --method to make new tables"):
+    with pytest.raises(ConvertError, match=r"clex.scaling_factors is missing; pass `method` to make new tables"):
         convert(broken, tmp_path / "m.gguf", bake=SECOND)
 
 

@@ -13,8 +13,8 @@ import pytest
 import clex_convert
 from clex_convert import cli
 from clex_convert.check import TEXT, check_result
-from clex_convert.checkpoint import Rope
-from clex_convert.contents import Contents, with_tables
+from clex_convert.rope_metadata import RopeMetadata, with_tables
+from clex_convert.source_rope import SourceRope
 from clex_convert.weights import OdeSettings
 from clex_local import Llama
 from clex_local.gguf_file import GGUFFile
@@ -107,21 +107,21 @@ def test_tables_must_be_those_that_were_made(golden_gguf: Callable[[str], Path])
     tables = read_tables(path)
     assert tables is not None
 
-    def contents(tables: Tables) -> Contents:
-        return with_tables(tables, "llama", Rope(32, 32, 1e4, 64, OdeSettings(), {}))
+    def metadata(tables: Tables) -> RopeMetadata:
+        return with_tables(tables, "llama", SourceRope(32, 32, 1e4, 64, OdeSettings(), {}))
 
-    check_result(path, contents(tables), path)
+    check_result(path, metadata(tables))
     inv_freq = tables.inv_freq.copy()
     inv_freq[2, 3] = np.nextafter(inv_freq[2, 3], np.float32(1))
     others = {
-        "clex.inv_freq": contents(replace(tables, inv_freq=inv_freq)),
-        "clex.log_scale": contents(replace(tables, log_scale=True)),
-        "llama.context_length": replace(contents(tables), context_length=65),
-        "clex.version": Contents(64, {}),
+        "clex.inv_freq": metadata(replace(tables, inv_freq=inv_freq)),
+        "clex.log_scale": metadata(replace(tables, log_scale=True)),
+        "llama.context_length": replace(metadata(tables), context_length=65),
+        "clex.version": RopeMetadata(64, {}),
     }
     for key, other in others.items():
         with pytest.raises(clex_convert.ConvertError, match=f"{key} is not what was written"):
-            check_result(path, other, path)
+            check_result(path, other)
 
 
 def test_an_unknown_check(tmp_path: Path, golden_gguf: Callable[[str], Path]) -> None:

@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import clex_convert
-from clex_convert import cli, ode, quantize, weights
+from clex_convert import cli, file_types, ode, weights
 from clex_local.gguf_file import GGUFFile
 from clex_local.tables import read_tables
 from helpers.gguf_maker import MODEL, TENSORS, gguf_bytes
@@ -265,7 +265,7 @@ def test_a_folder_becomes_q4_k_m_unless_told(tmp_path: Path) -> None:
     assert result.outtype == "q4_k_m"
     assert "rows that blocks of q4_k_m do not divide" in result.notes[0]
     with GGUFFile(tmp_path / "out.gguf") as file:
-        assert file.get("general.file_type") == quantize.file_type("q4_k_m")
+        assert file.get("general.file_type") == file_types.file_type("q4_k_m")
     assert [path.name for path in tmp_path.iterdir()] == ["out.gguf"]
 
 
@@ -288,7 +288,7 @@ def test_an_unknown_pre_tokenizer_can_be_named(tmp_path: Path) -> None:
     folder = model_folder(DATA / "llama", tmp_path / "llama", without=("tokenizer.model", "tokenizer_config.json"))
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(DATA / "phi2" / name, folder)
-    with pytest.raises(clex_convert.ConvertError, match="pass its name with --pre-tokenizer"):
+    with pytest.raises(clex_convert.ConvertError, match="pass its name with `pre_tokenizer`"):
         clex_convert.convert(folder, tmp_path / "out.gguf", outtype="f32")
     with pytest.raises(clex_convert.ConvertError, match="unknown pre-tokenizer type: 'nonsense'"):
         clex_convert.convert(folder, tmp_path / "out.gguf", outtype="f32", pre_tokenizer="nonsense")
@@ -394,7 +394,7 @@ def test_outtypes_are_all_that_llama_cpp_has() -> None:
     names = {name.removeprefix(prefix) for name in dir(llama_cpp) if name.startswith(prefix)}
     # The first is no type, and llama_model_quantize does not make the second.
     names -= {"GUESSED", "MOSTLY_NVFP4"}
-    assert {name.removeprefix("ALL_").removeprefix("MOSTLY_").lower() for name in names} == set(quantize.OUTTYPES)
+    assert {name.removeprefix("ALL_").removeprefix("MOSTLY_").lower() for name in names} == set(file_types.OUTTYPES)
 
 
 # the command

@@ -270,19 +270,19 @@ def test_factors_of_no_use_are_refused(factors: list[float], message: str) -> No
 
 YARN, LONG = {"type": "yarn", "factor": 4}, {"type": "longrope", "factor": 4, "short_factor": [1] * 4}
 REFUSED: list[tuple[str | None, dict[str, Any], str]] = [
-    ("longrope", {}, "pass its short_factor and long_factor with --rope-scaling"),
+    ("longrope", {}, "pass its short_factor and long_factor with `rope_scaling`"),
     (
         "clex",
         YARN,
-        "clex cannot be combined with a model that has the scaling yarn of its own; use --method ntk, linear, ",
+        "clex cannot be combined with a model that has the scaling yarn of its own; use `method` ntk, linear, ",
     ),
     (
         "yarn",
         {"type": "llama3", **LLAMA3},
-        "yarn cannot be combined .* llama3 .* use --method ntk, linear, or leave",
+        "yarn cannot be combined .* llama3 .* use `method` ntk, linear, or leave",
     ),
     ("yarn", {"type": "linear", "factor": 2}, "yarn cannot be combined"),
-    ("ntk", {**LONG, "long_factor": [2] * 4}, "ntk cannot be combined .* use --method longrope, or leave it out"),
+    ("ntk", {**LONG, "long_factor": [2] * 4}, "ntk cannot be combined .* use `method` longrope, or leave it out"),
     (None, {"type": "ntk-by-parts", "factor": 2}, "the RoPE scaling 'ntk-by-parts' is unknown; known: linear, dynamic"),
     (None, {"type": ["yarn"]}, "is unknown"),
     (None, {"type": "dynamic", "factor": 1, "alpha": 1000}, "the key alpha is unknown for 'dynamic' and may change"),
@@ -318,9 +318,9 @@ def test_combinations_of_no_sense_are_refused(method: str | None, scaling: dict[
 
 
 def test_one_table_for_every_length_has_no_factors() -> None:
-    with pytest.raises(ConvertError, match="llama3, is one table for every length: pass --method \\(ntk, linear\\)"):
+    with pytest.raises(ConvertError, match="llama3, is one table for every length: pass `method` \\(ntk, linear\\)"):
         tables(None, dim=8, base=1e4, original_context=LENGTH, scaling={"type": "llama3", **LLAMA3}, factors=[1, 2])
-    with pytest.raises(ConvertError, match="--factors and --max-factor exclude each other"):
+    with pytest.raises(ConvertError, match="`factors` and `max_factor` exclude each other"):
         tables("ntk", dim=8, base=1e4, original_context=LENGTH, factors=[1, 2], max_factor=2)
 
 

@@ -521,7 +521,7 @@ def test_the_architecture_is_looked_at_before_its_keys(tmp_path: Path, kind: str
 @pytest.mark.parametrize(
     ("file", "said"),
     [
-        ("adapter_config.json", "a LoRA adapter: .* --lora"),
+        ("adapter_config.json", "a LoRA adapter: .* `lora`"),
         ("params.json", "in the format of the model's authors"),
         ("model_index.json", "a model of diffusers"),
     ],

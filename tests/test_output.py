@@ -24,7 +24,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from clex_convert import ConvertError, convert
-from clex_convert.quantize import file_type
+from clex_convert.file_types import file_type
 from helpers.gguf_maker import MODEL, gguf_bytes
 
 pytestmark = pytest.mark.convert

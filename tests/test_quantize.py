@@ -16,10 +16,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import clex_convert
-from clex_convert import cli, quantize
+from clex_convert import cli, file_types
 from clex_convert.check import TEXT
-from clex_convert.hf import conversion_scripts
 from clex_convert.imatrix import compute_imatrix, read_imatrix
+from clex_convert.llama_cpp_scripts import conversion_scripts
 from clex_local import Llama
 from clex_local.gguf_file import GGUFFile, tensor_types
 from helpers.gguf_maker import MODEL, _string, _value, gguf_bytes
@@ -60,7 +60,7 @@ def wide(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def wide_imatrix(wide: Path) -> Path:
     path = wide.with_name("imatrix.gguf")
-    compute_imatrix(wide, TEXT, path, path, chunks=8)
+    compute_imatrix(wide, TEXT, path, chunks=8)
     return path
 
 
@@ -89,16 +89,16 @@ def wide_sizes(wide: Path, wide_imatrix: Path) -> dict[str, int | None]:
     return {size.outtype: size.size for size in found}
 
 
-@pytest.mark.parametrize("outtype", ["copy", *quantize.OUTTYPES])
+@pytest.mark.parametrize("outtype", ["copy", *file_types.OUTTYPES])
 def test_every_type_converts_loads_and_has_the_size_foretold(
     tmp_path: Path, wide: Path, wide_imatrix: Path, wide_sizes: dict[str, int | None], outtype: str
 ) -> None:
-    imatrix = None if outtype in ("copy", *quantize.UNQUANTIZED) else wide_imatrix
+    imatrix = None if outtype in ("copy", *file_types.UNQUANTIZED) else wide_imatrix
     result = clex_convert.convert(wide, tmp_path / "out.gguf", outtype=outtype, imatrix=imatrix, **NTK)
     assert result.notes == []
     assert result.path.stat().st_size == result.size == wide_sizes[outtype]
     with GGUFFile(result.path) as file:
-        assert file.get("general.file_type") == quantize.file_type("f32" if outtype == "copy" else outtype)
+        assert file.get("general.file_type") == file_types.file_type("f32" if outtype == "copy" else outtype)
     model = Model(result.path)
     with Context(model, n_ctx=256) as context:
         assert np.isfinite(context.feed(range(10, 30), 0)).all()
@@ -115,7 +115,7 @@ def test_types_that_need_an_importance_matrix_say_so(capfd: Any, tmp_path: Path,
 
 def test_sizes_of_a_folder_are_exact_and_cost_no_disk(tmp_path: Path) -> None:
     sizes = {size.outtype: size.size for size in clex_convert.sizes(DATA / "llama")}
-    assert list(sizes) == list(quantize.OUTTYPES)
+    assert list(sizes) == list(file_types.OUTTYPES)
     for outtype in ("bf16", "q4_k_m"):
         made = clex_convert.convert(DATA / "llama", tmp_path / f"{outtype}.gguf", outtype=outtype, check="none")
         assert made.size == sizes[outtype]
@@ -217,7 +217,7 @@ def test_an_importance_matrix_is_the_mean_square_of_the_inputs(tmp_path: Path, n
             inputs.watch_experts(layer, f"blk.{i}")
 
     path = clex_convert.convert(folder, tmp_path / "f32.gguf", outtype="f32", **NTK).path
-    found = compute_imatrix(path, TEXT, tmp_path / "imatrix.gguf", path, chunks=3)
+    found = compute_imatrix(path, TEXT, tmp_path / "imatrix.gguf", chunks=3)
     assert (found.chunks, found.dataset) == (3, TEXT.name)
     loaded = Llama(str(path), vocab_only=True, verbose=False)
     tokens = np.array(loaded.tokenize(TEXT.read_bytes(), add_bos=True))

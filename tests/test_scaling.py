@@ -280,7 +280,7 @@ def test_longrope_that_does_not_say_how_far_it_reaches(source, tmp_path):
     """A file with tables names the context length of the first bucket."""
     _, folder = source("phi3")
     path = convert(convert_plainly(folder), tmp_path / "m.gguf").path
-    with pytest.raises(ConvertError, match="longrope must know the largest scaling factor: pass --max-f"):
+    with pytest.raises(ConvertError, match="longrope must know the largest scaling factor: pass `max_f"):
         convert(path, tmp_path / "again.gguf", method="longrope")
 
 

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 import clex_convert
-from clex_convert.hf import conversion_scripts
+from clex_convert.llama_cpp_scripts import conversion_scripts
 from clex_local.errors import ClexError
 from clex_local.gguf_file import GGUFFile
 from helpers.gguf_maker import MODEL, TENSORS, gguf_bytes, rewrite

@@ -3,9 +3,10 @@
 Heavy packages (torch, transformers) are imported only where a conversion needs them.
 """
 
-from clex_convert.convert import ConversionResult, convert, sizes
+from clex_convert.convert import ConversionResult, convert
 from clex_convert.errors import ConvertError
-from clex_convert.job import Size
 from clex_convert.methods import tables
+from clex_convert.options import ConvertOptions
+from clex_convert.sizes import Size, sizes
 
-__all__ = ["ConversionResult", "ConvertError", "Size", "convert", "sizes", "tables"]
+__all__ = ["ConversionResult", "ConvertError", "ConvertOptions", "Size", "convert", "sizes", "tables"]

@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from clex_convert.contents import Contents
+from clex_convert.child_process import report, request, run_child
 from clex_convert.errors import ConvertError, NotFiniteError, disk_full
-from clex_convert.native import report, request, run_child
+from clex_convert.rope_metadata import RopeMetadata
 from clex_local.errors import ClexError
 from clex_local.gguf_file import GGUFFile
 from clex_local.tables import read_tables, tables_of
@@ -43,7 +43,7 @@ class Divergence:
     tokens: int
 
 
-def check_vocabulary(path: Path, shown: Path, *, verbose: bool) -> None:
+def check_vocabulary(path: Path, *, verbose: bool) -> None:
     """Lets llama.cpp read a file's settings and vocabulary, without its tensors, and tokenize a few characters.
 
     Raises:
@@ -54,36 +54,34 @@ def check_vocabulary(path: Path, shown: Path, *, verbose: bool) -> None:
         return
     hint = ""
     if "pre-tokenizer" in reason:
-        hint = "; pass another --pre-tokenizer"
+        hint = "; pass another `pre_tokenizer`"
     elif "cannot encode the text" in reason:  # such as a sentencepiece vocabulary without tokens for bytes
-        hint = "; if its tokenizer is a byte-level BPE, pass the name of its pre-tokenizer with --pre-tokenizer"
-    raise ConvertError(f"{shown}: llama.cpp cannot load the result: {reason}{hint}")
+        hint = "; if its tokenizer is a byte-level BPE, pass the name of its pre-tokenizer with `pre_tokenizer`"
+    raise ConvertError(f"{path}: llama.cpp cannot load the result: {reason}{hint}")
 
 
-def write_reference(model: Path, target: Path, shown: Path, *, verbose: bool) -> None:
+def write_reference(model: Path, target: Path, *, verbose: bool) -> None:
     """Writes the log-probabilities of every next token of the text, [tokens, n_vocab] in float32.
 
     Args:
         model: GGUF file of the unquantized model.
         target: file to write.
-        shown: the output that messages speak of.
         verbose: show llama.cpp's log.
 
     Raises:
         ConvertError: the model cannot be computed with, or the disk is full.
     """
-    _decode(model, shown, {"reference": str(target), "tokens": _FULL}, verbose, "the unquantized model")
+    _decode(model, {"reference": str(target), "tokens": _FULL}, verbose, "the unquantized model")
 
 
 def check_result(
-    path: Path, contents: Contents, shown: Path, *, reference: Path | None = None, verbose: bool = False
+    path: Path, metadata: RopeMetadata, *, reference: Path | None = None, verbose: bool = False
 ) -> Divergence | None:
     """Opens a file with the runtime's library, compares its keys with those it should have, and decodes with it.
 
     Args:
         path: the file.
-        contents: its keys, as they were made.
-        shown: the output that messages speak of.
+        metadata: its keys, as they were made.
         reference: what `write_reference` wrote of the unquantized model, to be compared with.
         verbose: show llama.cpp's log.
 
@@ -93,15 +91,15 @@ def check_result(
     Raises:
         ConvertError: the file cannot be used, its keys are others, or its logits are not finite.
     """
-    check_contents(path, contents, shown)
+    check_metadata(path, metadata)
     wanted: dict[str, Any] = {"tokens": _BASIC}
     if reference is not None:
         wanted = {"tokens": _FULL, "compared": str(reference)}
-    found = _decode(path, shown, wanted, verbose, "the result")
+    found = _decode(path, wanted, verbose, "the result")
     return Divergence(**found["divergence"]) if reference is not None else None
 
 
-def check_contents(path: Path, contents: Contents, shown: Path) -> None:
+def check_metadata(path: Path, metadata: RopeMetadata) -> None:
     """Checks that a file is complete and says of the rotary embedding what it should, to the last bit.
 
     Raises:
@@ -111,33 +109,33 @@ def check_contents(path: Path, contents: Contents, shown: Path) -> None:
         with GGUFFile(path) as file:
             tables_of(file)
             context = f"{file.get('general.architecture')}.context_length"
-            wanted = {context: np.uint32(contents.context_length), **contents.keys}
+            wanted = {context: np.uint32(metadata.context_length), **metadata.keys}
             given = {key: file.get(key) for key in file.keys() if key in wanted or key.startswith("clex.")}  # noqa: SIM118
     except ClexError as error:
         reason = str(error).removeprefix(f"{path}: ")
-        raise ConvertError(f"{shown}: the result cannot be used: {reason}") from None
+        raise ConvertError(f"{path}: the result cannot be used: {reason}") from None
     for key in {**wanted, **given}:
         if key not in wanted or key not in given or _bytes(given[key], wanted[key]) != _bytes(wanted[key], wanted[key]):
-            raise ConvertError(f"{shown}: the result cannot be used: {key} is not what was written; try again")
+            raise ConvertError(f"{path}: the result cannot be used: {key} is not what was written; try again")
 
 
 def _bytes(value: Any, like: Any) -> bytes:
     return value.encode() if isinstance(value, str) else np.asarray(value, np.asarray(like).dtype).tobytes()
 
 
-def _decode(path: Path, shown: Path, wanted: dict[str, Any], verbose: bool, what: str) -> dict[str, Any]:
+def _decode(path: Path, wanted: dict[str, Any], verbose: bool, what: str) -> dict[str, Any]:
     found: dict[str, Any] = {}
     request = {"task": "decode", "model": str(path), **wanted}
     reason = run_child("clex_convert.check", request, verbose=verbose, reported=found.update)
     if "unsaved" in found:
-        raise disk_full(shown)
+        raise disk_full(wanted.get("reference", path))
     if "infinite" in found:
-        advice = "choose another --outtype" if what == "the result" else "its weights are of no use"
-        raise NotFiniteError(f"{shown}: {what} computes values that are not finite; {advice}")
+        advice = "choose another `outtype`" if what == "the result" else "its weights are of no use"
+        raise NotFiniteError(f"{path}: {what} computes values that are not finite; {advice}")
     if "tables" in found:
-        raise ConvertError(f"{shown}: the library reads other tables from {what} than were written: {found['tables']}")
+        raise ConvertError(f"{path}: the library reads other tables from {what} than were written: {found['tables']}")
     if reason is not None:
-        raise ConvertError(f"{shown}: {what} cannot be decoded with: {reason}")
+        raise ConvertError(f"{path}: {what} cannot be decoded with: {reason}")
     return found
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -15,38 +14,11 @@ from clex_convert.model_config import ModelConfig, read_model_config
 from clex_convert.model_files import read_config, read_headers, read_tensor
 from clex_convert.model_tensors import check_tensors
 from clex_convert.scaling import Scaling, kind_of, read_scaling
+from clex_convert.source_rope import SourceRope
 from clex_convert.weight_files import first_choice, no_weights, read_index, shards_without_index
 from clex_convert.weights import OdeSettings, OdeWeights, find_names, settings_from
-from clex_local.tables import Tables
 
 CLEX_LAYER = ".clex_layer."
-
-
-@dataclass(frozen=True)
-class Rope:
-    """What a source model says of its rotary embedding.
-
-    Attributes:
-        dim: rotary dimension d of a head.
-        head_dim: the whole dimension of a head.
-        base: RoPE base.
-        context: original context length in tokens.
-        settings: of its CLEX layer, empty where there is none.
-        facts: the same in the source's own words, for the provenance.
-        scaling: the one it names.
-    """
-
-    dim: int
-    head_dim: int
-    base: float
-    context: int
-    settings: OdeSettings
-    facts: dict[str, Any]
-    scaling: Scaling = field(default_factory=Scaling)
-
-    def is_scaled_in(self, tables: Tables) -> bool:
-        """Whether the first bucket of the tables is what the source's own scaling gives, which may then stay."""
-        return self.scaling.is_first_of(tables, self.dim, self.base)
 
 
 class Checkpoint:
@@ -101,13 +73,13 @@ class Checkpoint:
         if len(models) == 1:
             return f"; convert {self.path / models[0]} in it"
         kinds = {
-            "adapter_config.json": "it is a LoRA adapter: convert the model that it was trained on, with --lora",
+            "adapter_config.json": "it is a LoRA adapter: convert the model that it was trained on, with `lora`",
             "params.json": "it is in the format of the model's authors: take the one of transformers",
             "model_index.json": "it is a model of diffusers",
         }
         return next((f"; {kind}" for name, kind in kinds.items() if (self.path / name).is_file()), "")
 
-    def _read_rope(self) -> Rope:
+    def _read_rope(self) -> SourceRope:
         model, values, scaling = self.model, self.model.values, self.model.scaling
         where, context, dim = f"{model.path}: {model.scaling_key}", values["max_position_embeddings"], model.rotary_dim
         facts: dict[str, Any] = {"architecture": model.architecture, "rope_theta": values["rope_theta"]}
@@ -120,7 +92,7 @@ class Checkpoint:
         if clex or own.kind != "default":
             facts["rope_scaling"] = dict(scaling)
         facts["max_position_embeddings"] = context
-        return Rope(dim, values["head_dim"], float(values["rope_theta"]), context, settings, facts, own)
+        return SourceRope(dim, values["head_dim"], float(values["rope_theta"]), context, settings, facts, own)
 
     def _own_scaling(self, said: Mapping[str, Any], where: str, context: int, dim: int) -> Scaling:
         kind, key = kind_of(said), "original_max_position_embeddings"

@@ -3,18 +3,27 @@
 from __future__ import annotations
 
 import os
-import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
-from clex_convert.check import CHECKS, Divergence
-from clex_convert.errors import ConvertError
+from clex_convert.check import Divergence, check_metadata, check_result, check_vocabulary, write_reference
+from clex_convert.errors import ConvertError, NotFiniteError
+from clex_convert.file_types import UNQUANTIZED
 from clex_convert.hub import fetch
-from clex_convert.job import Job, Progress, Size
+from clex_convert.imatrix import ImportanceMatrix, compute_imatrix
+from clex_convert.layout import Layout
+from clex_convert.model_tables import model_metadata, model_tables
+from clex_convert.open_source import open_source
+from clex_convert.options import ConvertOptions
 from clex_convert.output import Output
+from clex_convert.quantize import needs_imatrix, plans, quantize
+from clex_convert.recipe import Recipe, recipe_of
+from clex_convert.rope_metadata import RopeMetadata
+from clex_convert.source import Source
+from clex_local.options import takes_options
 from clex_local.tables import Tables
 
 
@@ -45,37 +54,9 @@ class ConversionResult:
     divergence: Divergence | None = None
 
 
+@takes_options(ConvertOptions)
 def convert(
-    source: str | os.PathLike[str],
-    output: str | os.PathLike[str],
-    *,
-    outtype: str | None = None,
-    method: str | None = None,
-    clex_weights: str | os.PathLike[str] | None = None,
-    original_context: int | None = None,
-    factors: Sequence[float] | None = None,
-    max_factor: int | None = None,
-    rope_scaling: Mapping[str, Any] | None = None,
-    act: str | None = None,
-    time_dt: float | None = None,
-    log_scale: bool | None = None,
-    bake: int | None = None,
-    lora: str | os.PathLike[str] | None = None,
-    pre_tokenizer: str | None = None,
-    imatrix: str | os.PathLike[str] | None = None,
-    imatrix_from: str | os.PathLike[str] | None = None,
-    imatrix_chunks: int | None = None,
-    save_imatrix: str | os.PathLike[str] | None = None,
-    tensor_type: Sequence[str] = (),
-    output_tensor_type: str | None = None,
-    token_embedding_type: str | None = None,
-    keep_f16: Sequence[str] = (),
-    pure: bool = False,
-    overwrite: bool = False,
-    check: str = "basic",
-    verbose: bool = False,
-    progress: Progress | None = None,
-    expected: Callable[[int], None] | None = None,
+    source: str | os.PathLike[str], output: str | os.PathLike[str], options: ConvertOptions
 ) -> ConversionResult:
     """Converts a model folder or a GGUF file to a GGUF file with tables.
 
@@ -86,38 +67,7 @@ def convert(
         source: Hugging Face model folder, or GGUF file (any part of a split one stands for all of them); or what
             `clex_convert.hub.fetch` downloads, such as ``org/name``.
         output: file to write; it appears complete or not at all.
-        outtype: type of the tensors, one of `clex_convert.quantize.OUTTYPES`, or ``copy`` to keep a GGUF file's tensors
-            bit for bit; default ``q4_k_m`` for a folder, ``copy`` for a GGUF file.
-        method: a key of `clex_convert.methods.METHODS`; default ``clex`` where the weights of a CLEX layer are found,
-            the tables of a GGUF file that has some, otherwise what the RoPE scaling of the source asks for, and
-            `clex_convert.methods.default_method` for a source without one.
-        clex_weights: safetensors file with ode_up_proj and ode_down_proj, for a GGUF file or instead of the folder's.
-        original_context: tokens that scaling factor 1 covers; default and upper bound is the source's context length.
-        factors: scaling factors t, ascending from 1 and not only whole ones; one table for each.
-        max_factor: in place of `factors`: 1, 2, ..., max_factor; for ``longrope`` 1 and max_factor.
-        rope_scaling: takes the place of the RoPE scaling that the source names, as transformers' configs have it.
-        act: activation of the CLEX layer, ``silu`` or ``tanh``.
-        time_dt: step of the integration in units of the scaling factor.
-        log_scale: whether queries are scaled by log(tokens) / log(original context).
-        bake: write the table of this context length alone, as a model that stock llama.cpp runs.
-        lora: folder of a LoRA adapter saved by peft, which is merged into the folder's weights; where it holds the
-            matrices of a CLEX layer, these are the model's.
-        pre_tokenizer: llama.cpp's name of a BPE pre-tokenizer that it cannot recognise.
-        imatrix: importance matrix of llama.cpp's llama-imatrix, which the quantizer weighs its errors by.
-        imatrix_from: text to compute one from, with the unquantized model.
-        imatrix_chunks: pieces of 512 tokens of that text to read; default all.
-        save_imatrix: file to keep the computed one in; an existing one is replaced.
-        tensor_type: ``NAME=TYPE`` each: tensors whose names the regular expression NAME is found in get that type.
-        output_tensor_type: type of ``output.weight``.
-        token_embedding_type: type of ``token_embd.weight``.
-        keep_f16: regular expressions; tensors whose names one is found in stay f16.
-        pure: give every matrix the type itself, not the mixture of types that goes by its name.
-        overwrite: replace an existing output, and an existing file of `save_imatrix`.
-        check: ``basic`` opens the result with the runtime's library, compares its tables and decodes a few tokens;
-            ``full`` also compares its predictions with the unquantized model's; ``none`` only reads its header back.
-        verbose: let llama.cpp log to standard error.
-        progress: called with the name of a phase and the part of it that is done, 0 to 1.
-        expected: called with the bytes that the output will have, before the first tensor is written.
+        {options}
 
     Raises:
         clex_local.errors.ClexError: anything about the source, the options or the disk that makes it impossible;
@@ -125,60 +75,145 @@ def convert(
     """
     started = time.monotonic()
     output = Path(output)
-    if check not in CHECKS:
-        raise ConvertError(f"the check must be one of {', '.join(CHECKS)}, not {check!r}")
-    with Output(output, overwrite=overwrite) as target:
-        job = Job(
-            fetch(source),
-            outtype=outtype,
-            method=method,
-            clex_weights=clex_weights,
-            original_context=original_context,
-            factors=factors,
-            max_factor=max_factor,
-            rope_scaling=rope_scaling,
-            act=act,
-            time_dt=time_dt,
-            log_scale=log_scale,
-            bake=bake,
-            lora=lora,
-            pre_tokenizer=pre_tokenizer,
-            imatrix=imatrix,
-            imatrix_from=imatrix_from,
-            imatrix_chunks=imatrix_chunks,
-            save_imatrix=save_imatrix,
-            tensor_type=tensor_type,
-            output_tensor_type=output_tensor_type,
-            token_embedding_type=token_embedding_type,
-            keep_f16=keep_f16,
-            pure=pure,
-            verbose=verbose,
-        )
-        job.start(target, progress, expected)
-        job.make(check)
-        size, sha256 = job.made.stat().st_size, target.commit(job.made)
+    with Output(output, overwrite=options.overwrite) as target, open_source(fetch(source), options) as model:
+        recipe = recipe_of(model, options)
+        _check_outputs(target.path, model, options)
+        recipe.check()
+        tables = model_tables(model, options)
+        metadata = model_metadata(tables, model, options)
+        with _finding_not_finite(model):
+            made = _make(target, model, metadata, recipe, options)
+        size, sha256 = made.path.stat().st_size, target.commit(made.path)
     seconds = time.monotonic() - started
     return ConversionResult(
-        output, job.tables, bake, job.recipe.outtype, size, sha256, seconds, job.notes, job.divergence
+        output, tables, options.bake, recipe.outtype, size, sha256, seconds, made.notes, made.divergence
     )
 
 
-def sizes(source: str | os.PathLike[str], **options: Any) -> list[Size]:
-    """What the file that `convert` makes weighs, to the byte. Nothing is written beside the source.
+@contextmanager
+def _finding_not_finite(model: Source) -> Iterator[None]:
+    """Where what is computed is not finite, and the reason is in the source, says so instead."""
+    try:
+        yield
+    except NotFiniteError:
+        if (name := model.not_finite()) is not None:
+            what = f"{name} holds values that are not finite (NaN or infinite); the file is of no use"
+            raise NotFiniteError(f"{model.path}: {what}") from None
+        raise
 
-    Args:
-        source: as in `convert`.
-        options: those of `convert` that decide what the file holds. With ``outtype``, only that type.
 
-    Returns:
-        Each type that goes with the options. One that needs an importance matrix has the size that it gets with one;
-        if none is among the options, less the keys that name it.
+def _check_outputs(output: Path, model: Source, options: ConvertOptions) -> None:
+    """Refuses to write what is read."""
+    _check_apart(output, model, options)
+    if options.save_imatrix is not None:
+        kept = Path(options.save_imatrix)
+        Output(kept, overwrite=options.overwrite)  # only asked whether it could be
+        _check_apart(kept, model, options)
+        if os.path.realpath(kept) == os.path.realpath(output):
+            raise ConvertError(f"{output}: cannot be the importance matrix too; choose another name")
 
-    Raises:
-        clex_local.errors.ClexError: as in `convert`.
-    """
-    job = Job(fetch(source), **options)
-    # Only headers are written, the tensors are holes; so the folder for temporary files has room for them.
-    with tempfile.TemporaryDirectory() as folder, Output(Path(folder) / "out.gguf", overwrite=False) as target:
-        job.start(target, None, None)
-        return job.sizes()
+
+def _check_apart(path: Path, model: Source, options: ConvertOptions) -> None:
+    if not path.exists():
+        return
+    inputs = [
+        ("is the source itself", None if model.path.is_dir() else model.path),
+        *[
+            ("is a part of the source" if file.suffix == ".gguf" else "belongs to the source", file)
+            for file in model.files()
+        ],
+        ("holds the ODE weights", options.clex_weights),
+        ("is the importance matrix", options.imatrix),
+        ("is the text of the importance matrix", options.imatrix_from),
+    ]
+    for what, read in inputs:
+        if read is not None and os.path.exists(read) and os.path.samefile(read, path):
+            raise ConvertError(f"{path}: {what}; choose another name for the output")
+
+
+@dataclass
+class _Result:
+    """A complete file under a temporary name, and what is to be said of it."""
+
+    path: Path
+    notes: list[str]
+    divergence: Divergence | None = None
+
+
+def _make(target: Output, model: Source, metadata: RopeMetadata, recipe: Recipe, options: ConvertOptions) -> _Result:
+    """Writes the model, quantizes it where `recipe` says so, and checks the result."""
+    result, reference = _Result(target.temporary(), list(metadata.notes)), None
+    if model.quantized and recipe.outtype != "copy":
+        result.notes.append("the source was quantized already: quantizing it again costs quality")
+    direct = recipe.outtype in model.layout_types
+    with model.layout(metadata, recipe.outtype if direct else model.precision) as layout:
+        layout.write_header(result.path)
+        _check_header(result.path, layout, None if direct else recipe, target, options)
+        layout.write(result.path, _progress_of(options, layout.doing))
+        result.notes += layout.notes
+    if not direct:
+        unquantized = result.path
+        recipe = _with_imatrix(recipe, unquantized, target, options)
+        if options.check == "full" and recipe.outtype not in UNQUANTIZED:
+            reference = target.temporary()
+            write_reference(unquantized, reference, verbose=options.verbose)
+        result.path = target.temporary()
+        progress = _progress_of(options, "quantizing")
+        result.notes += quantize(unquantized, result.path, recipe, verbose=options.verbose, progress=progress)
+        target.discard(unquantized)
+    if options.check == "none":
+        check_metadata(result.path, metadata)
+        return result
+    result.divergence = check_result(result.path, metadata, reference=reference, verbose=options.verbose)
+    if options.check == "full" and reference is None:
+        result.notes.append(f"{recipe.outtype} quantizes nothing, so there is nothing to compare")
+    return result
+
+
+def _progress_of(options: ConvertOptions, phase: str) -> Callable[[float], None]:
+    """What is called with the part of a phase that is done."""
+    progress = options.progress
+    return (lambda part: None) if progress is None else (lambda part: progress(phase, part))
+
+
+def _check_header(path: Path, layout: Layout, recipe: Recipe | None, target: Output, options: ConvertOptions) -> None:
+    """With the header in place: checks what can be checked of the rest before it is written."""
+    if layout.new_vocabulary:
+        check_vocabulary(path, verbose=options.verbose)
+    size = needed = layout.size
+    if recipe is not None:
+        (plan,) = plans(path, [recipe], verbose=options.verbose)
+        if plan.refusal is not None:
+            raise ConvertError(f"{path}: llama.cpp could not make {recipe.outtype}: {plan.refusal}")
+        if plan.needs_imatrix and recipe.imatrix is None:
+            raise needs_imatrix(recipe.outtype, path)
+        size = plan.size
+        needed += size
+    target.check_room(needed)
+    if options.expected is not None:
+        options.expected(size)
+
+
+def _with_imatrix(recipe: Recipe, model: Path, target: Output, options: ConvertOptions) -> Recipe:
+    """The recipe with its importance matrix, which is computed where it is not there yet."""
+    wanted = recipe.imatrix
+    if wanted is None or wanted.weights:
+        return recipe
+
+    def compute(path: Path) -> ImportanceMatrix:
+        return compute_imatrix(
+            model,
+            wanted.path,
+            path,
+            chunks=options.imatrix_chunks,
+            verbose=options.verbose,
+            progress=_progress_of(options, "importance matrix"),
+        )
+
+    if options.save_imatrix is None:
+        return replace(recipe, imatrix=compute(target.temporary()))
+    with Output(Path(options.save_imatrix), overwrite=target.overwrite) as kept:
+        path = kept.temporary()
+        imatrix = compute(path)
+        kept.commit(path)
+    return replace(recipe, imatrix=replace(imatrix, path=kept.path))

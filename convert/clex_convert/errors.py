@@ -26,6 +26,22 @@ def one_line(text: object, limit: int = 300) -> str:
     return line if len(line) <= limit else line[: limit - 1] + "…"
 
 
+def rename(error: BaseException | None, path: str | os.PathLike[str], name: str | os.PathLike[str]) -> None:
+    """Lets an error speak of a file by another name; what a temporary file will be is what a user knows."""
+    if isinstance(error, ClexError):
+        error.args = tuple(str(text).replace(str(path), str(name)) for text in error.args)
+
+
+@contextmanager
+def called(path: str | os.PathLike[str], name: str | os.PathLike[str]) -> Iterator[None]:
+    """Lets the errors that pass through speak of a file by another name."""
+    try:
+        yield
+    except ClexError as error:
+        rename(error, path, name)
+        raise
+
+
 def disk_full(path: str | os.PathLike[str]) -> ConvertError:
     """The error for a file that the disk has no room for."""
     return ConvertError(f"{path}: could not be written: the disk is full or a size limit was reached; make room first")

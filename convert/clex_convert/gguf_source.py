@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from clex_convert.checkpoint import Rope
-from clex_convert.contents import Contents
 from clex_convert.errors import ConvertError
 from clex_convert.gguf_parts import open_parts
 from clex_convert.gguf_writer import GGUFWriter, TensorData, tensors_of
+from clex_convert.layout import Layout
+from clex_convert.rope_metadata import RopeMetadata
 from clex_convert.scaling import FREQUENCY_TENSORS, Scaling, read_gguf_scaling, read_scaling
-from clex_convert.weights import OdeSettings
+from clex_convert.source_rope import SourceRope
+from clex_convert.weights import OdeSettings, OdeWeights
 from clex_local import architectures
 from clex_local.baked import baked_in
 from clex_local.errors import ClexError, escaped
@@ -35,16 +37,19 @@ _DEFAULT_BASE = 10000.0  # llama.cpp's, where the key is absent
 
 
 class GGUFSource:
-    """One GGUF model that tables can be added to; to be used in ``with``.
+    """One GGUF model that tables can be added to, to be used in ``with``; see `Source`.
 
     Attributes:
         path: the file, or the part of a split model, that was given.
         file: the header that holds the model's keys.
         paths: the files that the model consists of.
         tensors: where the data of its tensors lie.
-        architecture: its name in GGUF.
+        gguf_architecture: its architecture's name in GGUF.
         rope: what the model says of its rotary embedding.
     """
+
+    default_outtype = precision = "copy"
+    layout_types = ("copy",)
 
     def __init__(self, path: Path, rope_scaling: Mapping[str, Any] | None = None) -> None:
         """Reads the headers.
@@ -66,7 +71,7 @@ class GGUFSource:
             part.close()
         try:
             self._check_unbaked()
-            self.architecture = self._check_model()
+            self.gguf_architecture = self._check_model()
             self.rope = self._read_rope(rope_scaling)
         except ClexError:
             self.file.close()
@@ -107,11 +112,11 @@ class GGUFSource:
         return architecture
 
     def _number(self, key: str) -> int | float | None:
-        value = self.file.get(f"{self.architecture}.{key}")
+        value = self.file.get(f"{self.gguf_architecture}.{key}")
         if value is None:
             return None
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
-            raise ConvertError(f"{self.path}: {self.architecture}.{key} must be a number, not {str(value)[:40]!r}")
+            raise ConvertError(f"{self.path}: {self.gguf_architecture}.{key} must be a number, not {str(value)[:40]!r}")
         return value
 
     def _floats(self, name: str) -> tuple[float, ...] | None:
@@ -132,7 +137,7 @@ class GGUFSource:
 
     def _read_scaling(self, context: int, dim: int, rope_scaling: Mapping[str, Any] | None) -> Scaling:
         if rope_scaling is None:
-            prefix = f"{self.architecture}."
+            prefix = f"{self.gguf_architecture}."
             names = (name.removeprefix(prefix) for name in self.file.keys() if name.startswith(f"{prefix}rope.scal"))  # noqa: SIM118
             keys = {name: self.file.get(prefix + name) for name in names}
             return read_gguf_scaling(keys, self._floats, str(self.path), context=context)
@@ -140,20 +145,20 @@ class GGUFSource:
         if tensor is not None:
             raise ConvertError(
                 f"{self.path}: has frequency factors of its own (tensor {tensor}), whose place another RoPE scaling "
-                "cannot take; leave --rope-scaling out"
+                "cannot take; leave `rope_scaling` out"
             )
-        return read_scaling(rope_scaling, "--rope-scaling", context=context, dim=dim)
+        return read_scaling(rope_scaling, "`rope_scaling`", context=context, dim=dim)
 
-    def _read_rope(self, rope_scaling: Mapping[str, Any] | None) -> Rope:
+    def _read_rope(self, rope_scaling: Mapping[str, Any] | None) -> SourceRope:
         dim, context = rope_dimension_count(self.file), self._number("context_length")
         if not dim:
-            raise ConvertError(f"{self.path}: the key {self.architecture}.rope.dimension_count is missing")
+            raise ConvertError(f"{self.path}: the key {self.gguf_architecture}.rope.dimension_count is missing")
         if dim % 2 or not 4 <= dim <= MAX_DIMENSION:
             raise ConvertError(f"{self.path}: the rotary dimension must be even and 4 to {MAX_DIMENSION}, not {dim}")
         if not isinstance(context, int) or not 0 < context < 2**31:
-            raise ConvertError(f"{self.path}: the key {self.architecture}.context_length is missing or unusable")
+            raise ConvertError(f"{self.path}: the key {self.gguf_architecture}.context_length is missing or unusable")
         base = self._number("rope.freq_base")
-        facts: dict[str, Any] = {"architecture": self.architecture, "context_length": context}
+        facts: dict[str, Any] = {"architecture": self.gguf_architecture, "context_length": context}
         facts["name"] = str(self.file.get("general.name", ""))
         base = _DEFAULT_BASE if base is None else float(base)
         if base <= 1:
@@ -162,7 +167,7 @@ class GGUFSource:
         if scaling.kind != "default":
             said = {key: value for key, value in vars(scaling).items() if value != getattr(Scaling, key)}
             facts["rope_scaling"] = said
-        return Rope(dim, self._head_dim() or dim, base, context, OdeSettings(), facts, scaling)
+        return SourceRope(dim, self._head_dim() or dim, base, context, OdeSettings(), facts, scaling)
 
     def _head_dim(self) -> int | None:
         # As llama.cpp finds it.
@@ -177,12 +182,20 @@ class GGUFSource:
                 layers that have it.
         """
         window = self._number("attention.sliding_window") or 0
-        if 0 < window < context or (window and self.architecture == "olmo2"):
+        if 0 < window < context or (window and self.gguf_architecture == "olmo2"):
             raise ConvertError(
                 f"{self.path}: layers attend to the last {window:g} tokens only "
-                f"({self.architecture}.attention.sliding_window), which cannot be combined with tables, and the result "
-                f"is to have {context} tokens"
+                f"({self.gguf_architecture}.attention.sliding_window), which cannot be combined with tables, and the "
+                f"result is to have {context} tokens"
             )
+
+    def files(self) -> list[Path]:
+        """The parts of a split model, or the file."""
+        return self.paths
+
+    def ode_weights(self) -> OdeWeights | None:
+        """None: a GGUF file has no CLEX layer, only the tables that come of one."""
+        return None
 
     def not_finite(self) -> str | None:
         """Name of the first tensor of floats that holds NaN or infinity; None if none does."""
@@ -200,40 +213,29 @@ class GGUFSource:
         try:
             return tables_of(self.file)
         except TablesError as error:
-            raise ConvertError(f"{self.path}: {error}; pass --method to make new tables") from None
+            raise ConvertError(f"{self.path}: {error}; pass `method` to make new tables") from None
 
-    def write(
-        self,
-        contents: Contents,
-        target: Path,
-        shown: Path,
-        *,
-        progress: Callable[[float], None],
-        planned: Callable[[], bool],
-    ) -> None:
-        """Writes the model as one file; the tensor data are copied bit for bit.
+    @contextmanager
+    def layout(self, metadata: RopeMetadata, outtype: str) -> Iterator[Layout]:
+        """The model as one file; the tensor data are copied bit for bit.
 
         Args:
-            contents: what takes the place of the tables, if any, that the file has.
-            target: file to write.
-            shown: the file that messages speak of.
-            progress: called with the part of the data copied, 0 to 1.
-            planned: called when the header is written and the data are a hole; whether to fill it.
-
-        Raises:
-            ConvertError: the source changed meanwhile, or the disk cannot hold the copy.
+            metadata: what takes the place of the tables, if any, that the file has.
+            outtype: ``copy``, which is all there is.
         """
+        assert outtype in self.layout_types
         with GGUFWriter(self.file) as writer:
             for key in self.file.keys():  # noqa: SIM118
-                if key.startswith("split.") or contents.replaces(key):
+                if key.startswith("split.") or metadata.replaces(key):
                     writer.header.remove(key)
-            writer.set({f"{self.architecture}.context_length": np.uint32(contents.context_length), **contents.keys})
+            context = {f"{self.gguf_architecture}.context_length": np.uint32(metadata.context_length)}
+            writer.set({**context, **metadata.keys})
             for tensor in self.tensors:
-                if not contents.replaces(tensor.name):
+                if not metadata.replaces(tensor.name):
                     writer.add(tensor)
-            for name, values in contents.tensors.items():
+            for name, values in metadata.tensors.items():
                 writer.add(TensorData.of(name, values))
-            writer.write(target, shown, progress=progress, planned=planned)
+            yield writer.layout()
 
 
 def _chunks(tensor: TensorData) -> Iterator[npt.NDArray[np.floating[Any]]]:

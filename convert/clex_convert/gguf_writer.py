@@ -11,7 +11,8 @@ from typing import Any, BinaryIO
 import numpy as np
 import numpy.typing as npt
 
-from clex_convert.errors import ConvertError, one_line, writing
+from clex_convert.errors import ConvertError, one_line
+from clex_convert.layout import Layout
 from clex_local.gguf_file import GGUFFile, GGUFHeader
 
 _CHUNK = 8 << 20
@@ -80,41 +81,29 @@ class GGUFWriter:
         """Adds a tensor, or puts it in the place of the one that has its name."""
         self.tensors[tensor.name] = tensor
 
-    def write(
-        self, target: Path, shown: Path, *, progress: Callable[[float], None], planned: Callable[[], bool]
-    ) -> None:
-        """Writes the file; tensor data are copied bit for bit, a few megabytes at a time.
+    def layout(self) -> Layout:
+        """The file; tensor data will be copied bit for bit, a few megabytes at a time.
 
-        Args:
-            target: file to write.
-            shown: the file that messages speak of.
-            progress: called with the part of the data written, 0 to 1.
-            planned: called when the header is written and the data are a hole; whether to fill it.
-
-        Raises:
-            ConvertError: a source became shorter or cannot be read, or the disk cannot hold the file.
+        `Layout.write` raises ConvertError where a source became shorter or cannot be read.
         """
-        offsets = [self.header.add_tensor(t.name, t.shape, t.type) for t in self.tensors.values()]
-        total, done, alignment = max(sum(t.size for t in self.tensors.values()), 1), 0, self.header.alignment
-        with writing(shown), ExitStack() as stack:  # what closing the file still writes, too
-            sources: dict[Path, BinaryIO] = {}
-            out = stack.enter_context(target.open("wb"))
-            start = out.write(self.header.encoded())
-            out.flush()
-            out.truncate(start + self.header.data_size)
-            if not planned():
-                return
-            for tensor, offset in zip(self.tensors.values(), offsets, strict=True):
-                assert out.tell() == start + offset
-                if isinstance(tensor.source, Path) and tensor.source not in sources:
-                    with _reading(tensor.source):
-                        sources[tensor.source] = stack.enter_context(tensor.source.open("rb"))
-                for chunk in _chunks(tensor, sources):
-                    out.write(chunk)
-                    done += len(chunk)
-                    progress(done / total)
-                # After the last tensor too: readers differ in whether they want it.
-                out.write(bytes(-tensor.size % alignment))
+        tensors, alignment = list(self.tensors.values()), self.header.alignment
+        for tensor in tensors:
+            self.header.add_tensor(tensor.name, tensor.shape, tensor.type)
+        header = self.header.encoded()
+
+        def write_tensors(file: BinaryIO, written: Callable[[int], None]) -> None:
+            with ExitStack() as stack:
+                sources: dict[Path, BinaryIO] = {}
+                for tensor in tensors:
+                    if isinstance(tensor.source, Path) and tensor.source not in sources:
+                        with _reading(tensor.source):
+                            sources[tensor.source] = stack.enter_context(tensor.source.open("rb"))
+                    for chunk in _chunks(tensor, sources):
+                        written(file.write(chunk))
+                    # After the last tensor too: readers differ in whether they want it.
+                    written(file.write(bytes(-tensor.size % alignment)))
+
+        return Layout(header, len(header) + self.header.data_size, write_tensors, "copying")
 
 
 @contextmanager

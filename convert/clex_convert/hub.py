@@ -78,7 +78,7 @@ def _weights(repo: str, names: list[str], get: Callable[[str], Path]) -> list[st
         shown = ", ".join(ggufs[:20]) + (f" and {len(ggufs) - 20} more" if len(ggufs) > 20 else "")
         raise ConvertError(f"{repo}: holds GGUF files, no model folder; pick one as {repo}/FILE: {shown}")
     if "adapter_config.json" in names:
-        raise ConvertError(f"{repo}: holds an adapter, not a model; download it and pass its folder with --lora")
+        raise ConvertError(f"{repo}: holds an adapter, not a model; download it and pass its folder with `lora`")
     raise no_weights(repo, names)
 
 

@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from clex_convert.child_process import report, request, run_child
 from clex_convert.errors import ConvertError, disk_full
-from clex_convert.native import report, request, run_child
 from clex_local.gguf_file import GGUFError, GGUFFile, TensorInfo
 
 CHUNK = 512  # tokens, as llama.cpp's llama-imatrix has it
@@ -30,7 +30,7 @@ class ImportanceMatrix:
     Attributes:
         path: the file.
         weights: of each tensor, the mean square of each column of its input: float32 [experts * columns].
-        chunks: pieces of text that it was computed from; 0 if the file does not say.
+        chunks: parts of a text that it was computed from; 0 if the file does not say.
         dataset: the text's name; empty if the file does not say.
     """
 
@@ -166,7 +166,6 @@ def compute_imatrix(
     model: Path,
     text: Path,
     target: Path,
-    shown: Path,
     *,
     chunks: int | None = None,
     verbose: bool = False,
@@ -178,7 +177,6 @@ def compute_imatrix(
         model: GGUF file, best one that is not quantized.
         text: UTF-8 file, read in chunks of `CHUNK` tokens or, if that is less, of the model's original context.
         target: file to write.
-        shown: the output that messages speak of.
         chunks: how many of them to read; all of them if None.
         verbose: show llama.cpp's log.
         progress: called with the part of the text that is done, 0 to 1.
@@ -202,9 +200,9 @@ def compute_imatrix(
         tokens, least = found["short"]
         raise ConvertError(f"{text}: has {tokens} tokens, an importance matrix needs at least {least}")
     if found.get("unsaved"):
-        raise disk_full(shown)
+        raise disk_full(target)
     if reason is not None:
-        raise ConvertError(f"{shown}: the importance matrix could not be computed: {reason}")
+        raise ConvertError(f"{model}: the importance matrix could not be computed: {reason}")
     return read_imatrix(target)
 
 

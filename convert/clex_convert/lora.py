@@ -106,7 +106,7 @@ class Adapter:
         """
         self.path = folder
         if not folder.is_dir():
-            raise ConvertError(f"{folder}: no such folder; --lora takes the folder of an adapter saved by peft")
+            raise ConvertError(f"{folder}: no such folder; `lora` takes the folder of an adapter saved by peft")
         self._config_path = folder / "adapter_config.json"
         if not self._config_path.is_file():
             raise ConvertError(f"{folder}: not the folder of a LoRA adapter, it has no adapter_config.json")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from importlib import metadata
 from typing import Any
 
@@ -16,6 +16,7 @@ from clex_convert import frequencies
 from clex_convert.errors import ConvertError, extra_packages
 from clex_convert.scaling import Scaling, read_scaling
 from clex_convert.weights import DEFAULT_ACTIVATION, DEFAULT_TIME_DT, NAMES, OdeSettings, OdeWeights
+from clex_local.options import about, documented, option, takes_options
 from clex_local.tables import Tables, TablesError
 
 
@@ -51,7 +52,7 @@ class Request:
 
 
 @dataclass(frozen=True)
-class Made:
+class ScaledFrequencies:
     """What a method makes.
 
     Attributes:
@@ -78,13 +79,13 @@ class Method:
     """
 
     summary: str
-    make: Callable[[Request], Made]
+    make: Callable[[Request], ScaledFrequencies]
     on: tuple[str, ...] = ("default", "dynamic")
     needs_weights: bool = False
     default_max_factor: int | None = 4
 
 
-def _clex(request: Request) -> Made:
+def _clex(request: Request) -> ScaledFrequencies:
     weights, settings, factors = request.weights, request.settings, request.factors
     assert weights is not None
     act, time_dt = settings.act or DEFAULT_ACTIVATION, settings.time_dt or DEFAULT_TIME_DT
@@ -112,42 +113,42 @@ def _clex(request: Request) -> Made:
         "step": time_dt,
         "weights_sha256": weights.sha256,
     }
-    return Made(inv_freq, None, facts)
+    return ScaledFrequencies(inv_freq, None, facts)
 
 
-def _extended(request: Request, row: Callable[[frequencies.Array, float], frequencies.Array]) -> Made:
+def _extended(request: Request, row: Callable[[frequencies.Array, float], frequencies.Array]) -> ScaledFrequencies:
     """Extends what the model does with its own scaling, row by row; its attention factor stays."""
     start, attention = request.scaling.first(request.dim, request.base)
     rows = np.stack([row(start, t) for t in request.factors])
-    return Made(rows, [attention] * len(rows), {})
+    return ScaledFrequencies(rows, [attention] * len(rows), {})
 
 
-def _ntk(request: Request) -> Made:
+def _ntk(request: Request) -> ScaledFrequencies:
     # transformers calls the growth of its dynamic scaling "factor".
     growth = request.scaling.factor if request.scaling.kind == "dynamic" else _NTK_GROWTH
     made = _extended(request, lambda start, t: frequencies.ntk(start, 1 + growth * (t - 1)))
     return replace(made, facts={"growth": growth})
 
 
-def _linear(request: Request) -> Made:
+def _linear(request: Request) -> ScaledFrequencies:
     if request.scaling.kind == "linear":
         request = replace(request, scaling=Scaling())
     return _extended(request, lambda start, t: start / t)
 
 
-def _yarn(request: Request) -> Made:
+def _yarn(request: Request) -> ScaledFrequencies:
     scaling, factors = request.scaling, request.factors
     rows = [scaling.yarn(request.dim, request.base, request.context, float(t)) for t in factors]
     facts = {name: getattr(scaling, name) for name in ("beta_fast", "beta_slow", "truncate")}
-    return Made(np.stack(rows), [scaling.attention(float(t)) for t in factors], facts)
+    return ScaledFrequencies(np.stack(rows), [scaling.attention(float(t)) for t in factors], facts)
 
 
-def _longrope(request: Request) -> Made:
+def _longrope(request: Request) -> ScaledFrequencies:
     scaling, start = request.scaling, frequencies.plain(request.dim, request.base)
     rows = [
         frequencies.divided(start, scaling.short_factor if t == 1 else scaling.long_factor) for t in request.factors
     ]
-    return Made(np.stack(rows), [scaling.attention(scaling.factor)] * len(rows), {})
+    return ScaledFrequencies(np.stack(rows), [scaling.attention(scaling.factor)] * len(rows), {})
 
 
 _NTK_GROWTH = 2.0
@@ -179,7 +180,7 @@ METHODS: dict[str, Method] = {
 }
 
 
-def _fixed(request: Request) -> Made:
+def _fixed(request: Request) -> ScaledFrequencies:
     """The one table of a model whose scaling is the same at every length."""
     return _extended(request, lambda start, t: start)
 
@@ -231,7 +232,7 @@ def _factors(
     else:
         last = METHODS[name].default_max_factor
     if last is None:
-        raise ConvertError(f"the method {name} must know the largest scaling factor: pass --max-factor or --factors")
+        raise ConvertError(f"the method {name} must know the largest scaling factor: pass `max_factor` or `factors`")
     if not 1 <= last <= _MAX_FACTOR:
         raise ConvertError(f"the largest scaling factor must be from 1 to {_MAX_FACTOR}, not {last:g}")
     if given is None:
@@ -251,45 +252,83 @@ def converter_version() -> str:
         return "unknown"
 
 
-def tables(
-    method: str | None,
-    *,
-    dim: int,
-    base: float,
-    original_context: int,
-    factors: Sequence[float] | None = None,
-    max_factor: float | None = None,
-    scaling: Scaling | Mapping[str, Any] | None = None,
-    head_dim: int | None = None,
-    weights: OdeWeights | Mapping[str, npt.ArrayLike] | None = None,
-    act: str | None = None,
-    time_dt: float | None = None,
-    log_scale: bool = False,
-    source: Mapping[str, Any] | None = None,
-) -> Tables:
+@documented
+@dataclass(frozen=True, kw_only=True)
+class TableOptions:
+    """What the tables of a model are made from."""
+
+    dim: int = field(metadata=about("Rotary dimension d of a head, even, at least 4."))
+    base: float = field(metadata=about("RoPE base of the model (rope_theta)."))
+    original_context: int = field(metadata=about("L, tokens that scaling factor 1 covers."))
+    factors: Sequence[float] | None = option(
+        None, "Scaling factor t of each bucket, ascending from 1; any numbers, not only whole ones."
+    )
+    max_factor: float | None = option(
+        None,
+        "In place of `factors`: 1, 2, ... up to this one, for longrope 1 and this one.",
+        default_text="what `scaling` says, or 4; clex must be told",
+    )
+    scaling: Scaling | Mapping[str, Any] | None = option(
+        None,
+        "The model's own scaling as transformers' rope_scaling has it. yarn and ntk take their parameters from it (ntk "
+        "the factor of dynamic as its growth a: the frequencies are stretched by 1 + a (t - 1), with a = 2 where "
+        "nothing is said); ntk and linear begin at the frequencies of a model that has another scaling.",
+    )
+    head_dim: int | None = option(
+        None, "Size of a head where only part of it is rotated; there no attention factor can be expressed."
+    )
+    weights: OdeWeights | Mapping[str, npt.ArrayLike] | None = option(
+        None,
+        "For clex: the layer, or a mapping with ode_up_proj [d/2, p * d] and ode_down_proj [p * d, d/2].",
+    )
+    act: str | None = option(None, "Activation of the layer, silu or tanh.", default_text="silu")
+    time_dt: float | None = option(None, "Step of the integration in units of t.", default_text="0.01")
+    log_scale: bool = option(False, "Whether queries are scaled by log(tokens) / log(L) at run time.")
+    source: Mapping[str, Any] | None = option(None, "Settings of the source, for the provenance.")
+
+    def __post_init__(self) -> None:
+        if self.dim < 4 or self.dim % 2:
+            raise ConvertError(f"the rotary dimension must be even and at least 4, not {self.dim}")
+        if not (np.isfinite(self.base) and self.base > 1):
+            raise ConvertError(f"the RoPE base (rope_theta) must be above 1, not {self.base}")
+        if self.original_context < 1:
+            raise ConvertError(f"the original context must be at least 1 token, not {self.original_context}")
+        if self.factors is not None and self.max_factor is not None:
+            raise ConvertError("`factors` and `max_factor` exclude each other: pass one of them")
+        self.ode_settings.check("conversion")
+
+    @property
+    def ode_settings(self) -> OdeSettings:
+        """How the dynamics of a CLEX layer are integrated."""
+        return OdeSettings(self.act, self.time_dt, None, self.log_scale)
+
+    def read_scaling(self) -> Scaling:
+        """The model's own scaling.
+
+        Raises:
+            ConvertError: it is not understood.
+        """
+        if isinstance(self.scaling, Scaling):
+            return self.scaling
+        return read_scaling(self.scaling or {}, "scaling", context=self.original_context, dim=self.dim)
+
+    def read_weights(self) -> OdeWeights | None:
+        """The CLEX layer."""
+        if not isinstance(self.weights, Mapping):
+            return self.weights
+        up, down = (np.asarray(self.weights[name], np.float32) for name in NAMES)
+        return OdeWeights(up, down)
+
+
+@takes_options(TableOptions)
+def tables(method: str | None, options: TableOptions) -> Tables:
     """Makes the tables of one model.
 
     Args:
         method: a key of `METHODS`; None for what `scaling` asks for: one table for ``llama3``, ``linear`` and
             ``yarn``, the method ``ntk`` for ``dynamic``, ``longrope`` for itself; for a model without scaling ``clex``
             with `weights`, otherwise `default_method`.
-        dim: rotary dimension d of a head, even, at least 4.
-        base: RoPE base of the model (rope_theta).
-        original_context: L, tokens that scaling factor 1 covers.
-        factors: scaling factor t of each bucket, ascending from 1; any numbers, not only whole ones.
-        max_factor: in place of `factors`: 1, 2, ... up to this one, for ``longrope`` 1 and this one. By default what
-            `scaling` says, or 4; ``clex`` must be told.
-        scaling: the model's own scaling as transformers' ``rope_scaling`` has it. ``yarn`` and ``ntk`` take their
-            parameters from it (``ntk`` the factor of ``dynamic`` as its growth a: the frequencies are stretched by
-            1 + a (t - 1), with a = 2 where nothing is said); ``ntk`` and ``linear`` begin at the frequencies of a
-            model that has another scaling.
-        head_dim: size of a head where only part of it is rotated; there no attention factor can be expressed.
-        weights: for ``clex``: the layer, or a mapping with ``ode_up_proj`` [d/2, p * d] and ``ode_down_proj``
-            [p * d, d/2].
-        act: activation of the layer, ``silu`` (default) or ``tanh``.
-        time_dt: step of the integration in units of t, 0.01 by default.
-        log_scale: whether queries are scaled by log(tokens) / log(L) at run time.
-        source: settings of the source, for the provenance.
+        {options}
 
     Returns:
         Tables with one bucket for each scaling factor, checked against every rule.
@@ -303,47 +342,38 @@ def tables(
     """
     if method not in (None, *METHODS):
         raise ConvertError(f"the method must be one of {', '.join(METHODS)}, not {method!r}")
-    if dim < 4 or dim % 2:
-        raise ConvertError(f"the rotary dimension must be even and at least 4, not {dim}")
-    if not (np.isfinite(base) and base > 1):
-        raise ConvertError(f"the RoPE base (rope_theta) must be above 1, not {base}")
-    if original_context < 1:
-        raise ConvertError(f"the original context must be at least 1 token, not {original_context}")
-    if isinstance(weights, Mapping):
-        up, down = (np.asarray(weights[name], np.float32) for name in NAMES)
-        weights = OdeWeights(up, down)
-    settings = OdeSettings(act, time_dt, None, log_scale)
-    settings.check("conversion")
-    if not isinstance(scaling, Scaling):
-        scaling = read_scaling(scaling or {}, "scaling", context=original_context, dim=dim)
-    if factors is not None and max_factor is not None:
-        raise ConvertError("--factors and --max-factor exclude each other: pass one of them")
+    scaling, weights = options.read_scaling(), options.read_weights()
     if method is None and scaling.kind == "default":
-        method = "clex" if weights is not None else default_method(dim, head_dim)
-    name, make = _chosen(method, scaling, fixed_only=factors is None and max_factor is None)
+        method = "clex" if weights is not None else default_method(options.dim, options.head_dim)
+    name, make = _chosen(method, scaling, fixed_only=options.factors is None and options.max_factor is None)
     if name == "clex" and weights is None:
         raise ConvertError(
-            "the method clex needs the weights of a CLEX layer: pass them with --clex-weights, or use --method yarn"
+            'the method clex needs the weights of a CLEX layer: pass them with `clex_weights`, or use `method="yarn"`'
         )
-    if make is _fixed:
-        factors = [1]
-    t = _factors(name, scaling, original_context, factors, max_factor)
+    context = options.original_context
+    t = _factors(name, scaling, context, [1] if make is _fixed else options.factors, options.max_factor)
+    made = make(Request(options.dim, options.base, context, t, weights, options.ode_settings, scaling))
+    return _checked(name, made, t, scaling, options)
 
-    made = make(Request(dim, base, original_context, t, weights, settings, scaling))
+
+def _checked(
+    name: str, made: ScaledFrequencies, factors: npt.NDArray[np.float64], scaling: Scaling, options: TableOptions
+) -> Tables:
+    """What a method made, as tables that follow every rule."""
     attention = None if made.attention is None else np.array(made.attention)
     if attention is not None and (attention == 1).all():
         attention = None
-    if attention is not None and head_dim not in (None, dim):
-        raise ScalingError(_partial(name, scaling, attention[-1], dim, head_dim))
-    facts = {"converter": f"clex-local {converter_version()}", "rope_base": base}
-    facts |= {**made.facts, "source": dict(source or {})}
+    if attention is not None and options.head_dim not in (None, options.dim):
+        raise ScalingError(_partial(name, scaling, attention[-1], options.dim, options.head_dim))
+    facts = {"converter": f"clex-local {converter_version()}", "rope_base": options.base}
+    facts |= {**made.facts, "source": dict(options.source or {})}
     result = Tables(
         method=name,
-        original_context_length=original_context,
-        scaling_factors=t.astype(np.float32),
+        original_context_length=options.original_context,
+        scaling_factors=factors.astype(np.float32),
         inv_freq=made.inv_freq.astype(np.float32),
         attn_scale=None if attention is None else (attention**2).astype(np.float32),
-        log_scale=log_scale,
+        log_scale=options.log_scale,
         provenance=json.dumps(facts, sort_keys=True),
     )
     try:
@@ -353,7 +383,9 @@ def tables(
     return result
 
 
-def _chosen(method: str | None, scaling: Scaling, *, fixed_only: bool) -> tuple[str, Callable[[Request], Made]]:
+def _chosen(
+    method: str | None, scaling: Scaling, *, fixed_only: bool
+) -> tuple[str, Callable[[Request], ScaledFrequencies]]:
     """Name of the tables' method, and what makes them."""
     kind = scaling.kind
     if method is None:
@@ -361,17 +393,17 @@ def _chosen(method: str | None, scaling: Scaling, *, fixed_only: bool) -> tuple[
             if not fixed_only:
                 able = ", ".join(name for name in METHODS if kind in METHODS[name].on)
                 raise ScalingError(
-                    f"the model's own scaling, {kind}, is one table for every length: pass --method ({able}) for "
-                    "tables by length, or leave --factors and --max-factor out"
+                    f"the model's own scaling, {kind}, is one table for every length: pass `method` ({able}) for "
+                    "tables by length, or leave `factors` and `max_factor` out"
                 )
             return kind, _fixed
         method = {"dynamic": "ntk", "longrope": "longrope"}[kind]
     elif kind not in METHODS[method].on:
         able = ", ".join(name for name in METHODS if kind in METHODS[name].on)
         own = "no scaling of its own" if kind == "default" else f"the scaling {kind} of its own"
-        hint = f"use --method {able}" + ("" if kind == "default" else ", or leave it out")
+        hint = f"use `method` {able}" + ("" if kind == "default" else ", or leave it out")
         if method == "longrope":
-            hint = "pass its short_factor and long_factor with --rope-scaling, or " + hint
+            hint = "pass its short_factor and long_factor with `rope_scaling`, or " + hint
         raise ScalingError(f"the method {method} cannot be combined with a model that has {own}; {hint}")
     return method, METHODS[method].make
 
@@ -383,4 +415,4 @@ def _partial(name: str, scaling: Scaling, attention: float, dim: int, head_dim: 
     )
     if scaling.kind == "longrope":
         return line + "a file of llama.cpp's own converter needs none, the library chooses its factors by length"
-    return line + "pass --rope-scaling with an attention_factor of 1 to leave it out"
+    return line + "pass `rope_scaling` with an attention_factor of 1 to leave it out"

@@ -134,7 +134,7 @@ def read_model_config(
     model_class = MODEL_CLASSES[architecture]
     values: dict[str, Any] = {}
     key, rope = "rope_scaling", {}
-    layers = [*((layer, path) for layer in (said, *changes)), ({"rope_scaling": scaling or {}}, "--rope-scaling")]
+    layers = [*((layer, path) for layer in (said, *changes)), ({"rope_scaling": scaling or {}}, "`rope_scaling`")]
     for layer, where in layers if scaling is not None else layers[:-1]:
         flat, found = _flat(layer, model_class, where)
         values.update(flat)

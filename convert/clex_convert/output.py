@@ -12,7 +12,7 @@ import shutil
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from clex_convert.errors import ConvertError, writing
+from clex_convert.errors import ConvertError, rename, writing
 
 
 def megabytes(count: int) -> str:
@@ -22,6 +22,8 @@ def megabytes(count: int) -> str:
 
 class Output:
     """One output file and its temporary files, in a ``with``: whatever happens, only a complete file stays.
+
+    Errors that pass through the ``with`` and speak of a temporary file speak of the output afterwards.
 
     Temporary files are hidden files beside the target, named after it, and locked while their process lives. Those
     that a killed process left behind are removed by the next run for the same target.
@@ -36,6 +38,7 @@ class Output:
         self.path = path
         self.overwrite = overwrite
         self._temporary: dict[Path, int | None] = {}  # and the descriptor that holds the lock
+        self._names: list[Path] = []  # of all that there were
         self._check()
         if not path.parent.is_dir():
             raise ConvertError(f"{path}: the folder {path.parent} does not exist; create it first")
@@ -47,13 +50,15 @@ class Output:
             if not self.path.is_file() and not self.path.is_symlink():
                 raise ConvertError(f"{self.path}: is not a regular file, choose another name for the output")
             if not self.overwrite:
-                raise ConvertError(f"{self.path}: already exists; pass --overwrite to replace it")
+                raise ConvertError(f"{self.path}: already exists; pass `overwrite=True` to replace it")
 
     def __enter__(self) -> Output:
         self._remove_stale()
         return self
 
-    def __exit__(self, *exception: object) -> None:
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        for path in self._names:
+            rename(error, path, self.path)
         for path in list(self._temporary):
             self.discard(path)
 
@@ -75,6 +80,7 @@ class Output:
         """
         while True:
             path = self.path.parent / f"{self._prefix()}{secrets.token_hex(8)}.tmp"
+            self._names.append(path)
             with writing(self.path):
                 self._temporary[path] = None
                 descriptor = self._temporary[path] = os.open(path, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o666)

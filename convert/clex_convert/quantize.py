@@ -1,4 +1,4 @@
-"""llama.cpp's quantizer: which types there are, what a file of each will weigh, and making it."""
+"""llama.cpp's quantizer: what a file of each type will weigh, and making it."""
 
 from __future__ import annotations
 
@@ -12,131 +12,19 @@ from typing import Any
 
 import numpy as np
 
+from clex_convert.child_process import report, request, run_child
 from clex_convert.errors import ConvertError, disk_full, one_line
-from clex_convert.imatrix import ImportanceMatrix, read_imatrix
-from clex_convert.native import report, request, run_child
+from clex_convert.file_types import file_type
+from clex_convert.imatrix import read_imatrix
+from clex_convert.recipe import Recipe
 from clex_local.gguf_file import GGUFFile, GGUFHeader, tensor_types
-
-# Every type that llama_model_quantize can make, in the words of its constants LLAMA_FTYPE_MOSTLY_*.
-OUTTYPES = (
-    *("f32", "f16", "bf16", "q8_0", "q4_0", "q4_1", "q5_0", "q5_1"),
-    *("q2_k", "q2_k_s", "q3_k_s", "q3_k_m", "q3_k_l", "q4_k_s", "q4_k_m", "q5_k_s", "q5_k_m", "q6_k"),
-    *("iq1_s", "iq1_m", "iq2_xxs", "iq2_xs", "iq2_s", "iq2_m", "iq3_xxs", "iq3_xs", "iq3_s", "iq3_m"),
-    *("iq4_nl", "iq4_xs", "tq1_0", "tq2_0", "q1_0", "q2_0", "mxfp4_moe"),
-)
-UNQUANTIZED = ("f32", "f16", "bf16")
-
-# Types of single tensors, in the words of ggml's constants GGML_TYPE_*.
-TENSOR_TYPES = (
-    *("f32", "f16", "bf16", "q8_0", "q4_0", "q4_1", "q5_0", "q5_1", "q2_k", "q3_k", "q4_k", "q5_k", "q6_k"),
-    *("iq1_s", "iq1_m", "iq2_xxs", "iq2_xs", "iq2_s", "iq3_xxs", "iq3_s", "iq4_nl", "iq4_xs"),
-    *("tq1_0", "tq2_0", "q1_0", "q2_0", "mxfp4"),
-)
 
 # Bytes that llama_model_quantize may use for the rows at work, beside the tensor that they come from; its default is
 # eight times as much as a machine for small models has.
 _BUFFER = 256 << 20
 _ALIGNMENT = 32  # the only one that llama_model_quantize writes
 _SPLIT_KEYS = ("split.no", "split.count", "split.tensors.count")
-_NEEDS_IMATRIX = "pass --imatrix-from TEXT to compute one from a text, or --imatrix FILE"
-
-
-def file_type(outtype: str) -> int:
-    """Number of a type in llama.cpp's ``enum llama_ftype``."""
-    from llama_cpp import llama_cpp
-
-    return getattr(llama_cpp, "LLAMA_FTYPE_ALL_F32" if outtype == "f32" else f"LLAMA_FTYPE_MOSTLY_{outtype.upper()}")
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """How a file is to be quantized.
-
-    Attributes:
-        outtype: one of `OUTTYPES`, or ``copy``.
-        tensor_types: regular expressions, searched in the names of tensors, and the type of those that match; the
-            first that matches counts.
-        output_tensor_type: type of ``output.weight``.
-        token_embedding_type: type of ``token_embd.weight``.
-        pure: every matrix gets the type itself, not the mixture of types that goes by its name.
-        imatrix: importance matrix.
-    """
-
-    outtype: str
-    tensor_types: tuple[tuple[str, str], ...] = ()
-    output_tensor_type: str | None = None
-    token_embedding_type: str | None = None
-    pure: bool = False
-    imatrix: ImportanceMatrix | None = None
-
-    @property
-    def changes_types(self) -> bool:
-        """Whether tensors get other types than `outtype` alone gives them."""
-        return bool(self.tensor_types or self.output_tensor_type or self.token_embedding_type or self.pure)
-
-    def check(self) -> None:
-        """Checks the options against each other.
-
-        Raises:
-            ConvertError: unknown types, an invalid regular expression, or options that would have no effect.
-        """
-        if self.outtype not in ("copy", *OUTTYPES):
-            raise ConvertError(f"the type {self.outtype!r} is unknown; use copy, {', '.join(OUTTYPES)}")
-        names = [name for _, name in self.tensor_types]
-        names += [name for name in (self.output_tensor_type, self.token_embedding_type) if name is not None]
-        for name in names:
-            if name not in TENSOR_TYPES:
-                raise ConvertError(f"the tensor type {name!r} is unknown; use {', '.join(TENSOR_TYPES)}")
-        for pattern, _ in self.tensor_types:
-            try:
-                re.compile(pattern)
-            except re.error as error:
-                raise ConvertError(f"{pattern!r} is not a regular expression ({one_line(error)})") from None
-        if self.outtype in ("copy", *UNQUANTIZED) and (self.changes_types or self.imatrix):
-            raise ConvertError(
-                f"importance matrices and the types of single tensors go with quantized types, not with {self.outtype}"
-            )
-
-    def overrides(self, names: Sequence[str]) -> dict[str, str]:
-        """The type that `tensor_types` give each tensor that they name.
-
-        Raises:
-            ConvertError: one of them matches none.
-        """
-        chosen: dict[str, str] = {}
-        for pattern, kind in self.tensor_types:
-            found = [name for name in names if re.search(pattern, name)]
-            if not found:
-                raise ConvertError(f"no tensor has a name that {pattern!r} matches; names are such as {names[0]}")
-            for name in found:
-                chosen.setdefault(name, kind)
-        return chosen
-
-    def metadata(self) -> dict[str, str | int]:
-        """The keys that the file gets besides its source's, as llama.cpp's llama-quantize writes them."""
-        if self.imatrix is None:
-            return {}
-        keys: dict[str, str | int] = {"quantize.imatrix.entries_count": len(self.imatrix.weights)}
-        if self.imatrix.dataset:
-            keys["quantize.imatrix.dataset"] = self.imatrix.dataset.encode()[:127].decode("utf-8", "ignore")
-        if self.imatrix.chunks:
-            keys["quantize.imatrix.chunks_count"] = self.imatrix.chunks
-        return keys
-
-
-def tensor_types_of(named: Sequence[str], keep_f16: Sequence[str]) -> tuple[tuple[str, str], ...]:
-    """`Recipe.tensor_types` from ``NAME=TYPE`` and from expressions of tensors that stay f16, which go first.
-
-    Raises:
-        ConvertError: one that is not ``NAME=TYPE``.
-    """
-    pairs = [(pattern, "f16") for pattern in keep_f16]
-    for text in named:
-        pattern, _, kind = text.rpartition("=")
-        if not pattern or not kind:
-            raise ConvertError(f"a tensor's type must be given as NAME=TYPE, not {text!r}")
-        pairs.append((pattern, kind.lower()))
-    return tuple(pairs)
+_NEEDS_IMATRIX = "pass `imatrix_from=TEXT` to compute one from a text, or `imatrix=FILE`"
 
 
 @dataclass(frozen=True)
@@ -156,13 +44,12 @@ class Plan:
     refusal: str | None = None
 
 
-def plans(source: Path, recipes: Sequence[Recipe], shown: Path, *, verbose: bool = False) -> list[Plan]:
+def plans(source: Path, recipes: Sequence[Recipe], *, verbose: bool = False) -> list[Plan]:
     """What `quantize` will make of a file, for each recipe.
 
     Args:
-        source: GGUF file; only its header is read, its tensors may be a hole.
+        source: GGUF file; only its header is read, its tensors need not be there yet.
         recipes: other types than ``copy``.
-        shown: the file that messages speak of.
         verbose: show llama.cpp's log.
 
     Raises:
@@ -172,19 +59,19 @@ def plans(source: Path, recipes: Sequence[Recipe], shown: Path, *, verbose: bool
         names = [tensor.name for tensor in file.tensors]
         if file.get("general.alignment", _ALIGNMENT) != _ALIGNMENT:
             raise ConvertError(
-                f"{shown}: its tensors are aligned to {file.get('general.alignment')} bytes, which llama.cpp's "
+                f"{source}: its tensors are aligned to {file.get('general.alignment')} bytes, which llama.cpp's "
                 "quantizer does not write; start from a file with the usual 32"
             )
         for recipe in recipes:
             if recipe.imatrix is not None and recipe.imatrix.weights:
                 recipe.imatrix.check_fits(file.tensors)
     requests = [_as_request(recipe, names) for recipe in recipes]
-    found = _dry_run(source, requests, shown, verbose)
+    found = _dry_run(source, requests, verbose)
     # Some mixtures have other types with an importance matrix, without which these cannot be made at all.
     again = [i for i, run in enumerate(found) if run.asks]
     with_imatrix = [{**requests[i], "imatrix": ""} for i in again]
     if again:
-        for i, run in zip(again, _dry_run(source, with_imatrix, shown, verbose), strict=True):
+        for i, run in zip(again, _dry_run(source, with_imatrix, verbose), strict=True):
             found[i] = replace(run, asks=True)
     made = []
     for recipe, run in zip(recipes, found, strict=True):
@@ -192,7 +79,7 @@ def plans(source: Path, recipes: Sequence[Recipe], shown: Path, *, verbose: bool
             made.append(Plan(0, run.types, run.asks, run.refusal))
             continue
         if len(run.types) != len(names):
-            raise ConvertError(f"{shown}: llama.cpp's dry run named {len(run.types)} of {len(names)} tensors")
+            raise ConvertError(f"{source}: llama.cpp's dry run named {len(run.types)} of {len(names)} tensors")
         _check_effect(recipe, recipe.overrides(names), run.types)
         made.append(Plan(_size(source, recipe, run.types), run.types, run.asks))
     return made
@@ -205,7 +92,7 @@ class _DryRun:
     refusal: str | None = None
 
 
-def _dry_run(source: Path, requests: list[dict[str, Any]], shown: Path, verbose: bool) -> list[_DryRun]:
+def _dry_run(source: Path, requests: list[dict[str, Any]], verbose: bool) -> list[_DryRun]:
     """What llama.cpp says of a source, for each request."""
     runs = [_DryRun({})]
     refusal = "no reason given"
@@ -226,7 +113,7 @@ def _dry_run(source: Path, requests: list[dict[str, Any]], shown: Path, verbose:
     wanted = {"dry_run": True, "source": str(source), "recipes": requests}
     reason = run_child("clex_convert.quantize", wanted, verbose=verbose, line_read=line_read, reported=reported)
     if reason is not None:
-        raise ConvertError(f"{shown}: llama.cpp cannot read the source: {reason}")
+        raise ConvertError(f"{source}: llama.cpp cannot read the source: {reason}")
     return runs[:-1]
 
 
@@ -253,16 +140,15 @@ def _size(source: Path, recipe: Recipe, types: dict[str, str]) -> int:
         return len(header.encoded()) + header.data_size
 
 
-def needs_imatrix(outtype: str, shown: Path) -> ConvertError:
+def needs_imatrix(outtype: str, path: Path) -> ConvertError:
     """The error for a type that cannot be made without an importance matrix."""
-    return ConvertError(f"{shown}: {outtype} needs an importance matrix: {_NEEDS_IMATRIX}")
+    return ConvertError(f"{path}: {outtype} needs an importance matrix: {_NEEDS_IMATRIX}")
 
 
 def quantize(
     source: Path,
     target: Path,
     recipe: Recipe,
-    shown: Path,
     *,
     verbose: bool,
     progress: Callable[[float], None],
@@ -273,7 +159,6 @@ def quantize(
         source: GGUF file of any type.
         target: file to write.
         recipe: any but ``copy``.
-        shown: the output that messages speak of.
         verbose: show llama.cpp's log.
         progress: called with the part of the tensors done, 0 to 1.
 
@@ -304,12 +189,12 @@ def quantize(
     if reason is None:
         return notes
     if "iostream error" in reason:
-        raise disk_full(shown)
+        raise disk_full(target)
     if "imatrix" in reason or "importance matrix" in reason:
         if recipe.imatrix is None:
-            raise needs_imatrix(outtype, shown)
-        raise ConvertError(f"{shown}: {recipe.imatrix.path} does not serve for {outtype}: {reason}")
-    raise ConvertError(f"{shown}: llama.cpp could not make {outtype}: {reason}")
+            raise needs_imatrix(outtype, target)
+        raise ConvertError(f"{target}: {recipe.imatrix.path} does not serve for {outtype}: {reason}")
+    raise ConvertError(f"{target}: llama.cpp could not make {outtype}: {reason}")
 
 
 def _as_request(recipe: Recipe, names: Sequence[str]) -> dict[str, Any]:

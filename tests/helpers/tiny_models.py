@@ -15,7 +15,7 @@ import numpy as np
 import torch
 import transformers
 
-from clex_convert.hf import conversion_scripts
+from clex_convert.llama_cpp_scripts import conversion_scripts
 from clex_convert.transformers_folder import cache_argument
 from clex_local.tables import Tables, read_tables
 from helpers.low_level import Context, Model

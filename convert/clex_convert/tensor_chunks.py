@@ -16,16 +16,16 @@ import torch
 
 from clex_convert.model_files import read_tensor
 
-_PIECE = 32 << 20  # bytes of a piece as float32
+_CHUNK = 32 << 20  # bytes of a chunk as float32
 
-Piece = Callable[[], torch.Tensor]
+Chunk = Callable[[], torch.Tensor]
 
 
 class NotFinite(Exception):
     """A tensor holds NaN or infinity."""
 
 
-def pieces(tensor: Any) -> list[Piece]:
+def chunks_of(tensor: Any) -> list[Chunk]:
     """Functions that make a lazy tensor, one range of its rows after the other.
 
     Args:
@@ -33,12 +33,12 @@ def pieces(tensor: Any) -> list[Piece]:
     """
     function, arguments = tensor._func, tensor._args
     if function is torch.stack and tensor._kwargs == {"dim": 0}:
-        return [piece for part in arguments[0] for piece in pieces(part)]
+        return [chunk for part in arguments[0] for chunk in chunks_of(part)]
     if len(arguments) == 2 and arguments[1] is torch.float32 and arguments[0].shape == tensor.shape:
-        return [lambda piece=piece: piece().to(torch.float32) for piece in pieces(arguments[0])]
+        return [lambda chunk=chunk: chunk().to(torch.float32) for chunk in chunks_of(arguments[0])]
     # What is asked of a lazy tensor beside its shape and type makes it.
     rows, row = tensor.shape[0], 4 * math.prod(tensor.shape[1:])
-    step = max(1, _PIECE // max(row, 1))
+    step = max(1, _CHUNK // max(row, 1))
     ranges = [(start, min(start + step, rows)) for start in range(0, rows, step)]
     if function is read_tensor:
         return [lambda start=start, stop=stop: read_tensor(*arguments)[start:stop] for start, stop in ranges]
@@ -55,8 +55,8 @@ def _read(stored: Any, tensor: Any, start: int, stop: int) -> torch.Tensor:
     return torch.from_numpy(data).view(tensor.dtype).reshape(stop - start, *tensor.shape[1:])
 
 
-def write(tensor: Any, file: Any) -> Iterator[int]:
-    """Writes a ``LazyChunkedTensor`` whose chunks are `pieces`; yields the bytes of each.
+def write_chunks(tensor: Any, file: Any) -> Iterator[int]:
+    """Writes a ``LazyChunkedTensor`` whose chunks are `chunks_of` a tensor; yields the bytes of each.
 
     Args:
         tensor: its ``_qtype`` is F32, F16 or BF16.
@@ -65,17 +65,17 @@ def write(tensor: Any, file: Any) -> Iterator[int]:
     Source: ``LazyChunkedTensor.tofile``; torch rounds to bfloat16 as ``gguf.quants.BF16`` does, ten times as fast.
     """
     for make in tensor._chunks:
-        piece = make()
-        if not bool(torch.isfinite(piece).all()):
+        chunk = make()
+        if not bool(torch.isfinite(chunk).all()):
             raise NotFinite
-        array = _array(piece, tensor)
+        array = _array(chunk, tensor)
         file.write(array.data)
         yield array.nbytes
-        del piece, array  # before the next one is made
+        del chunk, array  # before the next one is made
 
 
-def _array(piece: torch.Tensor, tensor: Any) -> np.ndarray[Any, Any]:
-    """A piece in the type that the tensor has in the file."""
+def _array(chunk: torch.Tensor, tensor: Any) -> np.ndarray[Any, Any]:
+    """A chunk in the type that the tensor has in the file."""
     if tensor._qtype.name == "BF16":
-        return np.ascontiguousarray(piece.to(torch.bfloat16).view(torch.int16).numpy())
-    return np.ascontiguousarray(piece.numpy(), tensor.dtype)
+        return np.ascontiguousarray(chunk.to(torch.bfloat16).view(torch.int16).numpy())
+    return np.ascontiguousarray(chunk.numpy(), tensor.dtype)

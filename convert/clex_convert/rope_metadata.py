@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from clex_convert.checkpoint import Rope
 from clex_convert.errors import ConvertError
 from clex_convert.scaling import FREQUENCY_TENSORS
+from clex_convert.source_rope import SourceRope
 from clex_local import architectures
 from clex_local.baked import Baked
 from clex_local.tables import Tables
@@ -20,7 +20,7 @@ _EXACT = 1e-6  # relative; some roundings to float32
 
 
 @dataclass(frozen=True)
-class Contents:
+class RopeMetadata:
     """Keys and tensors that a conversion puts into a GGUF file.
 
     Attributes:
@@ -42,7 +42,7 @@ class Contents:
         return name.startswith(self.replaced)
 
 
-def with_tables(tables: Tables, architecture: str, rope: Rope) -> Contents:
+def with_tables(tables: Tables, architecture: str, rope: SourceRope) -> RopeMetadata:
     """All tables, for the runtime of this project.
 
     The model's own scaling stays beside them where the first bucket does the same, and goes where it does not: so
@@ -64,10 +64,10 @@ def with_tables(tables: Tables, architecture: str, rope: Rope) -> Contents:
             own = {f"{architecture}.{key}": value for key, value in rope.scaling.gguf_keys().items()}
         else:
             tensors = {}
-    return Contents(tables.original_context_length, {**own, **tables.metadata()}, tensors, replaced)
+    return RopeMetadata(tables.original_context_length, {**own, **tables.metadata()}, tensors, replaced)
 
 
-def baked(tables: Tables, context: int, architecture: str, rope: Rope) -> Contents:
+def baked(tables: Tables, context: int, architecture: str, rope: SourceRope) -> RopeMetadata:
     """The one table of a context length, in the words of stock llama.cpp.
 
     The table becomes frequency factors base^(-2i/n_rot) / f_i, by which llama.cpp divides its own angles, where the
@@ -85,13 +85,13 @@ def baked(tables: Tables, context: int, architecture: str, rope: Rope) -> Conten
     """
     if not 1 <= context <= tables.max_context_length:
         raise ConvertError(
-            f"--bake {context}: the tables cover 1 to {tables.max_context_length} tokens; "
-            "choose a length among them, or make more tables with --max-factor"
+            f"`bake={context}`: the tables cover 1 to {tables.max_context_length} tokens; "
+            "choose a length among them, or make more tables with `max_factor`"
         )
     if tables.log_scale:
         raise ConvertError(
-            "--bake: attention scaled by log(tokens) changes with every token, which stock llama.cpp cannot do; "
-            "pass --no-log-scale to leave it out"
+            "`bake`: attention scaled by log(tokens) changes with every token, which stock llama.cpp cannot do; "
+            "pass `log_scale=False` to leave it out"
         )
     bucket = tables.bucket(context)
     keys: dict[str, Any] = {}
@@ -99,7 +99,7 @@ def baked(tables: Tables, context: int, architecture: str, rope: Rope) -> Conten
     if scale != 1:
         if rope.dim != rope.head_dim:
             raise ConvertError(
-                f"--bake: the tables scale attention by {scale:g}, which stock llama.cpp does to rotated dimensions "
+                f"`bake`: the tables scale attention by {scale:g}, which stock llama.cpp does to rotated dimensions "
                 f"only, and this model rotates {rope.dim} of {rope.head_dim}"
             )
         # It multiplies the sines and cosines of queries and of keys.
@@ -112,7 +112,7 @@ def baked(tables: Tables, context: int, architecture: str, rope: Rope) -> Conten
             with np.errstate(over="ignore"):
                 factors = (plain / inv_freq).astype(np.float32)
             if not (np.isfinite(factors) & (factors > 0)).all():
-                raise ConvertError("--bake: the frequencies are too far from the model's for factors in float32")
+                raise ConvertError("`bake`: the frequencies are too far from the model's for factors in float32")
             tensors = {name: factors for name in names}
         else:
             keys |= _series(inv_freq, architecture, tables.method)
@@ -123,7 +123,7 @@ def baked(tables: Tables, context: int, architecture: str, rope: Rope) -> Conten
     else:
         note = f"every prompt, short ones too, gets the frequencies made for up to {covered} tokens"
     keys |= Baked(tables.method, tables.original_context_length, context).metadata()
-    return Contents(context, keys, tensors, ("clex.", *scaling, *FREQUENCY_TENSORS), (note,))
+    return RopeMetadata(context, keys, tensors, ("clex.", *scaling, *FREQUENCY_TENSORS), (note,))
 
 
 def _series(inv_freq: npt.NDArray[np.float64], architecture: str, method: str) -> dict[str, Any]:
@@ -133,7 +133,7 @@ def _series(inv_freq: npt.NDArray[np.float64], architecture: str, method: str) -
     if not np.allclose(np.exp(start + slope * steps), inv_freq, rtol=_EXACT, atol=0):
         able = [row.name for row in architectures.with_tables() if row.factor_tensors]
         raise ConvertError(
-            f"--bake: stock llama.cpp takes no frequency factors for the architecture {architecture}, only for "
+            f"`bake`: stock llama.cpp takes no frequency factors for the architecture {architecture}, only for "
             f"{', '.join(able)}; of the tables of {method}, this one cannot be had without them"
         )
     keys: dict[str, Any] = {f"{architecture}.rope.freq_base": np.float32(math.exp(-slope * inv_freq.size))}
