@@ -6,7 +6,7 @@ table of docs/architectures.md.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,7 +30,10 @@ class Architecture:
             has looked at its graph, and found that the cached keys are what RoPE gives.
         sliding_window: ``named`` where layers have a window if the file names one, ``always`` where they have one also
             if it does not, empty where the graph has none, whatever the file says. Source: swa_type in src/models/.
+        scales_windows: whether layers with a window follow the model's RoPE scaling, as the others do.
         windowed_layers: number of layers without which no model has the window; 0 where the number does not matter.
+        unrotated: whether the layers beside those with a window have no RoPE, so that tables change nothing and the
+            model needs none.
         recurrent: whether layers, or some of them, keep a state in place of keys and values.
             Source: llm_arch_is_recurrent and llm_arch_is_hybrid.
         expands_keys: whether keys that the model compresses are cached expanded.
@@ -44,7 +47,9 @@ class Architecture:
     tables: bool = True
     compared: bool = True
     sliding_window: str = ""
+    scales_windows: bool = False
     windowed_layers: int = 0
+    unrotated: bool = False
     recurrent: bool = False
     expands_keys: bool = False
 
@@ -52,6 +57,11 @@ class Architecture:
 def _trained(name: str, models: str, *classes: str, factor_tensors: tuple[str, ...] = ()) -> Architecture:
     """A row all of whose classes can be trained."""
     return Architecture(name, models, classes, classes, factor_tensors)
+
+
+def _file(name: str, models: str, **facts: Any) -> Architecture:
+    """A row of GGUF files whose graph alone was looked at."""
+    return Architecture(name, models, compared=False, **facts)
 
 
 def _others(names: str, **facts: Any) -> Iterable[Architecture]:
@@ -77,20 +87,106 @@ _ROWS = (
     _trained("qwen3moe", "Qwen3-MoE", "Qwen3MoeForCausalLM"),
     Architecture("stablelm", "StableLM", ("StableLmForCausalLM",)),
     Architecture("falcon", "Falcon", ("FalconForCausalLM",)),
-    Architecture("olmo2", "OLMo 2", ("Olmo2ForCausalLM",), ("Olmo2ForCausalLM",), sliding_window="named"),
-    # Without tables, but of known caches.
-    *_others("minicpm3 plm", expands_keys=True),
-    Architecture("exaone4", tables=False, compared=False, sliding_window="always", windowed_layers=64),
-    *_others("gemma2 llama4", sliding_window="always"),
-    *_others(
-        "afmoe cohere2 cohere2moe dflash dots3note exaone-moe gemma-embedding gemma3 gemma3n gemma4 gemma4-assistant "
-        "gpt-oss granite_swa laguna maple mellum mimo2 modern-bert muse-glimmer plamo3 smallthinker spark2_5 step35",
+    Architecture(
+        "olmo2",
+        "OLMo 2, OLMo 3",
+        ("Olmo2ForCausalLM", "Olmo3ForCausalLM"),
+        ("Olmo2ForCausalLM",),
         sliding_window="named",
     ),
-    *_others("deepseek4 lfm2", sliding_window="named", recurrent=True),
+    Architecture("smollm3", "SmolLM3", ("SmolLM3ForCausalLM",)),
+    Architecture("arcee", "Arcee AFM", ("ArceeForCausalLM",), factor_tensors=_FREQS),
+    Architecture("apertus", "Apertus", ("ApertusForCausalLM",), factor_tensors=_FREQS),
+    Architecture("granite", "Granite", ("GraniteForCausalLM",), factor_tensors=_FREQS),
+    Architecture(
+        *("granitemoe", "Granite MoE"),
+        ("GraniteMoeForCausalLM", "GraniteMoeSharedForCausalLM"),
+        factor_tensors=_FREQS,
+    ),
+    Architecture("chatglm", "GLM-4 of 2024", ("GlmForCausalLM",)),
+    Architecture("glm4", "GLM-4-0414", ("Glm4ForCausalLM",)),
+    Architecture("glm4moe", "GLM-4.5, GLM-4.6", ("Glm4MoeForCausalLM",)),
+    Architecture("dots1", "dots.llm1", ("Dots1ForCausalLM",)),
+    Architecture("gemma", "Gemma", ("GemmaForCausalLM",)),
+    Architecture("gemma2", "Gemma 2", ("Gemma2ForCausalLM",), sliding_window="always", scales_windows=True),
+    Architecture("gemma3", "Gemma 3", ("Gemma3ForCausalLM",), sliding_window="named"),
+    Architecture("command-r", "Command R, Aya", ("CohereForCausalLM",)),
+    Architecture(
+        "cohere2", "Command R7B", ("Cohere2ForCausalLM",), sliding_window="named", scales_windows=True, unrotated=True
+    ),
+    Architecture("olmo", "OLMo", ("OlmoForCausalLM",)),
+    Architecture("olmoe", "OLMoE", ("OlmoeForCausalLM",)),
+    Architecture("gpt-oss", "gpt-oss", ("GptOssForCausalLM",), sliding_window="named", scales_windows=True),
+    Architecture(
+        *("exaone4", "EXAONE 4"),
+        ("Exaone4ForCausalLM",),
+        factor_tensors=_FREQS,
+        sliding_window="always",
+        scales_windows=True,
+        windowed_layers=64,
+        unrotated=True,
+    ),
+    Architecture("ernie4_5", "ERNIE 4.5", ("Ernie4_5ForCausalLM",)),
+    Architecture("ernie4_5-moe", "ERNIE 4.5 MoE", ("Ernie4_5_MoeForCausalLM",)),
+    Architecture("starcoder2", "StarCoder2", ("Starcoder2ForCausalLM",)),
+    Architecture("seed_oss", "Seed-OSS", ("SeedOssForCausalLM",)),
+    Architecture("nemotron", "Nemotron, Minitron", ("NemotronForCausalLM",)),
+    Architecture("qwen3next", "Qwen3-Next", ("Qwen3NextForCausalLM",), recurrent=True),
+    Architecture("falcon-h1", "Falcon-H1", ("FalconH1ForCausalLM",), recurrent=True),
+    Architecture("lfm2", "LFM2", ("Lfm2ForCausalLM",), sliding_window="named", recurrent=True),
+    # GGUF files only: no class of transformers that is compared, or one that computes something else.
+    _file("deci", "DeciLM, Nemotron Super", factor_tensors=_FREQS),
+    _file("grok", "Grok-1"),
+    _file("qwen", "Qwen"),
+    Architecture("qwen2vl", "Qwen2-VL, Qwen2.5-VL"),
+    _file("qwen3vl", "Qwen3-VL"),
+    _file("qwen3vlmoe", "Qwen3-VL-MoE"),
+    Architecture("qwen35", "Qwen3.5", recurrent=True),
+    _file("qwen35moe", "Qwen3.5-MoE", recurrent=True),
+    # Its class in transformers weighs the experts in another way.
+    _file("phimoe", "Phi-3.5-MoE", factor_tensors=_LONGROPE),
+    _file("plamo", "PLaMo"),
+    _file("plamo2", "PLaMo 2", recurrent=True),
+    _file("plamo3", "PLaMo 3", sliding_window="named"),
+    _file("codeshell", "CodeShell"),
+    _file("orion", "Orion"),
+    Architecture("internlm2", "InternLM2"),
+    _file("minicpm", "MiniCPM", factor_tensors=_FREQS),
+    _file("gemma3n", "Gemma 3n", sliding_window="named"),
+    Architecture("xverse", "XVERSE"),
+    _file("cohere2moe", "Command A+", sliding_window="named", scales_windows=True),
+    _file("dbrx", "DBRX"),
+    _file("openelm", "OpenELM"),
+    _file("arctic", "Arctic"),
+    _file("deepseek", "DeepSeek-MoE"),
+    _file("bitnet", "BitNet"),
+    Architecture("jais2", "Jais 2"),
+    _file("exaone", "EXAONE 3", factor_tensors=_FREQS),
+    _file("granitehybrid", "Bamba", factor_tensors=_FREQS, recurrent=True),
+    Architecture("granite_swa", "Granite with windows", factor_tensors=_FREQS, sliding_window="named"),
+    _file("bailingmoe", "Ling"),
+    _file("bailingmoe2", "Ling 2"),
+    _file("hy_v3", "Hy3"),
+    Architecture("lfm2moe", "LFM2-MoE", recurrent=True),
+    _file("grovemoe", "GroveMoE"),
+    _file("hrm_text", "HRM-Text"),
+    Architecture("minimax-m2", "MiniMax-M2"),
+    _file("pangu-embedded", "openPangu Embedded"),
+    _file("mimo2", "MiMo-V2", sliding_window="named"),
+    _file("step35", "Step 3.5", sliding_window="named"),
+    _file("spark2_5", "Spark 2.5", sliding_window="named", scales_windows=True),
+    _file("mellum", "Mellum", sliding_window="named", scales_windows=True),
+    _file("nanbeige", "Nanbeige", factor_tensors=_FREQS),
+    _file("laguna", "Laguna", sliding_window="named"),
+    # Without tables. Their layers that see every token have no RoPE, or there is something else in the way.
+    *_others("llama4", sliding_window="always", unrotated=True),
+    *_others("afmoe exaone-moe maple muse-glimmer smallthinker", sliding_window="named", unrotated=True),
+    *_others("minicpm3 plm", expands_keys=True),
+    *_others("dflash dots3note gemma-embedding gemma4 gemma4-assistant modern-bert", sliding_window="named"),
+    *_others("deepseek4", sliding_window="named", recurrent=True),
     *_others(
-        "mamba mamba2 rwkv6 rwkv6qwen2 rwkv7 arwkv7 jamba falcon-h1 plamo2 granitehybrid lfm2moe nemotron_h "
-        "nemotron_h_moe qwen3next kimi-linear bailingmoe3 kimi-k3 glm5-next qwen35 qwen35moe qwen4exp minimax-01",
+        "mamba mamba2 rwkv6 rwkv6qwen2 rwkv7 arwkv7 jamba nemotron_h nemotron_h_moe kimi-linear bailingmoe3 kimi-k3 "
+        "glm5-next qwen4exp minimax-01",
         recurrent=True,
     ),
 )
@@ -121,8 +217,15 @@ def with_tables() -> tuple[Architecture, ...]:
 
 
 def names_with_tables() -> str:
-    """Their names, for messages."""
-    return ", ".join(row.name for row in with_tables())
+    """Their names, for messages: the first ones, and where all are."""
+    return shortened([row.name for row in with_tables()])
+
+
+def shortened(names: Sequence[str], most: int = 12) -> str:
+    """A list for a message, of which only the beginning is shown."""
+    if len(names) <= most:
+        return ", ".join(names)
+    return f"{', '.join(names[:most])} and {len(names) - most} more (`python -m clex_local.architectures` lists them)"
 
 
 def trainable_classes() -> tuple[str, ...]:
@@ -131,10 +234,14 @@ def trainable_classes() -> tuple[str, ...]:
 
 
 def families(*, trained: bool = False) -> str:
-    """The families of models that can have tables, or that can be trained, in one sentence's list."""
+    """The families of models that can have tables, or the classes that can be trained, as a part of a sentence."""
     if trained:
         return _listed([name.removesuffix("ForCausalLM") for name in trainable_classes()])
-    return _listed([row.models for row in with_tables()])
+    graphs = [row for row in with_tables() if not row.compared]
+    compared = [row.models for row in with_tables() if row.compared]
+    return (
+        f"{', '.join(compared)}; and GGUF files of {len(graphs)} more architectures, whose graphs alone were looked at"
+    )
 
 
 def _listed(names: list[str]) -> str:

@@ -22,11 +22,17 @@ def has_plain_cache(keys: ModelKeys) -> bool:
         return False
     if keys.has("attention.kv_lora_rank") and not row.expands_keys:
         return False
+    return not has_windows(keys)
+
+
+def has_windows(keys: ModelKeys) -> bool:
+    """Whether layers attend through a sliding window, as llama.cpp computes the model."""
+    row = architectures.find(keys.architecture)
     if not row.sliding_window or row.windowed_layers not in (0, keys.get("block_count")):
-        return True
-    if row.sliding_window == "always" and keys.get("attention.sliding_window") is None:
         return False
-    return not keys.has("attention.sliding_window")
+    if row.sliding_window == "always" and keys.get("attention.sliding_window") is None:
+        return True
+    return keys.has("attention.sliding_window")
 
 
 def first_table(keys: ModelKeys) -> int | None:

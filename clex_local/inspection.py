@@ -16,6 +16,7 @@ from clex_local.gguf_file import GGUFFile
 from clex_local.memory import KV_TYPES, ModelShape, compute_bytes, kv_bytes, kv_type_fits
 from clex_local.model_keys import ModelKeys
 from clex_local.rope import RopeFacts, longrope_tables, read_rope
+from clex_local.table_support import why_no_tables
 from clex_local.tables import Tables, named_tables
 
 KV_SHOWN = ("f16", "q8_0", "q4_0")
@@ -79,6 +80,7 @@ class Inspection:
         tables: the file's, or those that the runtime makes of LongRoPE factors; None if there are none.
         tables_in_file: whether the tables are the file's.
         baked: the one table that the file's frequencies are, or None.
+        why_no_tables: why clex-convert does not add tables to it; empty where it does.
         shape: what decides the memory; None for a kind of cache that the estimate does not cover.
         memory: what each context takes; empty where that is unknown.
     """
@@ -98,6 +100,7 @@ class Inspection:
     tables: Tables | None
     tables_in_file: bool
     baked: Baked | None
+    why_no_tables: str
     shape: ModelShape | None
     memory: tuple[ContextMemory, ...]
 
@@ -236,6 +239,7 @@ def inspect(path: str | os.PathLike[str], *, ctx: Sequence[int] = (), kv_types: 
             tables=tables,
             tables_in_file=tables_in_file,
             baked=baked,
+            why_no_tables=why_no_tables(ModelKeys(file)),
             shape=shape,
             memory=_memory(shape, ctx or _doublings(original, longest), kv_types),
         )

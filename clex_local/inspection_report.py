@@ -10,7 +10,6 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from clex_local import architectures
 from clex_local.errors import escaped
 from clex_local.inspection import Inspection
 from clex_local.sizes import readable_size
@@ -85,9 +84,7 @@ def _no_tables(found: Inspection) -> str:
     if found.baked is not None:
         what = f"one baked for {found.baked.context_length:,} tokens, method {escaped(found.baked.method, 40)}"
         return f"{what}: runs as in llama.cpp, short prompts too"
-    if architectures.find(found.architecture).tables:
-        return "none: runs as in llama.cpp; clex-convert adds some"
-    return "none: runs as in llama.cpp; clex-convert has none for this architecture"
+    return f"none: runs as in llama.cpp; {found.why_no_tables or 'clex-convert adds some'}"
 
 
 def _bucket_table(found: Inspection) -> Table:

@@ -5,12 +5,12 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 
-from clex_local import architectures
 from clex_local.baked import baked_in
 from clex_local.errors import ClexError
 from clex_local.gguf_file import GGUFFile
 from clex_local.memory import ModelShape
 from clex_local.model_keys import ModelKeys
+from clex_local.table_support import why_no_tables
 from clex_local.tables import Tables, named_tables
 
 
@@ -24,7 +24,7 @@ class ModelFacts:
         trained: tokens that it says the model was trained for, 0 where it does not say.
         baked: whether its frequencies are one table that was baked in, for ``trained`` tokens.
         shape: what decides the memory; None for a kind of cache that the estimate does not cover.
-        can_have_tables: whether its architecture can have tables.
+        can_have_tables: whether clex-convert can add tables to it.
         has_classifier: whether it can rank.
     """
 
@@ -52,7 +52,7 @@ class ModelFacts:
                 trained=keys.trained_context,
                 baked=baked_in(file) is not None,
                 shape=ModelShape.from_metadata(file),
-                can_have_tables=architectures.find(keys.architecture).tables,
+                can_have_tables=not why_no_tables(keys),
                 has_classifier=any(tensor.name.startswith("cls") for tensor in file.tensors),
             )
 

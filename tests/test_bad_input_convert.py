@@ -155,8 +155,8 @@ def test_a_config_with_unusable_scaling(
 
 
 def test_an_unsupported_folder(capfd: Any, tmp_path: Path, out: Path) -> None:
-    line = refused(capfd, folder(tmp_path, architectures=["GemmaForCausalLM"]), out)
-    assert "the architecture GemmaForCausalLM is not supported; supported: LlamaForCausalLM, Mistral" in line
+    line = refused(capfd, folder(tmp_path, architectures=["BambaForCausalLM"]), out)
+    assert "the architecture BambaForCausalLM is not supported; supported: LlamaForCausalLM, Mistral" in line
 
 
 def test_a_folder_without_a_rotary_embedding(capfd: Any, tmp_path: Path, out: Path) -> None:
@@ -166,9 +166,9 @@ def test_a_folder_without_a_rotary_embedding(capfd: Any, tmp_path: Path, out: Pa
 
 
 def test_an_unsupported_gguf(capfd: Any, tmp_path: Path, out: Path) -> None:
-    path = gguf(tmp_path / "in.gguf", general__architecture="gemma")
+    path = gguf(tmp_path / "in.gguf", general__architecture="jamba")
     line = refused(capfd, path, out, "--method", "ntk")
-    assert "the architecture 'gemma' is not supported; supported: llama" in line
+    assert "the architecture 'jamba' is not supported; supported: llama" in line
 
 
 @pytest.mark.parametrize(

@@ -123,6 +123,25 @@ def test_tables_are_offered_to_architectures_that_can_have_them(architecture, sa
     assert f"none: runs as in llama.cpp; clex-convert {says}" in shown
 
 
+@pytest.mark.parametrize(
+    ("architecture", "window", "says"),
+    [
+        ("cohere2", 32, "its layers that see every token have no RoPE, so it needs none"),
+        ("smallthinker", 32, "its layers that see every token have no RoPE, so it needs none"),
+        ("gemma3", 32, "clex-convert adds some"),
+        ("llama", 32, "its layers attend to the last 32 tokens only, which llama.cpp does not compute"),
+        ("llama", 64, "clex-convert adds some"),
+    ],
+)
+def test_a_window_decides_whether_tables_are_offered(architecture, window, says, tmp_path):
+    path = tmp_path / "m.gguf"
+    keys = {key.replace("llama.", f"{architecture}."): value for key, value in MODEL.items()}
+    keys |= {"general.architecture": architecture, f"{architecture}.attention.sliding_window": np.uint32(window)}
+    path.write_bytes(gguf_bytes(keys))
+    shown = " ".join(CliRunner().invoke(main, [str(path)]).stdout.split())
+    assert f"none: runs as in llama.cpp; {says}" in shown
+
+
 def test_its_own_scaling_is_shown(tmp_path):
     scaling = {"llama.rope.scaling.type": "yarn", "llama.rope.scaling.factor": np.float32(4)}
     path = tmp_path / "m.gguf"

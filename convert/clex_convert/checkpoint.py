@@ -92,7 +92,9 @@ class Checkpoint:
         if clex or own.kind != "default":
             facts["rope_scaling"] = dict(scaling)
         facts["max_position_embeddings"] = context
-        return SourceRope(dim, values["head_dim"], float(values["rope_theta"]), context, settings, facts, own)
+        windowed = bool(model.windowed_layers)
+        base = float(values["rope_theta"])
+        return SourceRope(dim, values["head_dim"], base, context, settings, facts, own, windowed)
 
     def _own_scaling(self, said: Mapping[str, Any], where: str, context: int, dim: int) -> Scaling:
         kind, key = kind_of(said), "original_max_position_embeddings"
@@ -189,7 +191,7 @@ class Checkpoint:
         return embedding is not output or self.model.model_class.output_needed
 
     def _check_tensors(self) -> None:
-        ignored = {name for name in self.tensors if CLEX_LAYER in name}
+        ignored = {name for name in self.tensors if CLEX_LAYER in name or self.model.is_left_out(name)}
         if self.tied is not None:
             embedding, output = self.tied
             ignored.add(output)

@@ -21,7 +21,9 @@ from clex_convert.source_rope import SourceRope
 from clex_convert.weights import OdeSettings, OdeWeights
 from clex_local import architectures
 from clex_local.baked import baked_in
+from clex_local.cache_kinds import has_windows
 from clex_local.errors import ClexError, escaped
+from clex_local.model_keys import ModelKeys
 from clex_local.tables import (
     MAX_DIMENSION,
     Tables,
@@ -167,22 +169,28 @@ class GGUFSource:
         if scaling.kind != "default":
             said = {key: value for key, value in vars(scaling).items() if value != getattr(Scaling, key)}
             facts["rope_scaling"] = said
-        return SourceRope(dim, self._head_dim() or dim, base, context, OdeSettings(), facts, scaling)
+        windowed = has_windows(ModelKeys(self.file))
+        return SourceRope(dim, self._head_dim() or dim, base, context, OdeSettings(), facts, scaling, windowed)
 
     def _head_dim(self) -> int | None:
         # As llama.cpp finds it.
-        length, width, heads = map(self._number, ("attention.key_length", "embedding_length", "attention.head_count"))
-        return int(length or (width // heads if width and heads else 0))
+        if length := self._number("attention.key_length"):
+            return int(length)
+        heads = self.file.get(f"{self.gguf_architecture}.attention.head_count")
+        if hasattr(heads, "__len__"):  # of each layer
+            return None
+        width, heads = self._number("embedding_length"), self._number("attention.head_count")
+        return int(width // heads) if width and heads else None
 
     def check_window(self, context: int) -> None:
         """Refuses a window that a context of so many tokens would show.
 
         Raises:
-            ConvertError: the file names one that llama.cpp does not compute, or with frequencies of their own for the
-                layers that have it.
+            ConvertError: the file names one that llama.cpp does not compute.
         """
-        window = self._number("attention.sliding_window") or 0
-        if 0 < window < context or (window and self.gguf_architecture == "olmo2"):
+        row = architectures.find(self.gguf_architecture)
+        window = 0 if row.sliding_window else self._number("attention.sliding_window")
+        if 0 < (window or 0) < context:
             raise ConvertError(
                 f"{self.path}: layers attend to the last {window:g} tokens only "
                 f"({self.gguf_architecture}.attention.sliding_window), which cannot be combined with tables, and the "

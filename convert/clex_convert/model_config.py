@@ -11,6 +11,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from clex_convert.errors import ConvertError, one_line
 from clex_convert.model_classes import MODEL_CLASSES, ModelClass
 from clex_local import architectures
@@ -69,9 +71,9 @@ class ModelConfig:
 
     @property
     def window(self) -> int | None:
-        """Tokens that some layer looks back on, itself among them; None where every layer sees all of them."""
+        """Tokens that some layer looks back on, itself among them, where llama.cpp does not know; None otherwise."""
         values, how = self.values, self.model_class.window
-        if not how:
+        if how in ("", "computed"):
             return None
         on = how == "all" or values["use_sliding_window"]
         window = values["sliding_window"] if on else None
@@ -106,13 +108,41 @@ class ModelConfig:
         made["max_position_embeddings"] = context
         if "original_max_position_embeddings" in made:
             made["original_max_position_embeddings"] = context
-        if "sliding_window" in made:
-            made["sliding_window"] = None  # it is not smaller than the context
-        if self.architecture == "GPTNeoXForCausalLM":
-            made["rotary_pct"] = values["partial_rotary_factor"]
+        if "sliding_window" in made and not self.windowed_layers:
+            made["sliding_window"] = None  # it is not smaller than the context, or there is no layer that has it
         if not model_class.own_head_dim:
             made.pop("head_dim", None)
+        if model_class.for_scripts is not None:
+            made |= model_class.for_scripts(values)
         return made
+
+    @property
+    def windowed_layers(self) -> list[bool]:
+        """Of each layer, whether it has a window that llama.cpp computes; empty where none has."""
+        if self.model_class.window != "computed" or self.values["sliding_window"] is None:
+            return []
+        found = [kind == "sliding_attention" for kind in self.values["layer_types"]]
+        return found if any(found) else []
+
+    def window_keys(self) -> dict[str, Any]:
+        """The GGUF keys, without the architecture, of the layers that have a window; the scripts write some of them."""
+        if not self.windowed_layers:
+            return {}
+        return {
+            "attention.sliding_window": np.uint32(self.values["sliding_window"]),
+            "attention.sliding_window_pattern": np.array(self.windowed_layers),
+            "rope.freq_base_swa": np.float32(self.values["rope_local_base_freq"]),
+        }
+
+    def is_left_out(self, tensor: str) -> bool:
+        """Whether a tensor belongs to a head that guesses tokens ahead, which transformers leaves out too."""
+        layers = self.values["num_hidden_layers"]
+        for start in self.model_class.draft_head:
+            head, layered, _ = start.partition("{n}")
+            number = tensor.removeprefix(head).partition(".")[0]
+            if tensor.startswith(head) and (not layered or (number.isdecimal() and int(number) >= layers)):
+                return True
+        return False
 
 
 def read_model_config(
@@ -133,17 +163,20 @@ def read_model_config(
     architecture = _architecture(said, path)
     model_class = MODEL_CLASSES[architecture]
     values: dict[str, Any] = {}
-    key, rope = "rope_scaling", {}
+    key, rope, scaled = "rope_scaling", {}, False
     layers = [*((layer, path) for layer in (said, *changes)), ({"rope_scaling": scaling or {}}, "`rope_scaling`")]
     for layer, where in layers if scaling is not None else layers[:-1]:
         flat, found = _flat(layer, model_class, where)
         values.update(flat)
         if found is not None:
             key, rope = found
+        scaled = scaled or found is not None
+    if model_class.scaled and not scaled:
+        raise _missing("rope_parameters", path)
     _check_unread(said, values, model_class, path)
     spoken = set(values)
     values = {**model_class.defaults, **values}
-    _derive(values, architecture, path)
+    _derive(values, model_class, path)
     _check(values, spoken, model_class, architecture, path)
     return ModelConfig(path, architecture, values, rope, key)
 
@@ -162,7 +195,8 @@ def _architecture(said: Mapping[str, Any], path: str) -> str:
     name = classes[0]
     if name not in MODEL_CLASSES:
         raise ConvertError(
-            f"{path}: the architecture {one_line(name, 60)} is not supported; supported: {', '.join(MODEL_CLASSES)}"
+            f"{path}: the architecture {one_line(name, 60)} is not supported; supported: "
+            f"{architectures.shortened(list(MODEL_CLASSES))}"
         )
     # transformers goes by model_type.
     other = others.get(str(said.get("model_type")), name)
@@ -184,7 +218,9 @@ def _flat(
         if (mapping := values.pop(name, None)) is not None:
             if not isinstance(mapping, dict):
                 raise _missing(name, path)
-            inside[name] = _of_all_layers(mapping, f"{path}: {name}")
+            inside[name], local = _of_all_layers(mapping, f"{path}: {name}", model_class)
+            if local is not None:
+                values["rope_local_base_freq"] = local
     for key, names in model_class.names.items():
         spoken = [name for name in names if values.get(name) is not None]
         if spoken:
@@ -209,18 +245,30 @@ def _flat(
     return values, (next(iter(inside)), {}) if inside else None
 
 
-def _of_all_layers(mapping: dict[str, Any], where: str) -> dict[str, Any]:
-    """What holds for every layer, of a mapping that says it for each type of layer."""
+def _of_all_layers(mapping: dict[str, Any], where: str, model_class: ModelClass) -> tuple[dict[str, Any], float | None]:
+    """What holds for every layer that sees all tokens, of a mapping that says it for each type of layer.
+
+    And the base of those with a window, if it says it and llama.cpp computes it.
+    """
     types = {key: value for key, value in mapping.items() if isinstance(value, dict)}
     if not types:
         said = [str(mapping[key]) for key in ("rope_type", "type") if mapping.get(key) is not None]
         if len({{"su": "longrope"}.get(kind, kind) for kind in said}) > 1:
             raise ConvertError(f"{where}: rope_type is {said[0]!r} and type is {said[1]!r}; leave one of them out")
-        return dict(mapping)
+        return dict(mapping), None
+    if model_class.window == "computed" and types.keys() == {*_LAYER_TYPES}:
+        full, local = (types[kind] for kind in _LAYER_TYPES)
+        base = local.get("rope_theta")
+        if local.get("rope_type", "default") != "default" or not _is_number(base):
+            raise ConvertError(
+                f"{where}: layers with a sliding window have {one_line(local, 60)}; of their own llama.cpp computes a "
+                "rope_theta, nothing else"
+            )
+        return {**{key: value for key, value in mapping.items() if key not in types}, **full}, base
     first = next(iter(types.values()))
     if any(value != first for value in types.values()):
         raise ConvertError(f"{where}: differs by the type of layer ({', '.join(types)}), which tables cannot do")
-    return {**{key: value for key, value in mapping.items() if key not in types}, **first}
+    return {**{key: value for key, value in mapping.items() if key not in types}, **first}, None
 
 
 def _agree(places: Mapping[str, Any], path: str) -> None:
@@ -246,7 +294,7 @@ def _check_unread(said: Mapping[str, Any], values: Mapping[str, Any], model_clas
             )
 
 
-def _derive(values: dict[str, Any], architecture: str, path: str) -> None:
+def _derive(values: dict[str, Any], model_class: ModelClass, path: str) -> None:
     """Sizes that follow from others, and checks of those that everything depends on."""
     for key in _SIZES:
         if not _is_count(values.get(key)):
@@ -258,19 +306,19 @@ def _derive(values: dict[str, Any], architecture: str, path: str) -> None:
     for key in _SWITCHES:
         if key in values and values[key] is None:
             values[key] = False
-    if architecture == "FalconForCausalLM":
-        if values["ffn_hidden_size"] is None:
-            values["ffn_hidden_size"] = 4 * width
-        if values["num_kv_heads"] is None:
-            values["num_kv_heads"] = heads
-        if values["num_ln_in_parallel_attn"] is None:
-            values["num_ln_in_parallel_attn"] = 2 if values["new_decoder_architecture"] else 1
-        if not values["new_decoder_architecture"]:
-            # The class does not look at the number here; llama.cpp's scripts do.
-            values["num_kv_heads"] = 1 if values["multi_query"] else heads
-        return
-    if values.get("num_key_value_heads") is None:
+    if "num_kv_heads" not in model_class.defaults and values.get("num_key_value_heads") is None:
         values["num_key_value_heads"] = heads
+    if model_class.window == "computed":
+        if values.get("layer_types") is None:
+            period = values.get("sliding_window_pattern") or model_class.period if values["sliding_window"] else 0
+            if period and not _is_count(period):
+                raise _missing("layer_types", path)
+            last = [not period or (i + 1) % period == 0 for i in range(values["num_hidden_layers"])]
+            values["layer_types"] = [_LAYER_TYPES[0] if full else _LAYER_TYPES[1] for full in last]
+        if values.get("rope_local_base_freq") is None:
+            values["rope_local_base_freq"] = values["rope_theta"]
+    if model_class.derive is not None:
+        model_class.derive(values)
 
 
 def _is_count(value: Any) -> bool:
@@ -300,6 +348,8 @@ def _check(values: Mapping[str, Any], spoken: set[str], model_class: ModelClass,
         accepted["partial_rotary_factor"] = (1,)
     if not model_class.own_head_dim:
         accepted["head_dim"] = (values["hidden_size"] // values["num_attention_heads"],)
+    if model_class.limits is not None:
+        accepted |= model_class.limits(values)
     for key, able in accepted.items():
         if key in values and values[key] not in able:
             default = "" if key in spoken else ", its default,"
@@ -314,7 +364,7 @@ def _check_layers(values: Mapping[str, Any], model_class: ModelClass, path: str)
     if not model_class.window:
         return
     window = values["sliding_window"]
-    on = model_class.window == "all" or values["use_sliding_window"]
+    on = model_class.window in ("all", "computed") or values["use_sliding_window"]
     if on and window is not None and not _is_count(window):
         raise _missing("sliding_window", path)
     types = values.get("layer_types") if "layer_types" in model_class.defaults else None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Collection, Iterator, Mapping
 
@@ -16,10 +17,11 @@ Shape = tuple[int, ...]
 def expected_tensors(config: ModelConfig, present: Collection[str]) -> Iterator[tuple[str, Shape]]:
     """Names and shapes of the tensors that the model has, the output matrix among them where it is not tied.
 
-    A line of `ModelClass` is a name, its dimensions and perhaps a condition ``key=value``. The dimensions are sums of
-    multiples of sizes: v is the vocabulary, h the width, q and k the rows of all queries and of all keys, d a head, f
-    the feed-forward network, e the number of experts, x the width of one, s that of the shared one. In a name {i}
-    stands for each layer, {e}, {q} and {k} for each expert and for each head of queries and of keys.
+    A line of `ModelClass` is a name, its dimensions and perhaps a condition ``key=value`` or ``key=value|value``, where
+    a key that holds a list says it for each layer. The dimensions are sums of multiples of sizes: v is
+    the vocabulary, h the width, q and k the rows of all queries and of all keys, d a head, f the feed-forward network,
+    e the number of experts, x the width of one, s that of the shared one, and `ModelClass.sizes` has further ones. In a
+    name {i} stands for each layer, {e}, {q} and {k} for each expert and for each head of queries and of keys.
 
     Args:
         config: the model's.
@@ -38,6 +40,7 @@ def expected_tensors(config: ModelConfig, present: Collection[str]) -> Iterator[
         "x": values.get("moe_intermediate_size"),
         "s": values.get("shared_expert_intermediate_size"),
     }
+    sizes |= {letter: math.prod(values[key] for key in product.split("*")) for letter, product in known.sizes.items()}
     counts = {"i": values["num_hidden_layers"], "e": sizes["e"], "q": heads, "k": keys}
     layer = known.layer
     if known.fused and any(name.endswith(".mlp.experts.gate_up_proj") for name in present):
@@ -45,19 +48,22 @@ def expected_tensors(config: ModelConfig, present: Collection[str]) -> Iterator[
         layer = "\n".join([*single, known.fused])
     for line in filter(None, (known.tensors + layer).splitlines()):
         name, *rest = line.split()
-        condition = rest.pop() if "=" in rest[-1] else ""
+        condition = rest.pop() if rest and "=" in rest[-1] else ""
         key, _, wanted = condition.partition("=")
-        if condition and str(values[key]).lower() != wanted:
+        of_layer = isinstance(values.get(key), list)
+        if condition and not of_layer and str(values[key]).lower() not in wanted.split("|"):
             continue
         if name == known.output and values["tie_word_embeddings"]:
             continue
         shape = tuple(_size(dimension, sizes) for dimension in rest)
-        for full in _spelled_out(name, counts):
-            yield full, shape
+        layers = [str(i) for i in range(counts["i"]) if not of_layer or str(values[key][i]) in wanted.split("|")]
+        for layer_name in [name.replace("{i}", i) for i in layers] if "{i}" in name else [name]:
+            for full in _spelled_out(layer_name, counts):
+                yield full, shape
 
 
 def _size(dimension: str, sizes: Mapping[str, int]) -> int:
-    terms = re.findall(r"(\d*)([a-z]?)", dimension)
+    terms = re.findall(r"(\d*)([a-zA-Z]?)", dimension)
     return sum(int(times or 1) * (sizes[size] if size else 1) for times, size in terms if times or size)
 
 

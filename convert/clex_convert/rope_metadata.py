@@ -16,6 +16,10 @@ from clex_local import architectures
 from clex_local.baked import Baked
 from clex_local.tables import Tables
 
+_UNROTATED = (
+    "the layers of this model that see every token have no RoPE, and those with a sliding window keep their own: the "
+    "tables change nothing but how many tokens are let in"
+)
 _EXACT = 1e-6  # relative; some roundings to float32
 
 
@@ -45,8 +49,8 @@ class RopeMetadata:
 def with_tables(tables: Tables, architecture: str, rope: SourceRope) -> RopeMetadata:
     """All tables, for the runtime of this project.
 
-    The model's own scaling stays beside them where the first bucket does the same, and goes where it does not: so
-    stock llama.cpp runs the first bucket.
+    The model's own scaling stays beside them where the first bucket does the same: so stock llama.cpp runs that. It
+    stays too where layers with a sliding window go by it, which have no tables. Otherwise it goes.
 
     Args:
         tables: what is written.
@@ -58,13 +62,15 @@ def with_tables(tables: Tables, architecture: str, rope: SourceRope) -> RopeMeta
     keys = [f"{scaling}{name}" for name in ("type", "factor", "attn_factor", "yarn_")]
     replaced = ("clex.", *keys, f"{architecture}.rope.scale_linear", *FREQUENCY_TENSORS)
     own, tensors = {}, {}
-    if rope.is_scaled_in(tables):
+    row = architectures.find(architecture)
+    if rope.is_scaled_in(tables) or (rope.windowed and row.scales_windows):
         tensors = rope.scaling.gguf_tensors(rope.dim, rope.base)
-        if set(tensors) <= set(architectures.find(architecture).factor_tensors):
+        if set(tensors) <= set(row.factor_tensors):
             own = {f"{architecture}.{key}": value for key, value in rope.scaling.gguf_keys().items()}
         else:
             tensors = {}
-    return RopeMetadata(tables.original_context_length, {**own, **tables.metadata()}, tensors, replaced)
+    notes = (_UNROTATED,) if rope.windowed and row.unrotated else ()
+    return RopeMetadata(tables.original_context_length, {**own, **tables.metadata()}, tensors, replaced, notes)
 
 
 def baked(tables: Tables, context: int, architecture: str, rope: SourceRope) -> RopeMetadata:
@@ -87,6 +93,11 @@ def baked(tables: Tables, context: int, architecture: str, rope: SourceRope) -> 
         raise ConvertError(
             f"`bake={context}`: the tables cover 1 to {tables.max_context_length} tokens; "
             "choose a length among them, or make more tables with `max_factor`"
+        )
+    if rope.windowed:
+        raise ConvertError(
+            "`bake`: layers with a sliding window keep the model's own frequencies, but stock llama.cpp would give "
+            "them the table's"
         )
     if tables.log_scale:
         raise ConvertError(

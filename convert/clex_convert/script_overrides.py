@@ -58,6 +58,8 @@ class _Overrides(_ScriptClass):
 class _Tensors(_Overrides):
     """Which tensors there are, and what they hold."""
 
+    no_mtp = True  # heads that guess tokens ahead are left out
+
     def index_tensors(self, remote_hf_model_id: str | None = None) -> dict[str, Any]:
         # The scripts would take every file of the folder whose name begins like that of one.
         found = (self.filter_tensors(item) for part in self.inputs.checkpoint.parts for item in self._loaders_of(part))
@@ -98,7 +100,11 @@ class _Tensors(_Overrides):
         name, cls.inputs.loaders[item[0]] = item
         tied = cls.inputs.checkpoint.tied
         # transformers does not look at the output matrix of a model whose config ties it to the embedding
-        if CLEX_LAYER in name or (tied is not None and name == tied[1]):
+        if (
+            CLEX_LAYER in name
+            or (tied is not None and name == tied[1])
+            or cls.inputs.checkpoint.model.is_left_out(name)
+        ):
             return None
         return super().filter_tensors((name, cls._merged(name)))
 
@@ -190,8 +196,11 @@ class _Keys(_Overrides):
         # The scripts multiply and round in another order than transformers.
         if keys.Rope.DIMENSION_COUNT.format(arch=architecture) in self.gguf_writer.kv_data[0]:
             corrected[keys.Rope.DIMENSION_COUNT] = np.uint32(rope.dim)
-        if "num_key_value_heads" in model.model_class.defaults:
+        heads = self.gguf_writer.kv_data[0].get(keys.Attention.HEAD_COUNT_KV.format(arch=architecture))
+        of_layers = heads is not None and isinstance(heads.value, list)
+        if "num_key_value_heads" in model.model_class.defaults and not of_layers:
             corrected[keys.Attention.HEAD_COUNT_KV] = np.uint32(values["num_key_value_heads"])
+        corrected |= {f"{{arch}}.{key}": value for key, value in model.window_keys().items()}
         return {key.format(arch=architecture): value for key, value in corrected.items()}
 
 
@@ -209,7 +218,10 @@ def overridden(
     """
     base = conversion.get_model_class(checkpoint.architecture)
     inputs = _Inputs(conversion, gguf, checkpoint, metadata, pre_tokenizer)
-    return type("ClexModel", (_Tensors, _Vocabulary, _Keys, base), {"model_arch": base.model_arch, "inputs": inputs})
+    # Where some classes begin to look for the tensors of a head that guesses tokens ahead.
+    layers = dict.fromkeys(("_n_main_layers", "_original_block_count"), checkpoint.model.values["num_hidden_layers"])
+    facts = {"model_arch": base.model_arch, "inputs": inputs, **layers}
+    return type("ClexModel", (_Tensors, _Vocabulary, _Keys, base), facts)
 
 
 def _chat_templates(folder: Path) -> str | list[dict[str, str]] | None:
@@ -227,7 +239,7 @@ def _add_key(writer: Any, key: str, value: Any) -> None:
     if isinstance(value, str):
         writer.add_string(key, value)
     elif value.ndim:
-        writer.add_array(key, [float(number) for number in value])  # float arrays are float32 in GGUF
+        writer.add_array(key, value.tolist())  # float arrays are float32 in GGUF
     elif value.dtype == np.bool_:
         writer.add_bool(key, bool(value))
     elif value.dtype == np.float32:

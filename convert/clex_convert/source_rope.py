@@ -22,6 +22,7 @@ class SourceRope:
         settings: of its CLEX layer, empty where there is none.
         facts: the same in the source's own words, for the provenance.
         scaling: the one it names.
+        windowed: whether layers have a sliding window that llama.cpp computes; they keep their own RoPE.
     """
 
     dim: int
@@ -31,6 +32,7 @@ class SourceRope:
     settings: OdeSettings
     facts: dict[str, Any]
     scaling: Scaling = field(default_factory=Scaling)
+    windowed: bool = False
 
     def is_scaled_in(self, tables: Tables) -> bool:
         """Whether the first bucket of the tables is what the source's own scaling gives, which may then stay."""

@@ -1,14 +1,9 @@
-"""Tiny random models of transformers, their GGUF files, and sequences fed to both.
-
-The reference caches keys before RoPE, as the authors' code does, and rotates all of them with the table of the whole
-sequence.
-"""
+"""Tiny random models of transformers, their GGUF files, and sequences fed to both."""
 
 from __future__ import annotations
 
 import json
 import shutil
-from math import log
 from pathlib import Path
 
 import numpy as np
@@ -16,9 +11,9 @@ import torch
 import transformers
 
 from clex_convert.llama_cpp_scripts import conversion_scripts
-from clex_convert.transformers_folder import cache_argument
 from clex_local.tables import Tables, read_tables
 from helpers.low_level import Context, Model
+from helpers.rope_reference import Reference
 
 LENGTH = 64  # tokens of the first bucket
 SIZES = dict(
@@ -41,75 +36,59 @@ def kind_of(name: str) -> str:
 
 
 def make_model(name: str, changes: dict, folder: Path, tokenizer: Path) -> transformers.PreTrainedModel:
-    """A model of transformers with every tensor drawn, saved in a folder, and a tokenizer with it."""
+    """A model of transformers with every tensor drawn, saved in a folder, and a tokenizer with it.
+
+    The tokenizer is that of a golden model, or ``glm``: phi2's with three more tokens that llama.cpp's scripts want.
+    """
     kind = kind_of(name)
-    config = getattr(transformers, f"{kind}Config")(**{**SIZES, **changes}, attn_implementation="eager")
+    model_class = getattr(transformers, f"{kind}ForCausalLM", None)
+    if model_class is None:  # one that sees images, too
+        model_class = getattr(transformers, f"{kind}ForConditionalGeneration")
+        parts = {"text_config": {**SIZES, **changes["text_config"]}, "vision_config": changes["vision_config"]}
+        config = model_class.config_class(**{**SIZES, **changes, **parts}, attn_implementation="eager")
+    else:
+        config = model_class.config_class(**{**SIZES, **changes}, attn_implementation="eager")
     torch.manual_seed(0)
-    model = getattr(transformers, f"{kind}ForCausalLM")(config).eval()
+    model = model_class(config).eval().float()  # some would compute a part in bfloat16
     with torch.no_grad():
         for parameter in model.parameters():
             # a norm of 1 or a bias of 0 would not show if it were left out
             start = torch.zeros_like(parameter) if parameter.dim() > 1 else parameter.round()
             parameter.copy_(start + 0.1 * torch.randn_like(parameter))
     model.save_pretrained(folder)
+    source = tokenizer.with_name("phi2") if tokenizer.name == "glm" else tokenizer
     for file in ("tokenizer.model", "tokenizer.json", "tokenizer_config.json"):
-        if (tokenizer / file).exists():
-            shutil.copy(tokenizer / file, folder)
+        if (source / file).exists():
+            shutil.copy(source / file, folder)
+    if source != tokenizer:
+        add_tokens(folder / "tokenizer.json", ["<|user|>", "[gMASK]", "<|observation|>"])
     return model
 
 
-def convert_plainly(folder: Path) -> Path:
+def add_tokens(tokenizer: Path, names: list[str]) -> None:
+    """Tokens behind those of the vocabulary."""
+    values = json.loads(tokenizer.read_text())
+    first = values["added_tokens"][0]
+    values["added_tokens"] += [{**first, "id": 512 + i, "content": name} for i, name in enumerate(names)]
+    tokenizer.write_text(json.dumps(values))
+
+
+def convert_plainly(folder: Path, architecture: str | None = None) -> Path:
     """The GGUF file that llama.cpp's own conversion makes of a model folder."""
     target = folder / "plain.gguf"
     with conversion_scripts() as (conversion, gguf):
-        model_class = conversion.get_model_class(json.loads((folder / "config.json").read_text())["architectures"][0])
-        model_class(folder, gguf.LlamaFileType.ALL_F32, target).write()
+        config = json.loads((folder / "config.json").read_text())
+        base = conversion.get_model_class(architecture or config["architectures"][0])
+
+        class Plain(base):
+            model_arch = base.model_arch
+            no_mtp = True
+
+            def get_vocab_base_pre(self, tokenizer: object) -> str:
+                return "gpt-2"  # no one has heard of ours
+
+        Plain(folder, gguf.LlamaFileType.ALL_F32, target).write()
     return target
-
-
-def rotated(x: torch.Tensor, inv_freq: torch.Tensor, first: int) -> torch.Tensor:
-    """Keys [..., tokens, head_dim] at the positions from `first` on; what inv_freq does not cover stays."""
-    n = inv_freq.numel()
-    angles = torch.arange(first, first + x.shape[-2])[:, None] * inv_freq
-    cos, sin = angles.cos(), angles.sin()
-    a, b, rest = x[..., :n], x[..., n : 2 * n], x[..., 2 * n :]
-    return torch.cat((a * cos - b * sin, b * cos + a * sin, rest), dim=-1)
-
-
-class UnrotatedCache(transformers.DynamicCache):
-    """Keeps keys as they are before RoPE; all of them get the table, and the scale, of the present pass."""
-
-    inv_freq: torch.Tensor
-    scale: float
-
-    def update(self, key_states, value_states, layer_idx, *args, **kwargs):
-        raw = rotated(key_states, -self.inv_freq, self.get_seq_length(layer_idx))
-        keys, values = super().update(raw, value_states, layer_idx, *args, **kwargs)
-        return self.scale * rotated(keys, self.inv_freq, 0), values
-
-
-class Reference:
-    """A sequence fed to a model of transformers, with the tables' choice of the table."""
-
-    def __init__(self, model: transformers.PreTrainedModel, tables: Tables) -> None:
-        self.model, self.tables, self.cache, self.length = model, tables, UnrotatedCache(), 0
-
-    def feed(self, tokens: np.ndarray) -> np.ndarray:
-        """The logits of the last token."""
-        self.length += len(tokens)
-        tables, bucket = self.tables, self.tables.bucket(self.length)
-        self.cache.inv_freq = torch.tensor(tables.inv_freq[bucket])
-        self.cache.scale = 1.0 if tables.attn_scale is None else float(tables.attn_scale[bucket])
-        if tables.log_scale:
-            self.cache.scale *= log(self.length) / log(tables.original_context_length)
-        for module in self.model.modules():
-            if hasattr(module, "inv_freq"):
-                module.inv_freq = self.cache.inv_freq
-        with torch.no_grad():
-            out = self.model(
-                torch.tensor(tokens[None].astype(np.int64)), **{cache_argument(self.model): self.cache}, use_cache=True
-            )
-        return out.logits[0, -1].numpy()
 
 
 def assert_growing(
