@@ -85,7 +85,7 @@ struct llama_clex_cache {
     // bucket of a sequence of n_tokens under the policy, -1 if there is none
     int32_t choose_bucket(int64_t n_tokens) const;
 
-    // choose the bucket of every sequence of the batch, and tell the batch to keep buckets apart
+    // choose the bucket of every sequence of the batch, and tell the batch to keep tokens of one bucket side by side
     // Sequences that have cells or tokens in common, or that both have some in common with a third, take the bucket of the
     // longest of them, in the batch or not: a cell has one key.
     // false: a sequence is longer than the last bucket covers
@@ -96,6 +96,12 @@ struct llama_clex_cache {
 
     // bucket of a token of a ubatch, 0 where none was selected (a restored state sets its buckets itself)
     int32_t token_bucket(const llama_ubatch & ubatch, uint32_t i_token) const;
+
+    // runs of tokens in one bucket that a ubatch can have
+    uint32_t max_runs(const llama_kv_cache & kv) const;
+
+    // nodes that they can add to a graph
+    uint32_t max_nodes(const llama_kv_cache & kv) const;
 
     // a cell gets the key of a token
     void set_key(llama_kv_cells & cells, uint32_t i_cell, uint32_t stream, const llama_ubatch & ubatch, uint32_t i_token);

@@ -84,6 +84,12 @@ llama_kv_cache * llama_context::clex_kv() {
     return model.clex.enabled() ? llama_clex_kv(memory.get()) : nullptr;
 }
 
+uint32_t llama_context::clex_max_nodes() {
+    auto * kv = clex_kv();
+
+    return kv ? kv->clex.max_nodes(*kv) : 0;
+}
+
 bool llama_context::clex_select() {
     auto * kv = clex_kv();
 

@@ -46,7 +46,11 @@ public:
         if (!with_tables || is_windowed(il) || refuse_unless_fit(rope, il)) {
             return nullptr;
         }
-        return rope.apply(graph.ctx0, a, b, inputs().factors, kv->clex.tables.rope_scale);
+        if (a->ne[2] != graph.n_tokens || a->ne[3] != 1) {
+            refuse(format("layer %d rotates something else than its tokens", il));
+            return nullptr;
+        }
+        return inputs().rotate(rope, a, b);
     }
 
     ggml_tensor * note(ggml_tensor * cur, const llama_clex_rope & rope) {

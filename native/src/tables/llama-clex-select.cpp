@@ -158,6 +158,17 @@ int32_t llama_clex_cache::token_bucket(const llama_ubatch & ubatch, uint32_t i_t
     return std::max(seqs[ubatch.seq_id[i_token][0]].bucket, 0);
 }
 
+uint32_t llama_clex_cache::max_runs(const llama_kv_cache & kv) const {
+    return tables.scaling_factors.size() > 1 ? std::min<uint32_t>(kv.n_seq_max, llama_batch_allocr::max_runs) : 1;
+}
+
+uint32_t llama_clex_cache::max_nodes(const llama_kv_cache & kv) const {
+    const uint32_t n = max_runs(kv);
+
+    // for the queries and keys of each layer: views of them and of the factors, the rotation, and what puts it behind others
+    return n > 1 ? 4*n*2*(kv.layers.size() + 1) : 0;
+}
+
 void llama_clex_cache::set_key(llama_kv_cells & cells, uint32_t i_cell, uint32_t stream, const llama_ubatch & ubatch, uint32_t i_token) {
     if (!tables.enabled()) {
         return;
