@@ -6,7 +6,7 @@ import llama_cpp
 import numpy as np
 import pytest
 
-from clex_local import llama_clex
+from clex_local import llama_clex, low_level
 from clex_local.log import logged
 from helpers.low_level import ERROR, F32, Q8_0, Context, Model, refusal
 from helpers.random_architectures import KINDS, make_architecture
@@ -74,6 +74,15 @@ def test_a_model_says_how_its_layers_are_rotated(load, name, tables):
     assert layers.n_table == len(ROTATED[name])
     assert layers.n_windowed == windows
     assert layers.n_unrotated == n_layer - recurrent - windows - layers.n_table
+
+
+def test_a_file_says_so_without_its_weights(tmp_path):
+    path = make_architecture(tmp_path / "m.gguf", "smollm3", tables=False)
+    no_mode = 0
+    model = low_level.Model(path, no_alloc=True, load_mode=no_mode)
+    layers, reason = llama_clex.takes_tables(model.pointer)
+    model.close()
+    assert (layers.n_table, layers.n_windowed, layers.n_unrotated, reason) == (3, 0, 1, "")
 
 
 REFUSED = {

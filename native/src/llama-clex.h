@@ -49,8 +49,9 @@ struct llama_clex_layers_info {
 };
 
 // Whether RoPE tables can be used with a model, with tables or without, read from the graph that it builds: a small context
-// is made and freed again. Works for a model that was loaded with no_alloc. The keys of each layer must be cached as RoPE
-// leaves them; what is behind it may only be what a rotation passes through. Layers with no RoPE are left alone.
+// is made and freed again. No weights are needed: no_alloc and LLAMA_LOAD_MODE_NONE load a file without them. The keys of
+// each layer must be cached as RoPE leaves them; what is behind it may only be what a rotation passes through. Layers with
+// no RoPE are left alone.
 // reason: why they cannot, cut to size bytes with its 0, empty if they can; both may be NULL
 LLAMA_API bool llama_clex_takes_tables(struct llama_model * model, struct llama_clex_layers_info * layers, char * reason, size_t size);
 
