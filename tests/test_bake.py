@@ -195,7 +195,9 @@ def test_stock_computes_ntk_and_linear_tables_in_every_architecture(name, ntk, i
 
 
 def test_an_architecture_without_factors_refuses_other_tables(golden_gguf, tmp_path):
-    wanted = r"no frequency factors for the architecture phi2, only for llama, mistral3, phi3; of the tables of clex"
+    wanted = (
+        r"no frequency factors for the architecture phi2, only for llama, mistral3, phi3, .*; of the tables of clex"
+    )
     with pytest.raises(ConvertError, match=wanted):
         convert(golden_gguf("phi2"), tmp_path / "m.gguf", bake=SECOND)
     bake(golden_gguf("phi2"), PLAIN, tmp_path / "plain.gguf")

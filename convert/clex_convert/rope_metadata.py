@@ -145,7 +145,7 @@ def _series(inv_freq: npt.NDArray[np.float64], architecture: str, method: str) -
         able = [row.name for row in architectures.with_tables() if row.factor_tensors]
         raise ConvertError(
             f"`bake`: stock llama.cpp takes no frequency factors for the architecture {architecture}, only for "
-            f"{', '.join(able)}; of the tables of {method}, this one cannot be had without them"
+            f"{architectures.shortened(able)}; of the tables of {method}, this one cannot be had without them"
         )
     keys: dict[str, Any] = {f"{architecture}.rope.freq_base": np.float32(math.exp(-slope * inv_freq.size))}
     if abs(start) > _EXACT:

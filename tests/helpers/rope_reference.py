@@ -51,16 +51,21 @@ _EMBEDDINGS = ("rotary_emb", ".pos_emb", "rotary_embs.full_attention")
 class Rotation:
     """transformers' rotary embedding of a model, with frequencies that are given in place of its own."""
 
-    def __init__(self, model: transformers.PreTrainedModel) -> None:
+    def __init__(self, model: transformers.PreTrainedModel, own_scale: bool) -> None:
+        """The model's factor on cosine and sine stays if it is its own; the tables say another."""
         module = sys.modules[type(next(attention_layers(model))[1]).__module__]
         self._apply = getattr(module, "apply_rotary_pos_emb", None) or _rotated_by(module.rotate_half)
         found = dict(model.named_modules())
         self._embedding = copy.deepcopy(next(found[name] for name in found if name.endswith(_EMBEDDINGS)))
         self._three = "Qwen2VL" in type(self._embedding).__name__
         self._types = getattr(self._embedding, "layer_types", None)
+        if self._types is None:
+            self._embedding.rope_type = "default"  # or it would choose frequencies itself
+        self._scale = 1.0
         for name in ("attention_scaling", "full_attention_attention_scaling"):
             if hasattr(self._embedding, name):
-                setattr(self._embedding, name, 1.0)
+                self._scale = getattr(self._embedding, name) if own_scale else 1.0
+                setattr(self._embedding, name, self._scale)
 
     def set(self, inv_freq: torch.Tensor) -> None:
         """Takes the inverse frequencies [d/2]."""
@@ -82,6 +87,7 @@ class Rotation:
         cos, sin = self.cos_sin(first, x.shape[-2])
         if cos.dim() == 4:  # of three equal positions
             cos, sin = cos[0], sin[0]
+        cos, sin = cos / self._scale, sin / self._scale  # the model has multiplied the keys already
         turned = self._apply(x[..., : self._width], x[..., : self._width], cos, -sin if back else sin)[1]
         return torch.cat((turned, x[..., self._width :]), dim=-1)
 
@@ -112,7 +118,11 @@ class Reference:
 
     def __init__(self, model: transformers.PreTrainedModel, tables: Tables) -> None:
         self.model, self.tables, self.length, self._config = model, tables, 0, model.config.get_text_config()
-        self._layers, self._rotation, self._cache = tabled_layers(self._config), Rotation(model), new_cache(model)
+        self._layers, self._rotation, self._cache = (
+            tabled_layers(self._config),
+            Rotation(model, tables.attn_scale is None),
+            new_cache(model),
+        )
         self._update, self._cache.update = self._cache.update, self._rotated_update
 
     def _rotated_update(self, keys: torch.Tensor, values: torch.Tensor, layer: int, *args: Any, **kwargs: Any) -> Any:
