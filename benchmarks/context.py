@@ -34,7 +34,7 @@ class Model(low_level.Model):
     def __init__(self, path: str | os.PathLike[str], n_gpu_layers: int = 0) -> None:
         if not Path(path).is_file():
             raise FileNotFoundError(f"{path}: no such model file")
-        super().__init__(path, n_gpu_layers, use_mmap=False)
+        super().__init__(path, n_gpu_layers, load_mode=llama_cpp.LLAMA_LOAD_MODE_NONE)
 
 
 class Context(low_level.Context):
