@@ -7,6 +7,7 @@ same whichever of them is installed. What is accepted was compared with the grap
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -1358,6 +1359,7 @@ model.layers.{i}.linear_attn.out_proj.weight             h W
             **dict.fromkeys(("attention_bias", "mlp_bias", "projectors_bias", "mamba_proj_bias"), (False,)),
             "mamba_norm_before_gate": (False,),
             "mamba_conv_bias": (True,),
+            "time_step_limit": (None, [0.0, math.inf], [0.0, {"__float__": "Infinity"}]),  # as release 5 writes it
         },
         """
 model.embed_tokens.weight                                v h
