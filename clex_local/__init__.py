@@ -6,7 +6,8 @@ import it before ``llama_cpp``.
 ``open_model`` loads a file with a context that its tables and the memory hold; ``Llama``, which it gives, is
 llama-cpp-python's class with every argument of it, and an ``on_prefill`` that is told of a prompt's progress.
 ``Session`` is a conversation with a model, ``inspect`` tells what is in a file, and ``install`` gives our class to
-frameworks that make ``llama_cpp.Llama`` themselves. What a person can mend is a ``ClexError``; its kinds are here too.
+frameworks that make ``llama_cpp.Llama`` themselves. ``serve`` answers other programs over HTTP. What a person can mend
+is a ``ClexError``; its kinds are here too.
 """
 
 from __future__ import annotations
@@ -33,6 +34,9 @@ if TYPE_CHECKING:
     from clex_local.run_options import RunOptions
     from clex_local.sampler import SamplingError
     from clex_local.sampling import Sampling
+    from clex_local.serve_options import ServeOptions
+    from clex_local.server import Server, ServerError
+    from clex_local.serving import serve
     from clex_local.session import Answer, PromptTooLong, Session
     from clex_local.settings import Settings
     from clex_local.tables import ContextError, NewerVersionError, TablesError
@@ -59,6 +63,9 @@ _MODULES = {
     "run_options": ["RunOptions"],
     "sampler": ["SamplingError"],
     "sampling": ["Sampling"],
+    "serve_options": ["ServeOptions"],
+    "server": ["Server", "ServerError"],
+    "serving": ["serve"],
     "session": ["Answer", "PromptTooLong", "Session"],
     "tables": ["ContextError", "NewerVersionError", "TablesError"],
     "templates": ["TemplateError", "TextError"],
@@ -88,6 +95,9 @@ __all__ = [
     "RunOptions",
     "Sampling",
     "SamplingError",
+    "ServeOptions",
+    "Server",
+    "ServerError",
     "Session",
     "Settings",
     "StateError",
@@ -100,6 +110,7 @@ __all__ = [
     "install",
     "library_path",
     "open_model",
+    "serve",
 ]
 
 use_library()

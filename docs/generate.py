@@ -21,7 +21,7 @@ CLI, ARCHITECTURE = ROOT / "docs" / "cli.md", ROOT / "docs" / "architecture.md"
 HEAD = """# Commands
 
 Made from the commands themselves by `python -m docs.generate`. What they are for: [converting](convert.md),
-[chatting](chat.md), [inspecting](inspect.md), [evaluating](clex-eval.md), [training](train.md).
+[chatting](chat.md), [serving](serve.md), [inspecting](inspect.md), [evaluating](clex-eval.md), [training](train.md).
 """
 TREE = re.compile(r"(?<=<!-- tree -->\n).*?(?=<!-- end of tree -->)", re.DOTALL)
 

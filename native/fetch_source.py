@@ -19,8 +19,11 @@ from pathlib import Path
 
 NATIVE = Path(__file__).resolve().parent
 PIN = NATIVE / "llama-cpp-python.txt"
-# What the two libraries and the converter need; the rest of the tree (models, docs, tools) is 10 times as large.
-KEEP = ("cmake", "conversion", "ggml", "gguf-py", "include", "licenses", "src", "vendor", "CMakeLists.txt", "LICENSE")
+# What the libraries, the server and the converter need; the rest of the tree (models, docs) is 3 times as large.
+KEEP = {
+    *("CMakeLists.txt", "LICENSE", "cmake", "common", "conversion", "ggml", "gguf-py", "include", "licenses"),
+    *("scripts", "src", "tools", "vendor"),
+}
 STAMP = ".clex-fingerprint"  # what a prepared source was made from
 
 PINNED = ("--require-hashes", "--requirement", str(PIN))

@@ -1,0 +1,163 @@
+"""How many conversations are served at once, and how long they may be, before a model is loaded."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from clex_local.errors import ClexError
+from clex_local.gguf_file import GGUFFile
+from clex_local.memory import CELLS, ContextPlan, ModelShape, available_bytes, default_threads, plan_context
+from clex_local.model_facts import ModelFacts
+from clex_local.opening import on_this_machine, supports_gpu
+from clex_local.serve_options import PARALLEL, ServeOptions
+from clex_local.sizes import readable_size
+
+MIB = 2**20
+PROMPT_CACHE = 8 * 2**30  # the most that llama-server keeps of earlier prompts unless it is told otherwise
+_EMBEDDINGS = {"--embedding", "--embeddings", "--rerank", "--reranking"}  # options of llama-server
+LEAST_PROMPT_CACHE = 64 * MIB  # less than this is of no use
+
+
+@dataclass(frozen=True)
+class ServePlan:
+    """What is served of one model.
+
+    Attributes:
+        path: the file.
+        context: the context of one conversation, its cache for all of them.
+        parallel: conversations at once.
+        covered: tokens that the model covers.
+        method: what made its tables, None where it has none.
+        prompt_cache: bytes of main memory for earlier prompts.
+        limited: whether memory is what keeps conversations from being as long as the model covers.
+        embeddings: whether the model makes embeddings instead of text.
+    """
+
+    path: str | os.PathLike[str]
+    context: ContextPlan
+    parallel: int
+    covered: int
+    method: str | None
+    prompt_cache: int
+    limited: bool = False
+    embeddings: bool = False
+
+    def lines(self) -> list[str]:
+        """What a person wants to know, in two lines."""
+        first = f"one conversation: {self.context.n_ctx:,} tokens"
+        notes = [f"{self.method} tables by length"] if self.method else []
+        if self.context.n_ctx < self.covered:
+            notes.append(f"the model covers {self.covered:,}{', memory does not' if self.limited else ''}")
+        if notes:
+            first += f" ({', '.join(notes)})"
+        second = f"at once: {self.parallel}"
+        if self.context.kv:
+            second += f", in {readable_size(self.context.kv, memory=True)} of {self.context.kv_type} cache"
+        if self.prompt_cache:
+            second += f", and {readable_size(self.prompt_cache, memory=True)} for earlier ones"
+        return [first, second]
+
+
+def for_conversations(shape: ModelShape | None, parallel: int) -> ModelShape | None:
+    """A shape whose cache is as large as that of so many conversations."""
+    return shape and replace(shape, heads_kv=tuple(heads * parallel for heads in shape.heads_kv))
+
+
+def plan_service(path: str | os.PathLike[str], options: ServeOptions, available: int | None = None) -> ServePlan:
+    """Decide how a model is served.
+
+    Args:
+        path: a GGUF file.
+        options: what was asked for.
+        available: bytes of memory there are; None asks the system.
+
+    Raises:
+        ClexError: the file cannot be read, or does not cover ``ctx``, or memory does not hold what was asked for.
+    """
+    facts = ModelFacts.read(path)
+    facts.check_context(options.ctx)
+    layers = on_this_machine(options).n_gpu_layers or 0
+    if available is None:
+        available = available_bytes()
+    weights = os.path.getsize(path)
+    with GGUFFile(path) as file:
+        embeddings = bool(file.get(f"{file.get('general.architecture')}.pooling_type"))
+
+    def plan(parallel: int) -> ContextPlan:
+        return plan_context(
+            for_conversations(facts.shape, parallel),
+            facts.maximum,
+            options.ctx,
+            kv_type=options.kv_type,
+            flash_attn=options.flash_attn,
+            batch=options.batch,
+            n_gpu_layers=layers if supports_gpu() else 0,
+            weights=weights + min(PROMPT_CACHE, available // 8),
+            available=available,
+        )
+
+    parallel, context = _plan_parallel(plan, options, facts.maximum)
+    left = available * 3 // 4 - weights - context.needed
+    prompt_cache = min(PROMPT_CACHE, left // 2)
+    return ServePlan(
+        path,
+        context,
+        parallel,
+        facts.maximum,
+        facts.tables.method if facts.tables else None,
+        prompt_cache if prompt_cache >= LEAST_PROMPT_CACHE else 0,
+        limited=options.ctx is None and context.n_ctx < facts.maximum,
+        embeddings=embeddings,
+    )
+
+
+def _plan_parallel(plan: Callable[[int], ContextPlan], options: ServeOptions, maximum: int) -> tuple[int, ContextPlan]:
+    """Conversations at once with their context: as many as were asked for, or as have all that was asked of one."""
+    if options.parallel is not None:
+        return options.parallel, plan(options.parallel)
+    for parallel in range(PARALLEL, 1, -1):
+        try:
+            found = plan(parallel)
+        except ClexError:  # memory does not hold them; what else is wrong is said of one
+            continue
+        if options.ctx is not None or found.n_ctx == maximum:
+            return parallel, found
+    return 1, plan(1)
+
+
+def server_settings(plan: ServePlan, options: ServeOptions) -> dict[str, str]:
+    """The options of llama-server, without their dashes, that serve a model as planned; flags have the value ``""``."""
+    context = plan.context
+    threads = options.threads or default_threads()
+    cells = -(-context.n_ctx // CELLS) * CELLS  # of one conversation, as llama.cpp rounds it
+    settings = {
+        "model": os.path.abspath(plan.path),
+        "alias": Path(plan.path).stem,
+        "parallel": str(plan.parallel),
+        "ctx-size": str(cells * plan.parallel),
+        "kv-unified-per-slot": str(context.n_ctx),
+        "cache-type-k": context.kv_type,
+        "cache-type-v": context.kv_type,
+        "flash-attn": "on" if context.flash_attn else "off",
+        "batch-size": str(options.batch),
+        "ubatch-size": str(options.batch),
+        "threads": str(threads),
+        "threads-batch": str(options.threads_batch or threads),
+        "seed": str(options.seed),
+        "cache-ram": str(plan.prompt_cache // MIB),
+        # Each conversation has a context of its own: what is idle in one takes no room from others.
+        "no-cache-idle-slots": "",
+        "fit": "off",
+    }
+    if supports_gpu():
+        layers = on_this_machine(options).n_gpu_layers or 0
+        settings["n-gpu-layers"] = "all" if layers < 0 else str(layers)
+    if plan.embeddings:
+        settings["embeddings"] = ""
+    if plan.embeddings or not _EMBEDDINGS.isdisjoint(options.server_args):
+        # In caches of their own, texts of different lengths are computed in parts, of which llama.cpp pools the last.
+        settings["kv-unified"] = ""
+    return settings
