@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -198,8 +199,12 @@ def test_an_architecture_without_factors_refuses_other_tables(golden_gguf, tmp_p
     wanted = (
         r"no frequency factors for the architecture phi2, only for llama, mistral3, phi3, .*; of the tables of clex"
     )
-    with pytest.raises(ConvertError, match=wanted):
+    with pytest.raises(ConvertError, match=wanted) as refused:
         convert(golden_gguf("phi2"), tmp_path / "m.gguf", bake=SECOND)
+    advised = re.findall(r"`method='(\w+)'`", str(refused.value))
+    assert advised == ["ntk", "linear"]
+    for method in advised:
+        convert(golden_gguf("phi2"), tmp_path / f"{method}.gguf", bake=SECOND, method=method, check="none")
     bake(golden_gguf("phi2"), PLAIN, tmp_path / "plain.gguf")
 
 

@@ -143,9 +143,11 @@ def _series(inv_freq: npt.NDArray[np.float64], architecture: str, method: str) -
     slope, start = np.polyfit(steps, logs, 1) if inv_freq.size > 1 else (math.nan, math.nan)
     if not np.allclose(np.exp(start + slope * steps), inv_freq, rtol=_EXACT, atol=0):
         able = [row.name for row in architectures.with_tables() if row.factor_tensors]
+        # On top of a scaling of the model's own these have no series either.
+        advice = "" if method in ("ntk", "linear") else "; pass `method='ntk'` or `method='linear'`, which need none"
         raise ConvertError(
             f"`bake`: stock llama.cpp takes no frequency factors for the architecture {architecture}, only for "
-            f"{architectures.shortened(able)}; of the tables of {method}, this one cannot be had without them"
+            f"{architectures.shortened(able)}; of the tables of {method}, this one cannot be had without them{advice}"
         )
     keys: dict[str, Any] = {f"{architecture}.rope.freq_base": np.float32(math.exp(-slope * inv_freq.size))}
     if abs(start) > _EXACT:
