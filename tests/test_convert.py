@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file
 import clex_convert
 from clex_convert import cli, file_types, ode, weights
 from clex_local.gguf_file import GGUFFile
+from clex_local.sizes import readable_size
 from clex_local.tables import read_tables
 from helpers.gguf_maker import MODEL, TENSORS, gguf_bytes
 
@@ -413,7 +414,7 @@ def test_the_command_prints_the_buckets_and_the_file(tmp_path: Path) -> None:
     assert lines[1].split() == ["1", "1", "64"]
     assert "..." in lines[-4]
     assert lines[-3].split() == ["20", "20", "1280"]
-    assert lines[-2].startswith(f"{out}: copy, method ntk, 0.0 MB, ")
+    assert lines[-2].startswith(f"{out}: copy, method ntk, {readable_size(out.stat().st_size)}, ")
     assert lines[-1] == f"SHA-256 {hashlib.sha256(out.read_bytes()).hexdigest()}"
     assert result.stderr == ""
 

@@ -20,10 +20,10 @@ from rich.table import Table
 from clex_convert.convert import ConversionResult, convert
 from clex_convert.methods import converter_version
 from clex_convert.options import ConvertOptions
-from clex_convert.output import megabytes
 from clex_convert.sizes import Size, sizes
 from clex_local.command import SETTINGS, Command, Lines, say
 from clex_local.command_options import options_from
+from clex_local.sizes import readable_size
 
 
 @click.command("clex-convert", cls=Command, context_settings=SETTINGS)
@@ -35,8 +35,9 @@ from clex_local.command_options import options_from
 def main(source: Path, output: Path | None, dry_run: bool, options: ConvertOptions) -> None:
     """Convert SOURCE to OUT.gguf with the frequency tables that let it read past its original context.
 
-    SOURCE is a Hugging Face model folder with a CLEX layer, or an existing GGUF file, to which tables are added (of a
-    split one any part); or a model of the Hugging Face hub, as org/name, org/name@revision or org/name/file.gguf.
+    SOURCE is a Hugging Face model folder, with a CLEX layer or without; or an existing GGUF file, to which tables are
+    added (of a split one any part); or a model of the Hugging Face hub, as org/name, org/name@revision or
+    org/name/file.gguf.
     """
     if output is None and not dry_run:
         raise click.UsageError("Missing argument 'OUT.gguf'.")
@@ -49,8 +50,8 @@ def main(source: Path, output: Path | None, dry_run: bool, options: ConvertOptio
             if output is None or dry_run:
                 _show_sizes(sizes(source, **vars(options)))
             else:
-                with _bars(output, options) as shown:
-                    result = convert(source, output, **vars(shown))
+                with _bars(output, options) as watched:
+                    result = convert(source, output, **vars(watched))
                 _show(result)
     except KeyboardInterrupt:
         raise KeyboardInterrupt("nothing was written") from None
@@ -79,7 +80,7 @@ def _bars(output: Path, options: ConvertOptions) -> Iterator[ConvertOptions]:
 
     def expected(size: int) -> None:
         if errors.is_terminal:
-            say(f"{output} will have {megabytes(size)}", err=True)
+            say(f"{output} will have {readable_size(size)}", err=True)
 
     try:
         yield replace(options, progress=progress, expected=expected)
@@ -117,7 +118,7 @@ def _show(result: ConversionResult) -> None:
         table.add_row(str(index + 1), f"{factor:g}", str(length))
     Console(highlight=False).print(table)
     method = tables.method if result.baked is None else f"{tables.method} baked for {result.baked} tokens"
-    say(f"{result.path}: {result.outtype}, method {method}, {megabytes(result.size)}, {result.seconds:.1f} s")
+    say(f"{result.path}: {result.outtype}, method {method}, {readable_size(result.size)}, {result.seconds:.1f} s")
     say(f"SHA-256 {result.sha256}")
     if result.divergence is not None:
         found = result.divergence
@@ -136,6 +137,6 @@ def _show_sizes(found: list[Size]) -> None:
     table.add_column("", justify="right")
     table.add_column("")
     for size in found:
-        numbers = ("-", "") if size.size is None else (str(size.size), megabytes(size.size))
+        numbers = ("-", "") if size.size is None else (str(size.size), readable_size(size.size))
         table.add_row(size.outtype, *numbers, size.note)
     Console(highlight=False, soft_wrap=True).print(table)

@@ -13,11 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from clex_convert.errors import ConvertError, rename, writing
-
-
-def megabytes(count: int) -> str:
-    """A number of bytes for people."""
-    return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"
+from clex_local.sizes import readable_size
 
 
 class Output:
@@ -106,8 +102,8 @@ class Output:
             return
         if needed > free:
             raise ConvertError(
-                f"{self.path}: needs {megabytes(needed)} of disk while it is made, {self.path.parent} has "
-                f"{megabytes(free)} free; make room first"
+                f"{self.path}: needs {readable_size(needed)} of disk while it is made, {self.path.parent} has "
+                f"{readable_size(free)} free; make room first"
             )
 
     def discard(self, path: Path) -> None:
