@@ -177,11 +177,6 @@ def _check_range(key: str, values: FloatArray, limits: tuple[np.float32, np.floa
         raise TablesError(f"{key} must be {rule}, but bucket {row} holds {value}")
 
 
-def rope_dimension_count(file: GGUFFile) -> int | None:
-    """Rotary dimension of a model's heads, found as llama.cpp finds it; None if the file does not say."""
-    return ModelKeys(file).rope_dimension
-
-
 def read_tables(path: str | os.PathLike[str]) -> Tables | None:
     """Reads and checks the tables of a GGUF file; only its header is read.
 

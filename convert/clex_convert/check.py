@@ -15,6 +15,7 @@ from clex_convert.errors import ConvertError, NotFiniteError, disk_full
 from clex_convert.rope_metadata import RopeMetadata
 from clex_local.errors import ClexError
 from clex_local.gguf_file import GGUFFile
+from clex_local.model_keys import ModelKeys
 from clex_local.tables import read_tables, tables_of
 
 CHECKS = ("none", "basic", "full")
@@ -108,8 +109,7 @@ def check_metadata(path: Path, metadata: RopeMetadata) -> None:
     try:
         with GGUFFile(path) as file:
             tables_of(file)
-            context = f"{file.get('general.architecture')}.context_length"
-            wanted = {context: np.uint32(metadata.context_length), **metadata.keys}
+            wanted = {ModelKeys(file).key("context_length"): np.uint32(metadata.context_length), **metadata.keys}
             given = {key: file.get(key) for key in file.keys() if key in wanted or key.startswith("clex.")}  # noqa: SIM118
     except ClexError as error:
         reason = str(error).removeprefix(f"{path}: ")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,19 +22,12 @@ from clex_local import architectures
 from clex_local.baked import baked_in
 from clex_local.cache_kinds import has_windows
 from clex_local.errors import ClexError, escaped
-from clex_local.model_keys import ModelKeys
-from clex_local.tables import (
-    MAX_DIMENSION,
-    Tables,
-    TablesError,
-    rope_dimension_count,
-    tables_of,
-)
+from clex_local.model_keys import DEFAULT_BASE, ModelKeys
+from clex_local.tables import MAX_DIMENSION, Tables, TablesError, tables_of
 
 _F32, _F16, _BF16 = 0, 1, 30  # ggml_type
 _FLOATS = {_F32, _F16, _BF16}
 _CHUNK = 8 << 20  # bytes
-_DEFAULT_BASE = 10000.0  # llama.cpp's, where the key is absent
 
 
 class GGUFSource:
@@ -44,6 +36,7 @@ class GGUFSource:
     Attributes:
         path: the file, or the part of a split model, that was given.
         file: the header that holds the model's keys.
+        keys: those of them under the name of its architecture.
         paths: the files that the model consists of.
         tensors: where the data of its tensors lie.
         gguf_architecture: its architecture's name in GGUF.
@@ -68,6 +61,7 @@ class GGUFSource:
         self.path = path
         parts = open_parts(path)
         self.file, self.paths = parts[0], [part.path for part in parts]
+        self.keys = ModelKeys(self.file)
         self.tensors: list[TensorData] = [tensor for part in parts for tensor in tensors_of(part)]
         for part in parts[1:]:
             part.close()
@@ -113,20 +107,19 @@ class GGUFSource:
             raise ConvertError(f"{self.path}: {what}, not a model")
         return architecture
 
-    def _number(self, key: str) -> int | float | None:
-        value = self.file.get(f"{self.gguf_architecture}.{key}")
-        if value is None:
-            return None
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
-            raise ConvertError(f"{self.path}: {self.gguf_architecture}.{key} must be a number, not {str(value)[:40]!r}")
-        return value
+    def _number(self, name: str, default: float | None = None) -> float | None:
+        """Value of a key that must be a number where it is there."""
+        number, value = self.keys.number(name, default), self.keys.get(name)
+        if number is None and value is not None:
+            raise ConvertError(f"{self.path}: {self.keys.key(name)} must be a number, not {str(value)[:40]!r}")
+        return number
 
     def _floats(self, name: str) -> tuple[float, ...] | None:
         """Values of a tensor of frequency factors; None if the file has none of this name."""
         info = next((tensor for tensor in self.tensors if tensor.name == name), None)
         if info is None:
             return None
-        half = (rope_dimension_count(self.file) or 0) // 2
+        half = (self.keys.rope_dimension or 0) // 2
         if info.type != _F32 or info.shape != (half,):
             raise ConvertError(f"{self.path}: the tensor {name} must hold {half} f32 values, one for each frequency")
         assert isinstance(info.source, Path)  # those in memory are tensors to be written
@@ -139,9 +132,7 @@ class GGUFSource:
 
     def _read_scaling(self, context: int, dim: int, rope_scaling: Mapping[str, Any] | None) -> Scaling:
         if rope_scaling is None:
-            prefix = f"{self.gguf_architecture}."
-            names = (name.removeprefix(prefix) for name in self.file.keys() if name.startswith(f"{prefix}rope.scal"))  # noqa: SIM118
-            keys = {name: self.file.get(prefix + name) for name in names}
+            keys = {name: self.keys.get(name) for name in self.keys.names("rope.scal")}
             return read_gguf_scaling(keys, self._floats, str(self.path), context=context)
         tensor = next((tensor.name for tensor in self.tensors if tensor.name in FREQUENCY_TENSORS), None)
         if tensor is not None:
@@ -152,31 +143,30 @@ class GGUFSource:
         return read_scaling(rope_scaling, "`rope_scaling`", context=context, dim=dim)
 
     def _read_rope(self, rope_scaling: Mapping[str, Any] | None) -> SourceRope:
-        dim, context = rope_dimension_count(self.file), self._number("context_length")
+        dim, context = self.keys.rope_dimension, self._number("context_length")
         if not dim:
-            raise ConvertError(f"{self.path}: the key {self.gguf_architecture}.rope.dimension_count is missing")
+            raise ConvertError(f"{self.path}: the key {self.keys.key('rope.dimension_count')} is missing")
         if dim % 2 or not 4 <= dim <= MAX_DIMENSION:
             raise ConvertError(f"{self.path}: the rotary dimension must be even and 4 to {MAX_DIMENSION}, not {dim}")
         if not isinstance(context, int) or not 0 < context < 2**31:
-            raise ConvertError(f"{self.path}: the key {self.gguf_architecture}.context_length is missing or unusable")
-        base = self._number("rope.freq_base")
+            raise ConvertError(f"{self.path}: the key {self.keys.key('context_length')} is missing or unusable")
         facts: dict[str, Any] = {"architecture": self.gguf_architecture, "context_length": context}
         facts["name"] = str(self.file.get("general.name", ""))
-        base = _DEFAULT_BASE if base is None else float(base)
-        if base <= 1:
+        base = self._number("rope.freq_base", DEFAULT_BASE)
+        if base is None or base <= 1:
             raise ConvertError(f"{self.path}: the RoPE base (rope_theta) must be above 1, not {base}")
         scaling = self._read_scaling(context, dim, rope_scaling)
         if scaling.kind != "default":
             said = {key: value for key, value in vars(scaling).items() if value != getattr(Scaling, key)}
             facts["rope_scaling"] = said
-        windowed = has_windows(ModelKeys(self.file))
-        return SourceRope(dim, self._head_dim() or dim, base, context, OdeSettings(), facts, scaling, windowed)
+        windowed = has_windows(self.keys)
+        return SourceRope(dim, self._head_dim() or dim, float(base), context, OdeSettings(), facts, scaling, windowed)
 
     def _head_dim(self) -> int | None:
         # As llama.cpp finds it.
         if length := self._number("attention.key_length"):
             return int(length)
-        heads = self.file.get(f"{self.gguf_architecture}.attention.head_count")
+        heads = self.keys.get("attention.head_count")
         if hasattr(heads, "__len__"):  # of each layer
             return None
         width, heads = self._number("embedding_length"), self._number("attention.head_count")
@@ -193,7 +183,7 @@ class GGUFSource:
         if 0 < (window or 0) < context:
             raise ConvertError(
                 f"{self.path}: layers attend to the last {window:g} tokens only "
-                f"({self.gguf_architecture}.attention.sliding_window), which cannot be combined with tables, and the "
+                f"({self.keys.key('attention.sliding_window')}), which cannot be combined with tables, and the "
                 f"result is to have {context} tokens"
             )
 
@@ -236,7 +226,7 @@ class GGUFSource:
             for key in self.file.keys():  # noqa: SIM118
                 if key.startswith("split.") or metadata.replaces(key):
                     writer.header.remove(key)
-            context = {f"{self.gguf_architecture}.context_length": np.uint32(metadata.context_length)}
+            context = {self.keys.key("context_length"): np.uint32(metadata.context_length)}
             writer.set({**context, **metadata.keys})
             for tensor in self.tensors:
                 if not metadata.replaces(tensor.name):
