@@ -49,7 +49,6 @@ format: $(READY)
 
 docs: $(NATIVE) ## write anew what pages take from the code: commands, files, architectures
 	$(BIN)/python -m docs.generate
-	$(BIN)/python tests/test_architecture_list.py
 
 site: $(NATIVE) ## the pages and the API as a static site in build/site; a warning is an error
 	$(BIN)/sphinx-build -q -E -W --keep-going -c docs -d build/site-doctrees -b html . build/site

@@ -1,6 +1,6 @@
-"""Writes what the pages take from the code: `docs/cli.md` from the commands, the tree of `docs/architecture.md`.
+"""Writes what the pages take from the code: options of commands, files and architectures.
 
-``python -m docs.generate`` writes both anew; the tests compare.
+``python -m docs.generate`` writes them anew; the tests compare.
 """
 
 from __future__ import annotations
@@ -9,14 +9,18 @@ import ast
 import importlib
 import re
 import subprocess
+import textwrap
 from collections.abc import Iterator
 from email.parser import HeaderParser
 from pathlib import Path
 
 import click
 
+from clex_local.architectures import families, table
+
 ROOT = Path(__file__).parent.parent
-CLI, ARCHITECTURE = ROOT / "docs" / "cli.md", ROOT / "docs" / "architecture.md"
+README, CLI = ROOT / "README.md", ROOT / "docs" / "cli.md"
+ARCHITECTURE, ARCHITECTURES = ROOT / "docs" / "architecture.md", ROOT / "docs" / "architectures.md"
 
 HEAD = """# Commands
 
@@ -24,6 +28,7 @@ Made from the commands themselves by `python -m docs.generate`. What they are fo
 [chatting](chat.md), [serving](serve.md), [inspecting](inspect.md), [evaluating](clex-eval.md), [training](train.md).
 """
 TREE = re.compile(r"(?<=<!-- tree -->\n).*?(?=<!-- end of tree -->)", re.DOTALL)
+LIST = re.compile(r"(?<=<!-- architectures -->\n).*?(?=\n<!-- end of architectures -->)", re.DOTALL)
 
 # Folders that hold one thing in many files, and files that have no comment to take a line from.
 FOLDERS = {
@@ -81,6 +86,21 @@ def _section(name: str, command: click.Command) -> str:
             meaning = re.sub(r"(; | \[)[-\d<=]*x[<>][^\]]*\]", lambda m: "]" if m[1] == "; " else "", meaning)
             rows.append(f"| `{names}` | {meaning} |")
     return "\n".join([f"\n## {name}\n", f"`{name} {usage}`\n", *(f"{text}\n" for text in paragraphs), *rows, ""])
+
+
+def readme() -> str:
+    """The text of `README.md`, with the architectures there are."""
+    items = (
+        f"Tables by length: {families()} ([which classes, and what was compared](docs/architectures.md)).",
+        f"A CLEX layer of its own (`clex-train`): {families(trained=True)}.",
+    )
+    lines = [textwrap.fill(f"* {item}", 120, subsequent_indent="  ", break_on_hyphens=False) for item in items]
+    return LIST.sub(lambda _: "\n".join(lines), README.read_text(encoding="utf-8"))
+
+
+def architectures() -> str:
+    """The text of `docs/architectures.md`, with the table of those there are."""
+    return LIST.sub(lambda _: table(), ARCHITECTURES.read_text(encoding="utf-8"))
 
 
 def tree() -> str:
@@ -146,10 +166,13 @@ def architecture() -> str:
     return TREE.sub(lambda _: tree(), ARCHITECTURE.read_text(encoding="utf-8"))
 
 
+PAGES = {README: readme, CLI: cli, ARCHITECTURE: architecture, ARCHITECTURES: architectures}
+
+
 def main() -> None:
-    """Write both pages."""
-    CLI.write_text(cli(), encoding="utf-8")
-    ARCHITECTURE.write_text(architecture(), encoding="utf-8")
+    """Write the pages."""
+    for page, text in PAGES.items():
+        page.write_text(text(), encoding="utf-8")
 
 
 if __name__ == "__main__":
