@@ -9,7 +9,7 @@ import os
 import sys
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 import llama_cpp
 
@@ -20,6 +20,8 @@ from clex_local.model_facts import ModelFacts
 from clex_local.settings import TYPE_NAMES
 
 Function = TypeVar("Function", bound=Callable[..., Any])
+Arguments = ParamSpec("Arguments")
+Result = TypeVar("Result")
 
 _NAMES = [name for name in inspect.signature(llama_cpp.Llama.__init__).parameters if name not in ("self", "kwargs")]
 _OWN = ["prefix_reuse", "policy", "clamp"]
@@ -104,6 +106,18 @@ def names_every_argument(constructor: Function) -> Function:
     parameters = [argument for argument in own.parameters.values() if argument.kind is not argument.VAR_KEYWORD]
     constructor.__dict__["__signature__"] = own.replace(parameters=[*parameters, *named])
     return constructor
+
+
+def with_arguments_of(
+    theirs: Callable[Arguments, Result],
+) -> Callable[[Callable[..., Any]], Callable[Arguments, Result]]:
+    """Decorates a method that hands its arguments on to the bindings': ``help`` and editors show theirs by name."""
+
+    def decorate(method: Callable[..., Any]) -> Callable[Arguments, Result]:
+        method.__dict__["__signature__"] = inspect.signature(theirs)
+        return method
+
+    return decorate
 
 
 def checked(given: BindingsArguments) -> dict[str, Any]:

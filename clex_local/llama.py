@@ -31,6 +31,7 @@ from clex_local.arguments import (
     context_warning,
     file_path,
     names_every_argument,
+    with_arguments_of,
 )
 from clex_local.chat_formats import ChatFormats
 from clex_local.clex_state import ClexState, too_long
@@ -115,8 +116,9 @@ class Llama(Completions, ChatFormats):
         n_threads_batch: threads for prompts; None takes as many as for single tokens.
         verbose: print llama.cpp's log to stderr, and what was chosen. Its debug lines take the environment's
             ``LLAMA_CLEX_LOG_DEBUG``.
-        **kwargs: every other argument of llama-cpp-python's ``Llama``, but those that rotate keys otherwise
-            (``rope_freq_base``, ``yarn_ext_factor`` ...) where a file has tables.
+
+    Every other argument is llama-cpp-python's; those that rotate keys otherwise (``rope_freq_base``,
+    ``yarn_ext_factor`` ...) are refused where a file has tables.
 
     It can be used in ``with``, and by several threads: calls wait for each other, as ``Turn`` describes.
 
@@ -333,10 +335,12 @@ class Llama(Completions, ChatFormats):
         self._requires_eval = False
 
     @_reading
+    @with_arguments_of(llama_cpp.Llama.sample)
     def sample(self, *args: Any, **kwargs: Any) -> int:
         """As llama-cpp-python's."""
         return super().sample(*args, **kwargs)
 
+    @with_arguments_of(llama_cpp.Llama.generate)
     def generate(self, tokens: Sequence[int], *args: Any, **kwargs: Any) -> Generator[int, Sequence[int] | None, None]:
         """As llama-cpp-python's; with ``prefix_reuse="exact"``, only what a one-shot prefill would give is reused.
 
@@ -354,15 +358,15 @@ class Llama(Completions, ChatFormats):
         return (yield from super().generate(tokens, *args, **kwargs))
 
     @_in_turn
+    @with_arguments_of(llama_cpp.Llama.create_chat_completion)
     def create_chat_completion(self, *args: Any, **kwargs: Any) -> Any:
         """As llama-cpp-python's."""
         # Handlers of images evaluate before they complete.
         return super().create_chat_completion(*args, **kwargs)
 
     def _create_completion(self, *args: Any, **kwargs: Any) -> Generator[Any, None, None]:
-        with self._turn.take(
-            reading=True
-        ):  # what a chat in another thread keeps for its completion is not for this one
+        # What a chat in another thread keeps for its completion is not for this one.
+        with self._turn.take(reading=True):
             steps: Any = super()._create_completion(*args, **kwargs)
         # From the prompt cache that is looked into to the state that is put there, one text is computed.
         return self._turn.stream(steps)

@@ -71,6 +71,15 @@ def test_llama_shows_the_arguments_of_the_bindings_and_ours():
     assert not any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in ours.values())
 
 
+def test_methods_show_the_arguments_of_the_bindings():
+    methods = [name for name in dir(clex_local.Llama) if not name.startswith("_") and hasattr(llama_cpp.Llama, name)]
+    methods = [name for name in methods if inspect.isfunction(getattr(clex_local.Llama, name))]
+    assert {"create_completion", "create_chat_completion", "generate", "sample", "embed"} <= set(methods)
+    for name in methods:
+        ours, theirs = (inspect.signature(getattr(of, name)) for of in (clex_local.Llama, llama_cpp.Llama))
+        assert list(ours.parameters) == list(theirs.parameters), name
+
+
 def test_the_types_of_llamas_arguments_are_all_written_down():
     assert clex_local.Llama
     from clex_local.bindings_arguments import BindingsArguments
