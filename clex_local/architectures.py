@@ -72,8 +72,11 @@ def _others(names: str, **facts: Any) -> Iterable[Architecture]:
 
 _ROWS = (
     _trained(
-        *("llama", "Llama, Mistral, Mixtral, SmolLM, TinyLlama"),
-        *("LlamaForCausalLM", "MistralForCausalLM", "MixtralForCausalLM"),
+        "llama",
+        "Llama, Mistral, Mixtral, SmolLM, TinyLlama",
+        "LlamaForCausalLM",
+        "MistralForCausalLM",
+        "MixtralForCausalLM",
         factor_tensors=_FREQS,
     ),
     # Its folders all ask for YaRN.

@@ -10,18 +10,9 @@ import click
 
 from clex_local.command_options import in_options
 from clex_local.errors import LONGEST, ClexError, escaped, shown
-from clex_local.options import json_object
 
 INTERRUPTED = 130  # what a shell reports for a command that Ctrl-C ended
 SETTINGS = {"help_option_names": ["-h", "--help"], "max_content_width": 100, "show_default": True}
-
-
-def rope_scaling(context: click.Context, option: click.Parameter, text: str | None) -> dict[str, Any] | None:
-    """The value of an option --rope-scaling: a JSON object."""
-    try:
-        return None if text is None else json_object(text)
-    except ValueError as error:
-        raise click.BadParameter(str(error)) from None
 
 
 def say(text: str, *, err: bool = False) -> None:

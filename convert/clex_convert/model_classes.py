@@ -15,7 +15,12 @@ from typing import Any
 # llama.cpp has one function for the kinds of GELU, whose values differ by less than its own table is exact.
 _SILU = ("silu", "swish")
 _GELU = (
-    *("gelu", "gelu_new", "gelu_fast", "gelu_pytorch_tanh", "gelu_python", "gelu_python_tanh"),
+    "gelu",
+    "gelu_new",
+    "gelu_fast",
+    "gelu_pytorch_tanh",
+    "gelu_python",
+    "gelu_python_tanh",
     "gelu_accurate",
 )
 

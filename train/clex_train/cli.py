@@ -9,6 +9,7 @@ from pathlib import Path
 
 import click
 
+from clex_local.architectures import families
 from clex_local.command import SETTINGS, Command, say
 from clex_local.command_options import options_from
 from clex_local.errors import ClexError
@@ -17,7 +18,12 @@ from clex_train.options import TrainOptions
 _PATH = click.Path(path_type=Path)
 
 
-@click.command("clex-train", cls=Command, context_settings=SETTINGS)
+@click.command(
+    "clex-train",
+    cls=Command,
+    context_settings=SETTINGS,
+    epilog=f"A CLEX layer can be added to {families(trained=True)}.",
+)
 @click.version_option(package_name="clex-local")
 @click.argument("model", type=_PATH)
 @click.argument("output", metavar="OUT", type=_PATH)
@@ -25,8 +31,8 @@ _PATH = click.Path(path_type=Path)
 def main(model: Path, output: Path, options: TrainOptions) -> None:
     """Train MODEL with a CLEX layer to read far beyond its original context, and save it in the folder OUT.
 
-    MODEL is a Hugging Face folder (LLaMA, Mistral, Mixtral, GPT-NeoX, Phi, Qwen2, Qwen3), with a CLEX layer or without.
-    OUT is one as well, which clex-convert and the code of CLEX's authors read. Runs under torchrun, too.
+    MODEL is a Hugging Face folder, with a CLEX layer or without. OUT is one as well, which clex-convert and the code of
+    CLEX's authors read. Runs under torchrun, too.
     """
     # Before transformers and datasets are imported; their own lines and bars are of no use here.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
