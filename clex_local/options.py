@@ -112,13 +112,18 @@ class _TakesOptions(Generic[Keywords, Options]):
         signature = inspect.signature(function)
         *own, last = signature.parameters.values()
         keywords = inspect.signature(self._options).parameters
+        taken = signature.replace(parameters=[*own, *keywords.values()])
 
         @functools.wraps(function)
         def call(*args: Any, **given: Any) -> Any:
+            try:
+                taken.bind(*args, **given)
+            except TypeError as error:  # of this function, not of the dataclass that its caller does not see
+                raise TypeError(f"{function.__name__}() {error}") from None
             options = {name: given.pop(name) for name in keywords if name in given}
             return function(*args[: len(own)], **given, **{last.name: self._options(*args[len(own) :], **options)})
 
-        call.__dict__["__signature__"] = signature.replace(parameters=[*own, *keywords.values()])
+        call.__dict__["__signature__"] = taken
         if call.__doc__ and isinstance(self._options, type):
             call.__doc__ = inspect.cleandoc(call.__doc__).replace("    {options}", _meanings(self._options))
         return call

@@ -75,6 +75,20 @@ def test_functions_take_the_fields_as_keywords():
     assert parameters["minutes"].default == 2.5
 
 
+@pytest.mark.parametrize(
+    ("positional", "keywords", "message"),
+    [
+        (("k", 3), {}, "brew() too many positional arguments"),
+        (("k",), {"options": Brewing()}, "brew() got an unexpected keyword argument 'options'"),
+        ((), {"cups": 3}, "brew() missing a required argument: 'kettle'"),
+    ],
+)
+def test_a_wrong_call_is_said_of_the_function_and_not_of_what_it_is_made_of(positional, keywords, message):
+    with pytest.raises(TypeError) as caught:
+        brew(*positional, **keywords)
+    assert str(caught.value) == message
+
+
 def test_help_has_the_meaning_of_every_field():
     for text in (brew.__doc__, Brewing.__doc__):
         assert "leaf: Kind of leaves. Default: black where `cups` > 1." in text
