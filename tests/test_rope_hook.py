@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from clex_local import llama_clex, low_level
+from clex_local.errors import ModelError
 from clex_local.log import logged
 from helpers.low_level import ERROR, F32, Q8_0, Context, Model, refusal
 from helpers.random_architectures import KINDS, make_architecture
@@ -180,3 +181,21 @@ def test_without_tables_a_state_is_that_of_stock(load):
     front, cell = 8 + 4 + 4, 4 + 4 + 12 + 4
     positions = np.frombuffer(state, np.int32, count * cell // 4, front).reshape(count, -1)
     np.testing.assert_array_equal(positions[:, 0], range(count))
+
+
+@pytest.mark.parametrize("tables", [True, False])
+@pytest.mark.parametrize(
+    ("name", "key", "value", "says"),
+    [
+        ("gemma2", "rope.dimension_count_swa", np.uint32(0), "RoPE cannot rotate 0 of the 32 dimensions of a head"),
+        ("gemma2", "rope.dimension_count_swa", np.uint32(33), "RoPE cannot rotate 33 of the 32 dimensions of a head"),
+        ("qwen2vl", "rope.dimension_sections", np.array([0, 0, 0, 0], np.int32), "not 1 to 32"),
+        ("qwen2vl", "rope.dimension_sections", np.array([4, -4, 0, 0], np.int32), "is negative"),
+        ("qwen2vl", "rope.dimension_sections", np.array([2**30, 2**30, 6, 0], np.int32), "not 1 to 32"),
+    ],
+)
+def test_dimensions_that_rope_cannot_rotate_are_refused(tmp_path, tables, name, key, value, says):
+    path = make_architecture(tmp_path / "m.gguf", name, more={f"{name}.{key}": value}, tables=tables)
+    with logged(ERROR) as lines, pytest.raises(ModelError):
+        Model(path)
+    assert any(says in line for line in lines)

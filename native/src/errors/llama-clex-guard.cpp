@@ -1,9 +1,11 @@
 #include "llama-clex-guard.h"
 
 #include "llama-hparams.h"
+#include "llama-impl.h"
 
 #include "ggml.h"
 
+#include <array>
 #include <cmath>
 #include <cstdio>
 #include <mutex>
@@ -47,10 +49,41 @@ llama_clex_guard::~llama_clex_guard() {
     }
 }
 
+// the dimensions of a head that RoPE rotates
+static void clex_check_n_rot(uint32_t n_rot, uint32_t n_embd_head) {
+    if (n_embd_head > 0 && (n_rot == 0 || n_rot > n_embd_head || n_rot % 2 != 0)) {
+        throw std::runtime_error(format("RoPE cannot rotate %u of the %u dimensions of a head", n_rot, n_embd_head));
+    }
+}
+
+// M-RoPE: how many pairs of dimensions go by each of its positions
+static void clex_check_sections(const std::array<int, 4> & sections, uint32_t n_rot) {
+    int64_t sum = 0;
+    for (const int n : sections) {
+        if (n < 0) {
+            throw std::runtime_error("a section of RoPE's dimensions is negative");
+        }
+        sum += n;
+    }
+    if (sum == 0 || sum > n_rot) {
+        throw std::runtime_error(format("the sections of RoPE's dimensions have %lld in all, not 1 to %u", (long long) sum, n_rot));
+    }
+}
+
 void llama_clex_check_hparams(const llama_hparams & hparams) {
     for (const float eps : { hparams.f_norm_eps, hparams.f_norm_rms_eps, hparams.f_norm_group_eps }) {
         if (!std::isfinite(eps) || eps < 0.0f) {
             throw std::runtime_error("the epsilon of a norm is negative or not finite");
         }
+    }
+    if (hparams.rope_type == LLAMA_ROPE_TYPE_NONE) {
+        return;
+    }
+    clex_check_n_rot(hparams.n_rot_full, hparams.n_embd_head_k_full);
+    if (hparams.swa_type != LLAMA_SWA_TYPE_NONE) {
+        clex_check_n_rot(hparams.n_rot_swa, hparams.n_embd_head_k_swa);
+    }
+    if (hparams.rope_type == LLAMA_ROPE_TYPE_MROPE || hparams.rope_type == LLAMA_ROPE_TYPE_IMROPE) {
+        clex_check_sections(hparams.rope_sections, hparams.n_rot_full);
     }
 }
