@@ -89,6 +89,17 @@ int32_t llama_clex_cache::choose_bucket(int64_t n_tokens) const {
     return tables.bucket_for(std::min(policy == LLAMA_CLEX_POLICY_FIXED ? n_ctx : n_tokens, n_max));
 }
 
+// The lengths of sequences that are not in the batch too: those that share cells with it count, or their next decode would
+// take the keys back to their table.
+static std::vector<int64_t> clex_with_absent(const llama_clex_cache & clex, const llama_kv_cells & cells, std::vector<int64_t> lengths) {
+    for (llama_seq_id s = 0; s < LLAMA_MAX_SEQ; ++s) {
+        if (lengths[s] == 0 && cells.seq_pos_max(s) >= 0) {
+            lengths[s] = std::max<int64_t>((int64_t) cells.seq_pos_max(s) + 1, clex.seqs[s].n_declared);
+        }
+    }
+    return lengths;
+}
+
 bool llama_clex_cache::select(const llama_kv_cache & kv, llama_batch_allocr & balloc) {
     const llama_batch & batch = balloc.get_batch();
 
@@ -121,19 +132,10 @@ bool llama_clex_cache::select(const llama_kv_cache & kv, llama_batch_allocr & ba
         seqs[s].n_tokens = lengths[s];
     }
 
-    // so is the key of a cell of several sequences: those that are not in the batch count too, or their next decode
-    // would take it back to their table
+    // so is the key of a cell of several sequences
     if (kv.n_stream == 1) {
-        const auto & cells = kv.v_cells[0];
-
-        clex_join_sharers(cells, groups);
-
-        for (llama_seq_id s = 0; s < LLAMA_MAX_SEQ; ++s) {
-            if (lengths[s] == 0 && cells.seq_pos_max(s) >= 0) {
-                lengths[s] = std::max<int64_t>((int64_t) cells.seq_pos_max(s) + 1, seqs[s].n_declared);
-            }
-        }
-        lengths = groups.largest(lengths);
+        clex_join_sharers(kv.v_cells[0], groups);
+        lengths = groups.largest(clex_with_absent(*this, kv.v_cells[0], std::move(lengths)));
     }
 
     std::vector<int32_t> classes(LLAMA_MAX_SEQ, -1);

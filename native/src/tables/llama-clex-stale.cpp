@@ -18,21 +18,41 @@ static void clex_add(std::vector<llama_clex_rotation> & rotations, const llama_c
     it->pos_new.push_back(pos_new);
 }
 
+// how the key of a cell gets from its bucket to the wanted one, and by a shift to pos_new
+static void clex_add_stale(std::vector<llama_clex_rotation> & rotations, const llama_clex_kept & kept,
+        int32_t row, int32_t bucket, int32_t wanted, llama_pos pos_new, llama_pos shift) {
+    const auto * key = kept.find(row);
+
+    const llama_pos pos_old = key ? key->pos : pos_new - shift;
+
+    llama_clex_rotation kind;
+    kind.source  = !kept.enabled() ? LLAMA_CLEX_FROM_CACHE : key ? LLAMA_CLEX_FROM_KEPT : LLAMA_CLEX_FROM_CACHE_KEEP;
+    kind.from    = key ? key->bucket : bucket;
+    kind.to      = wanted;
+    kind.crosses = wanted != bucket;
+    kind.still   = kind.from == kind.to && pos_old == pos_new;
+
+    clex_add(rotations, kind, row, pos_old, pos_new);
+}
+
+// the bucket of all sequences of a ubatch, -1 where they are in several or there is no ubatch
+static int32_t clex_common_bucket(const llama_clex_cache & clex, const llama_ubatch * ubatch) {
+    int32_t res = ubatch ? clex.token_bucket(*ubatch, 0) : -1;
+    for (uint32_t i = 1; ubatch && i < ubatch->n_tokens; ++i) {
+        res = clex.token_bucket(*ubatch, i) == res ? res : -1;
+    }
+    return res;
+}
+
 std::vector<llama_clex_rotation> llama_clex_cache::pending(const llama_kv_cache & kv, const llama_ubatch * ubatch) const {
     std::vector<llama_clex_rotation> res;
 
     std::vector<bool> streams(kv.n_stream, ubatch == nullptr);
-    if (ubatch) {
-        for (uint32_t k = 0; k < ubatch->n_seqs_unq; ++k) {
-            streams[kv.seq_to_stream[ubatch->seq_id_unq[k]]] = true;
-        }
+    for (uint32_t k = 0; ubatch && k < ubatch->n_seqs_unq; ++k) {
+        streams[kv.seq_to_stream[ubatch->seq_id_unq[k]]] = true;
     }
 
-    // of the sequences of the ubatch, -1 where they are in several
-    int32_t common = ubatch ? token_bucket(*ubatch, 0) : -1;
-    for (uint32_t i = 1; ubatch && i < ubatch->n_tokens; ++i) {
-        common = token_bucket(*ubatch, i) == common ? common : -1;
-    }
+    const int32_t common = clex_common_bucket(*this, ubatch);
 
     // of the sequences of the ubatch that have the cell, which are all in one; -1 where none has it
     const auto wanted_by = [&](const llama_kv_cells & cells, uint32_t i) {
@@ -70,23 +90,7 @@ std::vector<llama_clex_rotation> llama_clex_cache::pending(const llama_kv_cache 
                 continue;
             }
 
-            const int32_t   row     = s*cells.size() + i;
-            const llama_pos pos_new = cells.pos_get(i);
-
-            llama_clex_rotation kind;
-            kind.to      = wanted;
-            kind.crosses = kind.to != from;
-
-            const auto * key = kept.find(row);
-
-            kind.source = !kept.enabled() ? LLAMA_CLEX_FROM_CACHE : key ? LLAMA_CLEX_FROM_KEPT : LLAMA_CLEX_FROM_CACHE_KEEP;
-            kind.from   = key ? key->bucket : from;
-
-            const llama_pos pos_old = key ? key->pos : pos_new - shift;
-
-            kind.still = kind.from == kind.to && pos_old == pos_new;
-
-            clex_add(res, kind, row, pos_old, pos_new);
+            clex_add_stale(res, kept, s*cells.size() + i, from, wanted, cells.pos_get(i), shift);
         }
     }
 
