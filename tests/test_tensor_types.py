@@ -33,7 +33,8 @@ for path in sys.argv[1:]:
         model = llama_cpp.llama_model_load_from_file(path.encode(), llama_cpp.llama_model_default_params())
     if model:
         class Loaded:
-            pointer, n_vocab = model, llama_cpp.llama_vocab_n_tokens(llama_cpp.llama_model_get_vocab(model))
+            path, pointer = path, model
+            n_vocab = llama_cpp.llama_vocab_n_tokens(llama_cpp.llama_model_get_vocab(model))
         with Context(Loaded, n_ctx=256) as context:
             for tokens, position in (([5, 6, 7], 0), ([8], 3)):
                 lines.append(bool(np.isfinite(context.feed(tokens, position)).all()))
