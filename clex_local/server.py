@@ -26,7 +26,7 @@ _LEVEL = re.compile(
 )  # of a line of the log, with --log-prefix
 _OTHER_PORT = "default port will be changed"  # a notice about a later llama-server
 _KEPT = 50  # lines of the log that tell why the server ended
-_PATIENCE = 20  # seconds for what is being computed to end
+_SHUTDOWN_TIMEOUT = 20  # seconds for what is being computed to end
 
 
 class ServerError(ClexError):
@@ -152,7 +152,7 @@ class Server:
         """End it; returns its exit code."""
         self.signal(signal.SIGTERM)
         try:
-            self._process.wait(_PATIENCE)
+            self._process.wait(_SHUTDOWN_TIMEOUT)
         except subprocess.TimeoutExpired:
             self._process.kill()
         code = self.wait()
