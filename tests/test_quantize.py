@@ -22,6 +22,7 @@ from clex_convert.imatrix import compute_imatrix, read_imatrix
 from clex_convert.llama_cpp_scripts import conversion_scripts
 from clex_local import Llama
 from clex_local.gguf_file import GGUFFile, tensor_types
+from clex_local.sizes import readable_size
 from helpers.gguf_maker import MODEL, _string, _value, gguf_bytes
 from helpers.low_level import Context, Model
 
@@ -131,7 +132,7 @@ def test_the_command_lists_sizes_and_writes_nothing(tmp_path: Path, wide: Path) 
     assert not list(tmp_path.iterdir())
     rows = [line.split() for line in one.stdout.splitlines()[1:]]
     (size,) = clex_convert.sizes(wide, method="ntk", outtype="q8_0")
-    assert rows == [["q8_0", str(size.size), *f"{size.size / 1e6:.1f} MB".split()]]
+    assert rows == [["q8_0", str(size.size), *readable_size(size.size).split()]]
     missing = click.testing.CliRunner().invoke(cli.main, [str(wide)])
     assert missing.exit_code == 2
     assert "Missing argument 'OUT.gguf'" in missing.stderr

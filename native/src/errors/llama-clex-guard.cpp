@@ -56,8 +56,10 @@ static void clex_check_n_rot(uint32_t n_rot, uint32_t n_embd_head) {
     }
 }
 
-// M-RoPE: how many pairs of dimensions go by each of its positions
-static void clex_check_sections(const std::array<int, 4> & sections, uint32_t n_rot) {
+// M-RoPE: how many pairs of dimensions go by each of its positions; they may be more than there are
+static void clex_check_sections(const std::array<int, 4> & sections) {
+    const int64_t max = 64*1024;
+
     int64_t sum = 0;
     for (const int n : sections) {
         if (n < 0) {
@@ -65,8 +67,8 @@ static void clex_check_sections(const std::array<int, 4> & sections, uint32_t n_
         }
         sum += n;
     }
-    if (sum == 0 || sum > n_rot) {
-        throw std::runtime_error(format("the sections of RoPE's dimensions have %lld in all, not 1 to %u", (long long) sum, n_rot));
+    if (sum == 0 || sum > max) {
+        throw std::runtime_error(format("the sections of RoPE's dimensions have %lld in all, not 1 to %lld", (long long) sum, (long long) max));
     }
 }
 
@@ -84,6 +86,6 @@ void llama_clex_check_hparams(const llama_hparams & hparams) {
         clex_check_n_rot(hparams.n_rot_swa, hparams.n_embd_head_k_swa);
     }
     if (hparams.rope_type == LLAMA_ROPE_TYPE_MROPE || hparams.rope_type == LLAMA_ROPE_TYPE_IMROPE) {
-        clex_check_sections(hparams.rope_sections, hparams.n_rot_full);
+        clex_check_sections(hparams.rope_sections);
     }
 }
