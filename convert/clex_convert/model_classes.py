@@ -289,6 +289,18 @@ def _lfm2(values: dict[str, Any]) -> None:
     values["ffn_hidden_size"] = width
 
 
+# What Glm and Glm4 have where the config says nothing.
+_GLM = {
+    **_USUAL,
+    "rms_norm_eps": 1.5625e-7,
+    "partial_rotary_factor": 0.5,
+    "intermediate_size": 13696,
+    "max_position_embeddings": 131072,
+    "num_key_value_heads": 2,
+    "head_dim": 128,
+    "attention_bias": True,
+}
+
 MODEL_CLASSES: dict[str, ModelClass] = {
     "LlamaForCausalLM": ModelClass(
         "llama",
@@ -768,16 +780,7 @@ model.layers.{i}.shared_mlp.output_linear.weight         h S  has_shared=true
     ),
     "GlmForCausalLM": ModelClass(
         "glm",
-        {
-            **_USUAL,
-            "rms_norm_eps": 1.5625e-7,
-            "partial_rotary_factor": 0.5,
-            "intermediate_size": 13696,
-            "max_position_embeddings": 131072,
-            "num_key_value_heads": 2,
-            "head_dim": 128,
-            "attention_bias": True,
-        },
+        _GLM,
         {"hidden_act": _SILU},
         _OUTSIDE,
         _NORMS + _ATTENTION + _where(_QKV_BIAS, "attention_bias=true") + _FUSED_GATED,
@@ -786,16 +789,7 @@ model.layers.{i}.shared_mlp.output_linear.weight         h S  has_shared=true
     ),
     "Glm4ForCausalLM": ModelClass(
         "glm4",
-        {
-            **_USUAL,
-            "rms_norm_eps": 1.5625e-7,
-            "partial_rotary_factor": 0.5,
-            "intermediate_size": 13696,
-            "max_position_embeddings": 131072,
-            "num_key_value_heads": 2,
-            "head_dim": 128,
-            "attention_bias": True,
-        },
+        _GLM,
         {"hidden_act": _SILU},
         _OUTSIDE,
         _NORMS
