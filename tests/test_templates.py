@@ -297,7 +297,7 @@ def test_templates_of_any_length_are_whole(with_template):
 @pytest.mark.parametrize("template", ["model", "chatml", "plain"])
 def test_clex_chat_and_a_template_that_cannot_be_used(with_template, template):
     path = with_template("{{ messages[0].content }")
-    command = [sys.executable, "-m", "clex_local.chat", str(path), "-p", "Hi", "--max-tokens", "1", "--threads", "1"]
+    command = [sys.executable, "-m", "clex_local.chat", str(path), "-p", "Hi", "--max-tokens", "1", "--temp", "0"]
     result = subprocess.run([*command, "--chat-template", template], input="", capture_output=True, text=True)
     if template == "model":
         assert result.returncode == 1
