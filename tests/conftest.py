@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+import tempfile
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
@@ -20,6 +21,10 @@ with contextlib.suppress(ValueError):  # not in the main thread
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import clex_local  # noqa: F401, before any test imports llama_cpp
+
+# Nobody's own cache is touched, and none from another run is found.
+_CACHE = tempfile.TemporaryDirectory(prefix="clex-cache-", ignore_cleanup_errors=True)
+os.environ["CLEX_CACHE"] = _CACHE.name
 
 DATA = Path(__file__).parent / "data"
 

@@ -1,0 +1,30 @@
+"""The folder for what can be made again: it may be deleted at any time."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+
+def cache_folder() -> Path:
+    """Where it is: what the environment's ``CLEX_CACHE`` says, or a folder among the user's caches.
+
+    It need not be there; `make_cache_folder` makes it.
+    """
+    if given := os.environ.get("CLEX_CACHE"):
+        return Path(given).expanduser().absolute()
+    from platformdirs import user_cache_path
+
+    return user_cache_path("clex-local", appauthor=False)
+
+
+def make_cache_folder() -> Path:
+    """The same folder, made for its owner alone where it is not there: what was read with a model lies in it.
+
+    Raises:
+        OSError: it cannot be made.
+    """
+    folder = cache_folder()
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    folder.mkdir(mode=0o700, exist_ok=True)
+    return folder
