@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from clex_local.run_options import RunOptions
     from clex_local.sampler import SamplingError
     from clex_local.sampling import Sampling
+    from clex_local.saved_session import SessionError
     from clex_local.serve_options import ServeOptions
     from clex_local.server import Server, ServerError
     from clex_local.serving import serve
@@ -63,6 +64,7 @@ _MODULES = {
     "run_options": ["RunOptions"],
     "sampler": ["SamplingError"],
     "sampling": ["Sampling"],
+    "saved_session": ["SessionError"],
     "serve_options": ["ServeOptions"],
     "server": ["Server", "ServerError"],
     "serving": ["serve"],
@@ -99,6 +101,7 @@ __all__ = [
     "Server",
     "ServerError",
     "Session",
+    "SessionError",
     "Settings",
     "StateError",
     "StreamError",

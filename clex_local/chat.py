@@ -6,22 +6,26 @@ import os
 import sys
 from collections.abc import Sequence
 from contextlib import closing
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from clex_local.command import INTERRUPTED, SETTINGS, Command, say
-from clex_local.command_options import options_from
+from clex_local.command_options import given_options, options_from
 from clex_local.conversation import Chat
 from clex_local.errors import ClexError, escaped
+from clex_local.exchange import AttachedFile
 from clex_local.gguf_file import GGUFFile
 from clex_local.line_editor import line_editor, plain_lines
 from clex_local.memory import ModelShape, kv_bytes
 from clex_local.opening import open_model
 from clex_local.run_options import RunOptions
 from clex_local.sampling import Sampling
+from clex_local.saved_session import SavedSession, SessionError
+from clex_local.session_folder import KeptSession, sessions_folder
+from clex_local.session_keeper import SessionKeeper
 from clex_local.sizes import readable_size
 from clex_local.terminal import Terminal, json_line, printable, with_advice
 from clex_local.text_input import Piped, join, read_text
@@ -34,7 +38,8 @@ if TYPE_CHECKING:
 class Question:
     """What is asked once, and not in a conversation: files and a prompt, with what comes from a pipe before them."""
 
-    def __init__(self, message: str, piped: Piped | None) -> None:
+    def __init__(self, message: str, piped: Piped | None, files: list[AttachedFile]) -> None:
+        self.files = files
         self._message = message
         self._piped = piped
 
@@ -52,7 +57,7 @@ class Question:
         piped = Piped() if asked and "-" not in files else None
         if not message and not (piped and piped.text().strip()):
             raise ClexError("the prompt is empty")
-        return cls(message, piped)
+        return cls(message, piped, [found for file in files if (found := AttachedFile.of(file))])
 
     def text(self) -> str:
         """All of it, as soon as the pipe has ended."""
@@ -76,11 +81,12 @@ def _open(model: Path, options: RunOptions, quiet: bool) -> Llama:
             print("\r\x1b[2K", end="", file=sys.stderr, flush=True)
 
 
-def converse(terminal: Terminal, model: Path, fitted: bool) -> None:
+def converse(terminal: Terminal, keeper: SessionKeeper, model: Path, fitted: bool) -> None:
     """Talk until the end of input.
 
     Args:
         terminal: where.
+        keeper: of the conversation's file.
         model: the file.
         fitted: the size of the context was chosen by what fits in memory.
     """
@@ -96,13 +102,30 @@ def converse(terminal: Terminal, model: Path, fitted: bool) -> None:
     if fitted and session.capacity < (covered := llm._model.n_ctx_train()):
         context += f" (the model covers {covered:,}, memory does not)"
     terminal.note(f"{name} · {context} · {cache} cache · /help")
-    chat = Chat(terminal, name, cache)
+    chat = Chat(terminal, name, cache, keeper)
+    if keeper.kept and not keeper.kept.saved:
+        terminal.note(f"a new session: {escaped(keeper.kept.name)}")
+    keeper.describe()
+    chat.welcome()
     edit = sys.stdout.isatty() and os.environ.get("TERM") != "dumb"
     chat.run(line_editor(chat.commands, chat.status) if edit else plain_lines)
 
 
-def answer_once(terminal: Terminal, text: str, as_json: bool = False) -> int:
+def answer_once(
+    terminal: Terminal,
+    text: str,
+    as_json: bool = False,
+    keeper: SessionKeeper | None = None,
+    files: Sequence[AttachedFile] = (),
+) -> int:
     """Ask one thing and write the answer to stdout; returns the exit code.
+
+    Args:
+        terminal: where notes go.
+        text: what is asked.
+        as_json: write one JSON object.
+        keeper: of the conversation's file.
+        files: what the text was made of.
 
     Raises:
         ClexError: the prompt cannot be answered.
@@ -115,20 +138,22 @@ def answer_once(terminal: Terminal, text: str, as_json: bool = False) -> int:
             sys.stdout.write(printable(piece))
             sys.stdout.flush()
 
+    keeper = keeper or SessionKeeper(terminal.session, terminal.tell)
     try:
-        terminal.answer(text, write)
+        with keeper.turn(text, files):
+            terminal.answer(text, write)
     except KeyboardInterrupt:
         code = INTERRUPTED
     answer = terminal.session.last
     if answer is None:  # interrupted before anything began
         return code
     if as_json:
-        sys.stdout.write(json_line(report(terminal.session, answer)))
+        sys.stdout.write(json_line(report(terminal.session, answer) | {"session": keeper.name}))
     elif answer.text and not answer.text.endswith("\n"):
         sys.stdout.write("\n")
     sys.stdout.flush()
     terminal.end_of_answer(answer)
-    return code
+    return code or int(keeper.failed)
 
 
 def report(session: Session, answer: Answer) -> dict[str, Any]:
@@ -164,8 +189,47 @@ def report(session: Session, answer: Answer) -> dict[str, Any]:
 TEMPLATES = ["model", "chatml", "plain"]
 
 
+def _open_session(name: str, context: click.Context, model: Path | None) -> tuple[KeptSession, Path]:
+    """The conversation of a name, which is ours from now on, and the model to go on with.
+
+    Raises:
+        SessionError: it cannot be had, or its model is gone.
+    """
+    kept = KeptSession(sessions_folder(), name)
+    context.call_on_close(kept.close)
+    if model is None and kept.saved is None:
+        raise click.UsageError(f"there is no session {escaped(name)} yet: MODEL is missing")
+    if model is None and kept.saved:
+        model = Path(kept.saved.model.path)
+        if not model.is_file():
+            raise SessionError(f"the model of the session {kept.name} is gone: {model}; name another before --session")
+    assert model is not None
+    return kept, model
+
+
+def _as_before(
+    saved: SavedSession, context: click.Context, sampling: Sampling, options: RunOptions
+) -> tuple[Sampling, RunOptions, str, str | None]:
+    """Sampling, options, chat template and system message of a conversation, but for those that were given.
+
+    Raises:
+        ClexError: another system message was given.
+    """
+    if context.params["system"] not in (None, saved.system):
+        raise ClexError(f"the session {saved.name} has another system message: leave out `system`")
+    given = given_options(context, RunOptions)
+    run = {name: value for name, value in saved.run.items() if name not in given and value is not None}
+    template_given = context.get_parameter_source("chat_template") is not click.core.ParameterSource.DEFAULT
+    return (
+        replace(saved.sampling, **given_options(context, Sampling)),
+        replace(options, **run),
+        context.params["chat_template"] if template_given else saved.chat_template,
+        saved.system,
+    )
+
+
 @click.command("clex-chat", cls=Command, context_settings=SETTINGS)
-@click.argument("model", type=click.Path(path_type=Path))
+@click.argument("model", type=click.Path(path_type=Path), required=False)
 @click.option("-p", "--prompt", metavar="TEXT", help="Answer TEXT and leave.")
 @click.option(
     "-f",
@@ -174,6 +238,13 @@ TEMPLATES = ["model", "chatml", "plain"]
     metavar="FILE",
     multiple=True,
     help="Put a text file in front of the prompt, or answer it by itself; - is standard input. Repeatable.",
+)
+@click.option(
+    "--session",
+    "session_name",
+    metavar="NAME",
+    help="Go on with the conversation NAME, or begin it, and save it after every answer. Its model, system message, "
+    "template and options are taken where none are given.",
 )
 @click.option("--system", metavar="TEXT", help="System message.")
 @click.option(
@@ -195,9 +266,10 @@ TEMPLATES = ["model", "chatml", "plain"]
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object with the answer, tokens and speed.")
 @click.version_option(package_name="clex-local")
 def main(
-    model: Path,
+    model: Path | None,
     prompt: str | None,
     files: tuple[str, ...],
+    session_name: str | None,
     system: str | None,
     max_tokens: int | None,
     sampling: Sampling,
@@ -210,9 +282,16 @@ def main(
     With -p, -f or input from a pipe it answers once, and prints nothing but the answer to standard output. What comes
     from a pipe, or from a file by <, is put in front of -f and -p.
     """
+    context = click.get_current_context()
+    if model is None and session_name is None:
+        raise click.MissingParameter(ctx=context, param_type="argument", param_hint="MODEL")
+    # Read before the model is loaded, so that a wrong name costs no time.
+    kept, model = _open_session(session_name, context, model) if session_name is not None else (None, model)
+    if kept and kept.saved:
+        sampling, options, chat_template, system = _as_before(kept.saved, context, sampling, options)
+    assert model is not None
     if chat_template == "plain" and system is not None:
         raise click.UsageError("--system needs a chat template, --chat-template plain has none")
-    # Read before the model is loaded, so that a wrong name costs no time.
     question = Question.read(prompt, files)
     if as_json and question is None:
         raise click.UsageError("--json needs -p, -f or input from a pipe")
@@ -226,13 +305,17 @@ def main(
         except TemplateError as error:
             raise with_advice(error) from error
         terminal = Terminal(session, max_tokens, quiet=as_json)
+        keeper = SessionKeeper(session, terminal.tell, chat_template, SavedSession.run_of(options), kept)
+        context.call_on_close(keeper.close)
+        keeper.resume()
         if chat_template == "model" and not session.has_own_template:
             terminal.note(
                 "this model has no chat template: it continues your text (--chat-template chatml tries ChatML)"
             )
         if question is not None:
-            return answer_once(terminal, question.text(), as_json)
-        converse(terminal, model, fitted=options.ctx is None)
+            keeper.describe(changes_only=True)
+            return answer_once(terminal, question.text(), as_json, keeper, question.files)
+        converse(terminal, keeper, model, fitted=options.ctx is None)
     return 0
 
 

@@ -48,6 +48,15 @@ def options_from(
     return decorate
 
 
+def given_options(context: click.Context, options: type) -> dict[str, Any]:
+    """The fields of a dataclass of options that were given to a command, and are not at their defaults."""
+    return {
+        field.name: context.params[field.name]
+        for field, _ in options_in(options)
+        if context.get_parameter_source(field.name) not in (None, click.core.ParameterSource.DEFAULT)
+    }
+
+
 def _click_option(name: str, hint: Any, default: Any, known: Option) -> click.Option:
     flag = "--" + name.replace("_", "-")
     several = typing.get_origin(hint) in (tuple, Sequence) and known.parse is None

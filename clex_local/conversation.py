@@ -9,7 +9,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from clex_local.errors import ClexError, escaped
+from clex_local.exchange import AttachedFile
 from clex_local.line_editor import no_echo
+from clex_local.session_keeper import SessionKeeper
 from clex_local.terminal import Terminal, describe_bucket, printable
 from clex_local.text_input import join, read_text
 
@@ -18,7 +20,10 @@ if TYPE_CHECKING:
 
 HELP = """\
 /file PATH   put a text file in front of your next message
-/reset       forget the conversation
+/reset       forget the conversation; a saved one stays as it was saved
+/save [NAME] save the conversation, and go on saving it after every answer
+/load NAME   go on with a saved conversation
+/sessions    the conversations that are saved
 /stats       tokens, buckets, speed, memory, settings
 /quit        leave (Ctrl-D too)
 Enter sends. Alt-Enter, or a backslash at the end of a line, starts a new line.
@@ -27,11 +32,12 @@ Ctrl-C stops an answer and keeps what was written. A space before a slash makes 
 
 @dataclass
 class Attachment:
-    """A file that waits for the next message."""
+    """A file that waits for the next message; ``file`` is what is remembered of it."""
 
     name: str
     text: str
     tokens: int
+    file: AttachedFile | None = None
 
 
 class Chat:
@@ -41,10 +47,12 @@ class Chat:
         terminal: where it takes place.
         name: of the model, for ``/stats``.
         memory: of the cache, in words.
+        keeper: of its file; None: it has none until ``/save``.
     """
 
-    def __init__(self, terminal: Terminal, name: str, memory: str):
+    def __init__(self, terminal: Terminal, name: str, memory: str, keeper: SessionKeeper | None = None):
         self.terminal = terminal
+        self.keeper = keeper or SessionKeeper(terminal.session, terminal.tell)
         self.session = terminal.session
         self.name = name
         self.memory = memory
@@ -53,6 +61,9 @@ class Chat:
             "/help": lambda _: self.terminal.note(HELP),
             "/file": self.attach,
             "/reset": self.reset,
+            "/save": self.keeper.save,
+            "/load": self.load,
+            "/sessions": lambda _: self.terminal.note(self.keeper.listing()),
             "/stats": lambda _: self.terminal.note(self.stats()),
             "/quit": self.quit,
         }
@@ -74,6 +85,8 @@ class Chat:
                     self.turn(line)
                 elif self.attachments:
                     self.terminal.note("type a message to send with the file")
+                elif self.keeper.unanswered:
+                    self.answer(self.keeper.unanswered.message, self.keeper.unanswered.files)
             except EOFError:
                 return
             except ClexError as error:
@@ -92,8 +105,12 @@ class Chat:
     def turn(self, text: str) -> None:
         """Send a message, with the files that wait for it."""
         message = join([file.text for file in self.attachments] + [text])
+        self.answer(message, [waiting.file for waiting in self.attachments if waiting.file])
+
+    def answer(self, message: str, files: list[AttachedFile]) -> None:
+        """Answer a message that was made of these files."""
         try:
-            with no_echo():
+            with no_echo(), self.keeper.turn(message, files):
                 answer = self.terminal.answer(message, self.write)
         except KeyboardInterrupt:
             answer = self.session.last
@@ -126,7 +143,7 @@ class Chat:
         if not text.strip():
             raise ClexError(f"{path}: an empty file")
         name = escaped(file.name, 60)
-        self.attachments.append(Attachment(name, text, self.session.count(text)))
+        self.attachments.append(Attachment(name, text, self.session.count(text), AttachedFile.of(file)))
         waiting = sum(attachment.tokens for attachment in self.attachments)
         left = self.session.capacity - self.session.used
         line = f"{name}: {self.attachments[-1].tokens:,} tokens, sent with your next message"
@@ -138,7 +155,18 @@ class Chat:
         """Forget the conversation and the files that wait."""
         self.session.reset()
         self.attachments.clear()
-        self.terminal.note("the conversation is forgotten")
+        self.terminal.note(f"the conversation is forgotten{self.keeper.forget()}")
+
+    def load(self, name: str) -> None:
+        """Go on with a saved conversation."""
+        self.keeper.load(name)
+        self.welcome()
+
+    def welcome(self) -> None:
+        """Say what of a saved conversation waits for an answer."""
+        if waiting := self.keeper.unanswered:
+            text = escaped(waiting.message.strip().rpartition("\n")[2], 60)
+            self.terminal.note(f"your last message was not answered: “{text}”; an empty line sends it again")
 
     def quit(self, _: str) -> NoReturn:
         """Leave."""
@@ -153,6 +181,8 @@ class Chat:
             f"cache      {self.memory}",
             f"settings   {session.llm.settings}",
         ]
+        if self.keeper.kept:
+            lines.append(f"session    {self.keeper.name}, {self.keeper.kept.path}")
         if clex:
             covers = ", ".join(f"t = {t:g}: {int(t * clex.original_context):,}" for t in clex.buckets)
             lines += [
@@ -172,6 +202,8 @@ class Chat:
         """The state in one line."""
         session, clex = self.session, self.session.llm.clex
         parts = [f"{session.used:,} of {session.capacity:,} tokens"]
+        if self.keeper.name:
+            parts.insert(0, self.keeper.name)
         if clex:
             parts.append(describe_bucket(clex, current_bucket(session)))
         if self.attachments:

@@ -123,7 +123,7 @@ def no_echo() -> Iterator[None]:
         return
     try:
         before = termios.tcgetattr(sys.stdin)
-    except termios.error:
+    except (termios.error, ValueError):  # no terminal, or no file at all
         yield
         return
     silent = [*before]

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import codecs
 import time
-from collections.abc import Generator, Iterator
-from dataclasses import asdict, dataclass, field
+from collections.abc import Generator, Iterator, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING
 
 import llama_cpp
@@ -13,6 +13,7 @@ import numpy as np
 
 from clex_local.chat_formats import chat_template
 from clex_local.errors import ClexError
+from clex_local.exchange import Exchange
 from clex_local.sampling import Sampling
 from clex_local.templates import ChatTemplate, TemplateError
 
@@ -79,6 +80,11 @@ class Session:
         template: a Jinja chat template in place of the one in the model's file, such as ``CHATML`` or ``PLAIN``.
         sampling: how tokens are drawn.
 
+    Attributes:
+        messages: the conversation as templates take it.
+        exchanges: the same, each message with its answer.
+        last: how the last turn went.
+
     Raises:
         ClexError: the template is broken or refuses a system message.
     """
@@ -122,11 +128,52 @@ class Session:
 
     def reset(self) -> None:
         """Start over. The system message stays, and so does what the cache holds of it."""
+        self.exchanges: list[Exchange] = []
         self.messages: list[dict[str, str]] = []
         if self.system is not None:
             self.messages.append({"role": "system", "content": self.system})
         self._text = ""
         self._tokens: list[int] = []
+
+    def resume(self, exchanges: Sequence[Exchange], system: str | None = None) -> None:
+        """Go on with another conversation; nothing is computed before the next message.
+
+        The tokens of an answer count where they are this text in this model's vocabulary. Where they are not, the text
+        is cut into tokens afresh.
+
+        Args:
+            exchanges: what was said in it.
+            system: its system message.
+
+        Raises:
+            ClexError: the template refuses it; the conversation is what it was.
+        """
+        before = (self.system, self.exchanges, self.messages, self._text, self._tokens)
+        self.system = system
+        try:
+            self.reset()
+            for exchange in exchanges:
+                messages = [*self.messages, {"role": "user", "content": exchange.message}]
+                self._take(messages, *self._prompt(messages), replace(exchange, tokens=self._answer_tokens(exchange)))
+        except BaseException:
+            self.system, self.exchanges, self.messages, self._text, self._tokens = before
+            raise
+
+    def _answer_tokens(self, exchange: Exchange) -> list[int]:
+        """Tokens of an answer: as they were generated, if they still stand for it."""
+        tokens = exchange.tokens
+        if max(tokens, default=0) < self.llm.n_vocab():
+            text = b"".join(map(self.piece, tokens)).decode("utf-8", "replace")
+            if text == exchange.answer:
+                return tokens
+        return self._tokenize(exchange.answer, special=False)
+
+    def _take(self, messages: list[dict[str, str]], prompt: str, tokens: list[int], exchange: Exchange) -> None:
+        """Make an answer part of the conversation."""
+        self.messages = [*messages, {"role": "assistant", "content": exchange.answer}]
+        self.exchanges = [*self.exchanges, exchange]
+        self._text = prompt + self.llm.control_tokens.guard(exchange.answer)
+        self._tokens = tokens + exchange.tokens
 
     def count(self, text: str) -> int:
         """Tokens of a text by itself."""
@@ -204,9 +251,9 @@ class Session:
             answer.completion_tokens = len(generated)
             self._add_to_totals(answer)
             if generated or answer.finish_reason != "interrupted":
-                self.messages = [*messages, {"role": "assistant", "content": answer.text}]
-                self._text = prompt + self.llm.control_tokens.guard(answer.text)
-                self._tokens = tokens + generated[:whole]
+                message = messages[-1]["content"]
+                said = Exchange(message, answer.text, generated[:whole], answer.finish_reason)
+                self._take(messages, prompt, tokens, said)
 
     @staticmethod
     def _timed(stream: Iterator[int], answer: Answer) -> Iterator[int]:

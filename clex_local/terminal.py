@@ -125,6 +125,10 @@ class Terminal:
         sys.stdout.flush()
         self.notes.print(Text(shown(text), style=style))
 
+    def tell(self, text: str, failed: bool = False) -> None:
+        """Say something that is not the answer; a failure in red."""
+        self.note(text, "red" if failed else "dim")
+
     def answer(self, text: str, write: Callable[[str], object]) -> Answer:
         """Send a message and write the answer piece by piece.
 
@@ -180,10 +184,10 @@ class Terminal:
         llm = self.session.llm
         covered = llm._model.n_ctx_train()
         wanted = -(-(error.tokens + 512) // 1024) * 1024  # with room for an answer
-        if self.session.used:
-            rest = "/reset starts over"
-        elif error.tokens >= covered:
-            rest = f"the model covers {covered:,}: shorten it"
+        if error.tokens >= covered:
+            rest = "/reset starts over" if self.session.used else f"the model covers {covered:,}: shorten it"
+        elif self.session.used:
+            rest = f"/reset starts over, --ctx {min(wanted, covered)} holds it"
         else:
             rest = f"pass --ctx {min(wanted, covered)} or shorten it"
         return ClexError(f"{error}; {rest}")

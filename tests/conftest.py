@@ -25,6 +25,7 @@ import clex_local  # noqa: F401, before any test imports llama_cpp
 # Nobody's own cache is touched, and none from another run is found.
 _CACHE = tempfile.TemporaryDirectory(prefix="clex-cache-", ignore_cleanup_errors=True)
 os.environ["CLEX_CACHE"] = _CACHE.name
+os.environ["CLEX_SESSIONS"] = str(Path(_CACHE.name) / "sessions")
 
 DATA = Path(__file__).parent / "data"
 
@@ -76,6 +77,16 @@ def smollm_ntk(smollm, tmp_path_factory) -> Path:
 
     target = tmp_path_factory.mktemp("smollm") / "smollm-ntk.gguf"
     convert(smollm, target, method="ntk", max_factor=4)
+    return target
+
+
+@pytest.fixture(scope="session")
+def small_buckets(smollm, tmp_path_factory) -> Path:
+    """SmolLM2 with tables for 256, 512, ..., 2048 tokens, so that a short chat crosses them."""
+    from clex_convert import convert
+
+    target = tmp_path_factory.mktemp("chat") / "small-buckets.gguf"
+    convert(smollm, target, method="ntk", original_context=256, max_factor=8)
     return target
 
 

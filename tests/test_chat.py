@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -20,10 +19,10 @@ from clex_local.chat import main
 from clex_local.memory import ModelShape, available_bytes, compute_bytes, kv_bytes, plan_context
 from clex_local.session import CHATML, PLAIN, PromptTooLong, Sampling, Session
 from clex_local.terminal import BucketWatch
+from helpers.chat_command import COMMAND, Pty, run
 
 pytestmark = pytest.mark.chat
 
-COMMAND = [sys.executable, "-m", "clex_local.chat"]
 GREEDY = Sampling(temp=0)
 GIB = 2**30
 
@@ -36,16 +35,6 @@ LLAMA_7B = {
     "llama.attention.head_count": 32,
     "llama.vocab_size": 32000,
 }
-
-
-@pytest.fixture(scope="module")
-def small_buckets(smollm, tmp_path_factory):
-    """SmolLM2 with tables for 256, 512, ..., 2048 tokens, so that a short chat crosses them."""
-    from clex_convert import convert
-
-    target = tmp_path_factory.mktemp("chat") / "small-buckets.gguf"
-    convert(smollm, target, method="ntk", original_context=256, max_factor=8)
-    return target
 
 
 @pytest.fixture(scope="module")
@@ -62,13 +51,6 @@ def session(llm):
 
 def ask(session: Session, text: str, max_tokens: int = 8) -> str:
     return "".join(session.send(text, max_tokens))
-
-
-def run(*arguments: object, stdin: str | None = None) -> subprocess.CompletedProcess[str]:
-    # One thread: computers that run tests are busy, and threads that wait for each other get nowhere then.
-    return subprocess.run(
-        [*COMMAND, "--threads", "1", *map(str, arguments)], input=stdin or "", capture_output=True, text=True
-    )
 
 
 def error_line(result: subprocess.CompletedProcess[str]) -> str:
@@ -521,35 +503,6 @@ def test_a_reader_that_leaves_is_no_error(small_buckets):
 
 
 # The terminal
-
-
-class Pty:
-    """clex-chat in a pseudo-terminal that, as real ones do, tells where its cursor is."""
-
-    def __init__(self, model, *options: str, **environment: str):
-        import pexpect
-
-        self.chat = pexpect.spawn(
-            COMMAND[0],
-            [*COMMAND[1:], str(model), "--threads", "1", "--temp", "0", *options],
-            env=os.environ | {"TERM": "xterm"} | environment,
-            encoding="utf-8",
-            timeout=60,
-            dimensions=(40, 120),
-        )
-        self.end = pexpect.EOF
-        self.expect = self.chat.expect
-
-    def prompt(self, status: str) -> None:
-        """Wait for the prompt with this status line."""
-        self.chat.expect_exact("\x1b[6n")
-        self.chat.send("\x1b[1;1R")
-        self.chat.expect(status)
-
-    def close(self) -> int:
-        self.chat.expect(self.end)
-        self.chat.close()
-        return self.chat.exitstatus
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="needs a pseudo-terminal")

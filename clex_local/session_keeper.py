@@ -1,0 +1,218 @@
+"""Keeps the conversation at a terminal in a file: saved after every turn, gone on with in another process."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from datetime import datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from clex_local.errors import escaped
+from clex_local.exchange import AttachedFile, Exchange
+from clex_local.interrupt import kept_until_return
+from clex_local.saved_session import SavedSession, SessionError, SessionModel
+from clex_local.session_folder import KeptSession, file_name, listed_sessions, sessions_folder
+
+if TYPE_CHECKING:
+    from clex_local.session import Session
+
+
+@dataclass
+class SessionKeeper:
+    """The file of a conversation, if it has one.
+
+    Attributes:
+        session: the conversation.
+        tell: says a line to the person; the second argument is whether it is a failure.
+        chat_template: by its name in the command.
+        run: options that decide how the cache is laid out, see ``SavedSession``.
+        kept: the file.
+        unanswered: a message that was saved before its answer, and has none.
+        failed: whether the last turn could not be saved.
+    """
+
+    session: Session
+    tell: Callable[[str, bool], None]
+    chat_template: str = "model"
+    run: dict[str, Any] = field(default_factory=dict)
+    kept: KeptSession | None = None
+    unanswered: Exchange | None = None
+    failed: bool = False
+    _model: SessionModel | None = None
+
+    @property
+    def name(self) -> str | None:
+        """Of the session, None where the conversation is not saved."""
+        return self.kept.name if self.kept else None
+
+    @property
+    def model(self) -> SessionModel:
+        """The model that is loaded."""
+        if self._model is None:
+            from clex_local.prompt_cache import model_number  # the library is loaded by now
+
+            llm = self.session.llm
+            name = llm.metadata.get("general.name") or Path(llm.model_path).name
+            number = model_number(llm, llm._options)
+            self._model = SessionModel(str(Path(llm.model_path).absolute()), name, f"{number:016x}")
+        return self._model
+
+    @contextmanager
+    def turn(self, message: str, files: Sequence[AttachedFile]) -> Iterator[None]:
+        """Save the message before the block answers it, and the answer after that, whole or not."""
+        before = len(self.session.exchanges)
+        self.unanswered = Exchange(message, files=list(files))
+        with suppress(SessionError):  # said when the answer cannot be saved either
+            self._save()
+        try:
+            yield
+        finally:
+            self.unanswered = None
+            if len(self.session.exchanges) > before:
+                self.session.exchanges[-1].files = list(files)
+            try:
+                self._save()
+                self.failed = False
+            except SessionError as error:
+                self.failed = True
+                self.tell(str(error), True)
+
+    def _save(self) -> None:
+        if self.kept is None:
+            return
+        created = {"created": self.kept.saved.created} if self.kept.saved else {}
+        saved = SavedSession(
+            name=self.kept.name,
+            model=self.model,
+            system=self.session.system,
+            chat_template=self.chat_template,
+            sampling=self.session.sampling,
+            run=self.run,
+            turns=self.session.exchanges,
+            unanswered=self.unanswered,
+            **created,
+        )
+        with kept_until_return():  # a second Ctrl-C does not cost what the first one left
+            note = self.kept.write(saved)
+        self.kept.saved = saved
+        if note:
+            self.tell(note, True)
+
+    def save(self, name: str) -> None:
+        """Save the conversation, under a new name where one is given, and go on in that file.
+
+        Raises:
+            SessionError: it cannot be written, or the name is taken by another session.
+        """
+        if self.kept and (not name or file_name(name) == file_name(self.kept.name)):
+            self._save()
+        else:
+            new = KeptSession(sessions_folder(), name or datetime.now().strftime("%Y-%m-%d-%H%M%S"))
+            if new.saved is not None:
+                new.close()
+                raise SessionError(f"there is a session {new.name} already: /load {new.name} goes on with it")
+            old, self.kept = self.kept, new
+            try:
+                self._save()
+            except SessionError:
+                new.close()
+                self.kept = old
+                raise
+            if old:
+                old.close()
+        assert self.kept is not None
+        self.tell(f"saved as {self.kept.name}, and after every answer from now on", False)
+
+    def load(self, name: str) -> None:
+        """Go on with another session.
+
+        Raises:
+            SessionError: there is none, it cannot be read, or what was said is not saved.
+            ClexError: the model's template refuses it.
+        """
+        if not name:
+            raise SessionError("/load needs the name of a session; /sessions lists them")
+        if self.kept and file_name(name) == file_name(self.kept.name):
+            raise SessionError(f"this is the session {self.kept.name}")
+        if self.session.exchanges and (self.kept is None or self.failed):
+            raise SessionError("this conversation is not saved: /save NAME keeps it, /reset forgets it")
+        kept = KeptSession(sessions_folder(), name)
+        try:
+            if kept.saved is None:
+                raise SessionError(f"there is no session {escaped(name)}; /sessions lists them")
+            self._take(kept.saved)
+        except BaseException:
+            kept.close()
+            raise
+        self.close()
+        self.kept = kept
+        self.session.sampling = kept.saved.sampling
+        self.describe()
+
+    def resume(self) -> None:
+        """Take up what is in the file that the conversation was opened with.
+
+        Raises:
+            ClexError: the model's template refuses it.
+        """
+        if self.kept and self.kept.saved:
+            self._take(self.kept.saved)
+
+    def _take(self, saved: SavedSession) -> None:
+        if saved.chat_template != self.chat_template:
+            raise SessionError(f"the session {saved.name} needs --chat-template {saved.chat_template}")
+        self.session.resume(saved.turns, saved.system)
+        self.unanswered = saved.unanswered
+
+    def describe(self, changes_only: bool = False) -> None:
+        """Say what has been taken up, and what is no more as it was then."""
+        saved = self.kept and self.kept.saved
+        if not saved:
+            return
+        turns = f"{len(saved.turns)} turn{'s' if len(saved.turns) != 1 else ''}"
+        if not changes_only:
+            when = f", saved {local_time(saved.saved)}" if saved.saved else ""
+            self.tell(f"session {saved.name}: {turns}, {self.session.used:,} tokens{when}", False)
+        if saved.turns and saved.model.identity != self.model.identity:
+            was, read = saved.model, f"its {self.session.used:,} tokens are read again"
+            if was.path == self.model.path:
+                self.tell(f"[{saved.name}: the model's file is not as it was: {read}]", False)
+            else:
+                self.tell(f"[{saved.name}: until now with {was.name} ({was.path}): {read}]", False)
+        for file in saved.files:
+            if change := file.change():
+                self.tell(f"[{file.path} {change} since it was attached: the conversation has it as it was]", False)
+
+    def listing(self) -> str:
+        """Every session, a line each."""
+        lines = []
+        for item in listed_sessions():
+            mark = "*" if self.name == item.name else " "
+            if (session := item.session) is None:
+                lines.append(f"{mark} {item.name}  ({item.fault})")
+            else:
+                turns = f"{len(session.turns):,} turn{'s' if len(session.turns) != 1 else ''}"
+                lines.append(f"{mark} {item.name}  {local_time(session.saved)}  {turns}  {session.model.name}")
+        return "\n".join(lines) or f"no sessions in {sessions_folder()}; /save NAME makes one"
+
+    def forget(self) -> str:
+        """Leave the file as it is, because the conversation is forgotten; what there is to say of that."""
+        name, self.unanswered = self.name, None
+        self.close()
+        return f"; session {name} stays as it was saved, /load {name} goes on with it" if name else ""
+
+    def close(self) -> None:
+        """Let others have the file."""
+        if self.kept:
+            self.kept.close()
+        self.kept = None
+
+
+def local_time(text: str) -> str:
+    """A time as the person's clock shows it."""
+    try:
+        return datetime.fromisoformat(text).astimezone().strftime("%Y-%m-%d %H:%M")
+    except ValueError:  # changed by hand
+        return text

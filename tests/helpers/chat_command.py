@@ -1,0 +1,45 @@
+"""clex-chat as a process: from a script, and in a pseudo-terminal."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+COMMAND = [sys.executable, "-m", "clex_local.chat"]
+
+
+def run(*arguments: object, stdin: str | None = None) -> subprocess.CompletedProcess[str]:
+    # One thread: computers that run tests are busy, and threads that wait for each other get nowhere then.
+    return subprocess.run(
+        [*COMMAND, "--threads", "1", *map(str, arguments)], input=stdin or "", capture_output=True, text=True
+    )
+
+
+class Pty:
+    """clex-chat in a pseudo-terminal that, as real ones do, tells where its cursor is."""
+
+    def __init__(self, model, *options: str, **environment: str):
+        import pexpect
+
+        self.chat = pexpect.spawn(
+            COMMAND[0],
+            [*COMMAND[1:], *([str(model)] if model else []), "--threads", "1", "--temp", "0", *options],
+            env=os.environ | {"TERM": "xterm"} | environment,
+            encoding="utf-8",
+            timeout=60,
+            dimensions=(40, 120),
+        )
+        self.end = pexpect.EOF
+        self.expect = self.chat.expect
+
+    def prompt(self, status: str) -> None:
+        """Wait for the prompt with this status line."""
+        self.chat.expect_exact("\x1b[6n")
+        self.chat.send("\x1b[1;1R")
+        self.chat.expect(status)
+
+    def close(self) -> int:
+        self.chat.expect(self.end)
+        self.chat.close()
+        return self.chat.exitstatus

@@ -1,0 +1,382 @@
+"""Conversations that go on in another process: what is said again, what has changed, what a killed process loses."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+from contextlib import closing
+from pathlib import Path
+
+import pytest
+
+from clex_local import ClexError, Sampling, Session, SessionError, open_model
+from clex_local.conversation import Chat
+from clex_local.exchange import Exchange
+from clex_local.session import CHATML
+from clex_local.session_keeper import SessionKeeper
+from clex_local.terminal import Terminal
+from helpers.chat_command import COMMAND, Pty, run
+
+pytestmark = pytest.mark.chat
+
+needs_terminal = pytest.mark.skipif(sys.platform == "win32", reason="needs a pseudo-terminal")
+QUESTIONS = ["Tell me about the sea.", "And what is above it?", "Say that shorter."]
+OPTIONS = ["--temp", "0", "--ctx", "1024", "--max-tokens", "12"]
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path, monkeypatch) -> Path:
+    """Where the sessions of a test are."""
+    monkeypatch.setenv("CLEX_SESSIONS", str(tmp_path / "sessions"))
+    return tmp_path / "sessions"
+
+
+@pytest.fixture(scope="module")
+def other(smollm, tmp_path_factory):
+    """The same model in another file, which cuts texts into the same tokens."""
+    from clex_convert import convert
+
+    target = tmp_path_factory.mktemp("other") / "other.gguf"
+    convert(smollm, target, method="ntk", original_context=512, max_factor=4)
+    return target
+
+
+@pytest.fixture(scope="module")
+def llm(small_buckets):
+    with closing(open_model(small_buckets, ctx=1024, batch=64, threads=1, seed=0)) as llm:
+        yield llm
+
+
+@pytest.fixture
+def session(llm):
+    llm.reset()
+    return Session(llm, sampling=Sampling(temp=0))
+
+
+def keep(session: Session) -> tuple[SessionKeeper, list[str]]:
+    """A keeper, and what it tells."""
+    told: list[str] = []
+    return SessionKeeper(session, lambda line, failed: told.append(line)), told
+
+
+def say(keeper: SessionKeeper, text: str, max_tokens: int = 12) -> str:
+    with keeper.turn(text, []):
+        return "".join(keeper.session.send(text, max_tokens))
+
+
+def saved(folder: Path, name: str) -> dict:
+    return json.loads((folder / f"{name}.json").read_text("utf-8"))
+
+
+def answers(folder: Path, name: str) -> list[str]:
+    return [turn["answer"] for turn in saved(folder, name)["turns"]]
+
+
+def error_of(*arguments: object, code: int = 1) -> str:
+    result = run(*arguments)
+    assert (result.returncode, result.stdout, result.stderr.count("\n")) == (code, "", 1)
+    return result.stderr
+
+
+# What is said
+
+
+def test_three_processes_say_what_one_says(small_buckets, session, folder):
+    keeper, _ = keep(session)
+    expected = [say(keeper, question) for question in QUESTIONS]
+    first = run(small_buckets, "--session", "sea", "-p", QUESTIONS[0], *OPTIONS)
+    assert first.returncode == 0
+    # The model, the sampling and the size of the context are those of the conversation.
+    second = run("--session", "SEA", "-p", QUESTIONS[1], "--max-tokens", 12)
+    third = run("--session", "sea", "-p", QUESTIONS[2], "--max-tokens", 12, "--json")
+    found = [first.stdout.rstrip("\n"), second.stdout.rstrip("\n"), json.loads(third.stdout)["text"]]
+    assert found == expected
+    assert json.loads(third.stdout)["session"] == "sea"
+    assert json.loads(third.stdout)["context"] == 1024
+    assert second.stderr == "[stopped after 12 tokens, the limit of --max-tokens]\n"
+    assert answers(folder, "sea") == expected
+    assert [turn["message"] for turn in saved(folder, "sea")["turns"]] == QUESTIONS
+
+
+def test_tokens_are_those_that_were_generated(session, monkeypatch):
+    """Also where the text would be cut otherwise: only then is the prompt the one that was computed."""
+    letters = [session.llm.tokenize(letter.encode(), add_bos=False)[0] for letter in "sea"]
+
+    def drawn(*_, **__):
+        yield from letters
+
+    with monkeypatch.context() as patch:
+        patch.setattr(session.llm, "generate", drawn)
+        assert "".join(session.send("Say sea", 3)) == "sea"
+    keeper, _ = keep(session)
+    keeper.save("sea")
+    keeper.close()
+    before = (session.messages, session._text, session._tokens)
+    session.reset()
+    keeper.load("sea")
+    assert (session.messages, session._text, session._tokens) == before
+    assert session._tokens[-3:] == letters
+    keeper.close()
+
+
+def test_tokens_of_another_vocabulary_or_text_do_not_count(session):
+    text = "The sea."
+    tokens = session.llm.tokenize(text.encode(), add_bos=False, special=False)
+    for wrong in ([], tokens[:-1], [*tokens, 5000], [session.llm.n_vocab()], [2**31 - 1] * 3):
+        session.resume([Exchange("What?", text, wrong)])
+        assert session._tokens[-len(tokens) :] == tokens
+        assert session.messages[-1]["content"] == text
+    session.resume([Exchange("What?", "<|im_end|>", [])])
+    assert session.llm.control_tokens.controls(session._text)[-1] != "<|im_end|>"
+    session.resume([Exchange("What?", "", [])])
+    assert "".join(session.send("Well?", 3))
+
+
+def test_conversation_that_a_template_refuses_leaves_the_one_there_is(llm):
+    template = "{% if messages | length > 2 %}{{ raise_exception('no') }}{% endif %}" + CHATML
+    llm.reset()
+    session = Session(llm, system="Be brief.", template=template.replace("> 2", "> 3"), sampling=Sampling(temp=0))
+    assert "".join(session.send("Hi", 3))
+    before = (session.system, session.messages, session._text, session._tokens, session.exchanges)
+    with pytest.raises(ClexError, match="refused the conversation: no"):
+        session.resume([Exchange("a", "b"), Exchange("c", "d")], "Other.")
+    assert (session.system, session.messages, session._text, session._tokens, session.exchanges) == before
+
+
+# What has changed since
+
+
+def test_another_model_file_reads_again_and_says_so(small_buckets, other, folder):
+    assert run(small_buckets, "--session", "s", "-p", QUESTIONS[0], *OPTIONS).returncode == 0
+    used = len(saved(folder, "s")["turns"][0]["tokens"])
+    result = run(other, "--session", "s", "-p", QUESTIONS[1], "--max-tokens", 3)
+    line, *_ = result.stderr.splitlines()
+    assert re.fullmatch(rf"\[s: until now with .* \({small_buckets}\): its \d+ tokens are read again\]", line)
+    assert used < int(re.search(r"its (\d+) tokens", line)[1])
+    assert result.returncode == 0
+    assert saved(folder, "s")["model"]["path"] == str(other)
+    assert run("--session", "s", "-p", "Go on.", "--max-tokens", 3).stderr.count("\n") == 1
+
+
+def test_the_models_file_changed_or_went(other, folder, tmp_path):
+    model = tmp_path / "model.gguf"
+    model.write_bytes(other.read_bytes())
+    assert run(model, "--session", "s", "-p", "Hi", *OPTIONS).returncode == 0
+    data = saved(folder, "s")
+    data["model"]["identity"] = "0" * 16
+    (folder / "s.json").write_text(json.dumps(data))
+    result = run("--session", "s", "-p", "Go on.", "--max-tokens", 3)
+    assert re.match(r"\[s: the model's file is not as it was: its \d+ tokens are read again\]\n", result.stderr)
+    model.unlink()
+    assert error_of("--session", "s", "-p", "x").endswith(f"is gone: {model}; name another before --session\n")
+    assert run(other, "--session", "s", "-p", "Go on.", "--max-tokens", 3).returncode == 0
+
+
+def test_an_attached_file_that_changed(small_buckets, folder, tmp_path):
+    note, gone = tmp_path / "note.txt", tmp_path / "gone.txt"
+    note.write_text("The number is 4711.\n")
+    gone.write_text("The color is red.\n")
+    options = ["--session", "s", "--max-tokens", 3, "--ctx", 512]
+    assert run(small_buckets, "-f", note, "-f", gone, "-p", "Which?", *options, stdin="piped").returncode == 0
+    turn = saved(folder, "s")["turns"][0]
+    assert [(Path(file["path"]).name, file["size"]) for file in turn["files"]] == [("note.txt", 20), ("gone.txt", 18)]
+    assert turn["message"] == "piped\n\nThe number is 4711.\n\nThe color is red.\n\nWhich?"
+    assert "since" not in run("--session", "s", "-p", "Go on.", "--max-tokens", 3).stderr
+    note.write_text("The number is 4712.\n")
+    gone.unlink()
+    lines = run("--session", "s", "-p", "Go on.", "--max-tokens", 3).stderr.splitlines()
+    assert lines[:2] == [
+        f"[{note} has changed since it was attached: the conversation has it as it was]",
+        f"[{gone} is gone since it was attached: the conversation has it as it was]",
+    ]
+    assert "4711" in saved(folder, "s")["turns"][0]["message"]
+
+
+def test_options_that_are_given_count_and_others_are_as_before(small_buckets, folder):
+    first = ["--system", "Be brief.", "--temp", 0.25, "--top-k", 5, "--ctx", 512, "--kv-type", "q8_0"]
+    assert run(small_buckets, "--session", "s", "-p", "Hi", "--max-tokens", 2, *first).returncode == 0
+    result = run("--session", "s", "-p", "Go on.", "--top-k", 7, "--ctx", 768, "--max-tokens", 2, "--json")
+    report, kept = json.loads(result.stdout), saved(folder, "s")
+    assert (report["context"], report["settings"]["type_k"]) == (768, "q8_0")
+    assert (kept["sampling"]["temp"], kept["sampling"]["top_k"], kept["system"]) == (0.25, 7, "Be brief.")
+    assert kept["run"] == {"ctx": 768, "kv_type": "q8_0", "flash_attn": None}
+    assert run("--session", "s", "-p", "x", "--system", "Be brief.", "--max-tokens", 2).returncode == 0
+    assert "has another system message: leave out --system" in error_of("--session", "s", "-p", "x", "--system", "No.")
+    assert "needs --chat-template model" in error_of("--session", "s", "-p", "x", "--chat-template", "chatml")
+    plain = ["--chat-template", "plain", "--max-tokens", 2]
+    assert run(small_buckets, "--session", "t", "-p", "Once upon", *plain).returncode == 0
+    assert run("--session", "t", "-p", "Go on.", "--max-tokens", 2).returncode == 0
+    assert saved(folder, "t")["chat_template"] == "plain"
+
+
+# What is refused
+
+
+def test_what_cannot_be_gone_on_with(small_buckets, folder):
+    assert "there is no session s yet: MODEL is missing" in error_of("--session", "s", "-p", "x", code=2)
+    assert "Missing argument" in error_of("-p", "x", code=2)
+    assert "'a/b' is no name for a session" in error_of(small_buckets, "--session", "a/b", "-p", "x")
+    (folder / "s.json").write_text("{}")
+    assert error_of(small_buckets, "--session", "s", "-p", "x").endswith("s.json: no session of clex-local\n")
+    assert (folder / "s.json").read_text() == "{}"
+
+
+def test_a_conversation_that_cannot_be_saved_is_answered_and_fails(small_buckets, tmp_path):
+    """As on a full disk: nothing can be written behind the first bytes of a file."""
+    limit = "import resource, signal, runpy, sys; signal.signal(signal.SIGXFSZ, signal.SIG_IGN);"
+    limit += "resource.setrlimit(resource.RLIMIT_FSIZE, (100, 100)); sys.argv = sys.argv[1:];"
+    limit += "runpy.run_module('clex_local.chat', run_name='__main__', alter_sys=True)"
+    command = [sys.executable, "-c", limit, "clex-chat", str(small_buckets), "--session", "s", "-p", "Hi", *OPTIONS]
+    result = subprocess.run([*command, "--threads", "1"], stdin=subprocess.DEVNULL, capture_output=True, text=True)
+    assert result.returncode == 1
+    assert result.stdout.strip()
+    assert re.search(r"s\.json: not saved: File too large\n", result.stderr)
+    assert "Traceback" not in result.stderr
+    assert sorted(file.name for file in (tmp_path / "sessions").iterdir()) == [".s.lock"]
+
+
+def test_unanswerable_message_is_not_kept(session, folder):
+    keeper, _ = keep(session)
+    keeper.save("s")
+    with pytest.raises(ClexError, match="the prompt has"):
+        say(keeper, "word " * 2000)
+    assert (saved(folder, "s")["turns"], saved(folder, "s")["unanswered"]) == ([], None)
+    keeper.close()
+
+
+# What a killed process loses
+
+
+def test_a_killed_process_loses_the_answer_under_way_alone(small_buckets, folder):
+    assert run(small_buckets, "--session", "s", "-p", "Hi", *OPTIONS).returncode == 0
+    command = [*COMMAND, "--session", "s", "-p", "Write a very long story.", "--threads", "1"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stdin=subprocess.DEVNULL) as process:
+        assert process.stdout.read(10)
+        process.kill()
+    assert len(answers(folder, "s")) == 1
+    assert saved(folder, "s")["unanswered"]["message"] == "Write a very long story."
+    assert run("--session", "s", "-p", "Be brief.", "--max-tokens", 3).returncode == 0
+    assert [turn["message"] for turn in saved(folder, "s")["turns"]] == ["Hi", "Be brief."]
+    assert saved(folder, "s")["unanswered"] is None
+
+
+def test_ctrl_c_keeps_what_was_written(small_buckets, folder):
+    command = [*COMMAND, str(small_buckets), "--session", "s", "-p", "Write a very long story.", "--threads", "1"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        begun = process.stdout.read(20)
+        process.send_signal(signal.SIGINT)
+        rest, _ = process.communicate(timeout=60)
+    assert process.returncode == 130
+    (kept,) = answers(folder, "s")
+    assert kept.startswith((begun + rest).removesuffix("\n"))  # Ctrl-C may come before the last token is written
+    assert saved(folder, "s")["turns"][0]["finish_reason"] == "interrupted"
+
+
+# In the conversation
+
+
+def chat_of(session: Session) -> Chat:
+    return Chat(Terminal(session, max_tokens=4, quiet=True), "name", "cache")
+
+
+def test_nothing_is_lost_by_a_command(session, folder, capsys):
+    chat = chat_of(session)
+    chat.turn("Hello")
+    with pytest.raises(SessionError, match="this conversation is not saved: /save NAME keeps it, /reset forgets it"):
+        chat.command("/load a")
+    chat.command("/save a")
+    chat.turn("And now?")
+    assert (len(answers(folder, "a")), chat.status().split("  ")[0]) == (2, " a")
+    assert f"session    a, {folder}/a.json" in chat.stats()
+    chat.command("/save b")  # goes on as b
+    chat.turn("Again?")
+    assert (len(answers(folder, "a")), len(answers(folder, "b"))) == (2, 3)
+    with pytest.raises(SessionError, match="there is a session a already: /load a goes on with it"):
+        chat.command("/save A")
+    (folder / "c.json").write_text("damaged")
+    for command in ("/save c", "/load c"):
+        with pytest.raises(SessionError, match="a damaged session"):
+            chat.command(command)
+    assert (folder / "c.json").read_text() == "damaged"
+    for command, reason in [("/load", "needs the name"), ("/load none", "no session none"), ("/load B", "this is the")]:
+        with pytest.raises(SessionError, match=reason):
+            chat.command(command)
+    assert chat.keeper.name == "b"
+    chat.command("/load a")
+    assert (chat.keeper.name, len(session.exchanges)) == ("a", 2)
+    chat.command("/reset")
+    assert (chat.keeper.name, session.exchanges, len(answers(folder, "a"))) == (None, [], 2)
+    chat.turn("Hello")
+    assert len(answers(folder, "a")) == 2
+    chat.command("/save")  # a name is made
+    assert len(list(folder.glob("2*.json"))) == 1
+    chat.keeper.close()
+    capsys.readouterr()
+
+
+def test_sampling_and_system_message_come_with_a_session(llm, folder, capsys):
+    llm.reset()
+    session = Session(llm, system="Be brief.", sampling=Sampling(temp=0, top_k=3))
+    chat = chat_of(session)
+    chat.turn("Hello")
+    chat.command("/save a")
+    chat.keeper.close()
+    fresh = Session(llm, sampling=Sampling(temp=1))
+    chat = chat_of(fresh)
+    chat.command("/load a")
+    assert (fresh.system, fresh.sampling) == ("Be brief.", Sampling(temp=0, top_k=3))
+    assert (fresh.messages, fresh._tokens) == (session.messages, session._tokens)
+    chat.turn("Go on.")
+    assert fresh.last.prefill_tokens < fresh.last.prompt_tokens - 10  # the cache still has it
+    chat.keeper.close()
+    capsys.readouterr()
+
+
+@needs_terminal
+def test_sessions_in_a_terminal(small_buckets, folder, tmp_path):
+    def start(*arguments):
+        return Pty(*arguments, XDG_STATE_HOME=str(tmp_path))
+
+    pty = start(small_buckets, "--ctx", "1024", "--max-tokens", "150", "--session", "sea")
+    pty.expect("a new session: sea")
+    pty.prompt(" sea  ·  0 of 1,024 tokens")
+    pty.chat.send("Say hello.\r")
+    pty.prompt(r" sea  ·  [1-9]\d* of 1,024 tokens")
+    assert "open in another process" in error_of("--session", "SEA", "-p", "x")
+    pty.chat.send("/sessions\r")
+    pty.expect(r"\* sea  \d{4}-\d\d-\d\d \d\d:\d\d  1 turn  Smollm2")
+    pty.prompt(" sea ")
+    # Killed in the middle of an answer.
+    pty.chat.send("Write a long story.\r")
+    pty.expect(r"\n[^\x1b\r\n]{20,}")  # nothing but an answer is that long without colours
+    pty.chat.kill(signal.SIGKILL)
+    pty.chat.wait()
+
+    pty = start(None, "--session", "sea", "--max-tokens", "8")
+    pty.expect(r"session sea: 1 turn, [1-9]\d* tokens, saved \d{4}")
+    pty.expect("your last message was not answered: “Write a long story.”; an empty line sends it again")
+    pty.prompt(r" sea  ·  [1-9]\d* of 1,024 tokens")
+    pty.chat.send("\r")
+    pty.expect("limit of --max-tokens")
+    pty.prompt(" sea ")
+    pty.chat.send("/save ocean\r")
+    pty.expect("saved as ocean, and after every answer from now on")
+    pty.prompt(" ocean ")
+    pty.chat.send("/load nothing\r")
+    pty.expect("there is no session nothing; /sessions lists them")
+    pty.prompt(" ocean ")
+    pty.chat.send("/load sea\r")
+    pty.expect(r"session sea: 2 turns, [1-9]\d* tokens")
+    pty.prompt(" sea ")
+    pty.chat.send("/reset\r")
+    pty.expect("the conversation is forgotten; session sea stays as it was saved, /load sea goes on with it")
+    pty.prompt(" 0 of 1,024")
+    pty.chat.sendeof()
+    assert pty.close() == 0
+    assert answers(folder, "sea") == answers(folder, "ocean")
+    assert len(answers(folder, "sea")) == 2
+    assert os.listdir(folder)
