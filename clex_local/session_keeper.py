@@ -9,7 +9,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from clex_local.errors import escaped
+from clex_local.errors import ClexError, escaped
 from clex_local.exchange import AttachedFile, Exchange
 from clex_local.interrupt import kept_until_return
 from clex_local.saved_session import SavedSession, SessionError, SessionModel
@@ -55,8 +55,10 @@ class SessionKeeper:
 
             llm = self.session.llm
             name = llm.metadata.get("general.name") or Path(llm.model_path).name
-            number = model_number(llm, llm._options)
-            self._model = SessionModel(str(Path(llm.model_path).absolute()), name, f"{number:016x}")
+            identity = ""
+            with suppress(ClexError, OSError):  # the file may be gone since it was loaded
+                identity = f"{model_number(llm, llm._options):016x}"
+            self._model = SessionModel(str(Path(llm.model_path).absolute()), name, identity)
         return self._model
 
     @contextmanager

@@ -5,21 +5,23 @@ from __future__ import annotations
 import json
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import closing
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, ProgressColumn, Task, TaskID, TextColumn
 from rich.text import Text
 
 from clex_local.errors import ClexError, shown
+from clex_local.reading_time import ReadingTime, readable_time, reading_time
 
 if TYPE_CHECKING:
     from clex_local.clex_state import ClexState
     from clex_local.llama import Llama
     from clex_local.session import Answer, Session
 
+LONG = 60.0  # seconds of reading that are announced
 CONTROLS = {code: None for code in [*range(32), *range(127, 160)] if chr(code) not in "\n\t"}
 
 
@@ -38,15 +40,33 @@ def json_line(value: Any) -> str:
     return text.translate({code: f"\\u{code:04x}" for code in range(127, 160)}) + "\n"
 
 
-class PrefillBar:
-    """A progress bar for a prompt that takes more than a moment; gone without a trace when the answer begins."""
+class TimeLeft(ProgressColumn):
+    """The time that the rest of a prompt takes."""
 
-    def __init__(self, console: Console):
+    def __init__(self, left: Callable[[], float | None]) -> None:
+        super().__init__()
+        self._left = left
+
+    def render(self, task: Task) -> Text:
+        """The column's text."""
+        left = self._left()
+        return Text("" if left is None else f"{readable_time(left)} left", style="dim")
+
+
+class PrefillBar:
+    """A progress bar for a prompt that takes more than a moment; gone without a trace when the answer begins.
+
+    Args:
+        console: where.
+        left: the seconds that it still takes, None where they are not known.
+    """
+
+    def __init__(self, console: Console, left: Callable[[], float | None]):
         self._progress = Progress(
             TextColumn("[dim]reading {task.fields[tokens]}[/]"),
             BarColumn(30, style="bright_black", complete_style="cyan", finished_style="cyan", pulse_style="cyan"),
             TextColumn("[dim]{task.fields[speed]}[/]"),
-            TimeRemainingColumn(),
+            TimeLeft(left),
             console=console,
             transient=True,
             disable=not console.is_terminal,
@@ -119,6 +139,7 @@ class Terminal:
         self.max_tokens = max_tokens
         self.notes = Console(stderr=True, highlight=False, soft_wrap=True, quiet=quiet)
         self._buckets = BucketWatch(session.llm)
+        self._reading: ReadingTime | None = None  # made for the first long prompt
 
     def note(self, text: str, style: str = "dim") -> None:
         """Say something that is not the answer."""
@@ -142,18 +163,48 @@ class Terminal:
             raise self._advised(error) from error
         first = ""
         with closing(stream):
-            with PrefillBar(self.notes) as bar:
-                self.session.llm.on_prefill = bar.update
-                try:
-                    first = next(stream, "")
-                finally:
-                    self.session.llm.on_prefill = None
+            first = self._read(stream)
             self._note_bucket()
             write(first)
             for piece in stream:
                 write(piece)
         assert self.session.last is not None
         return self.session.last
+
+    def _read(self, stream: Iterator[str]) -> str:
+        """Have the prompt read, and return the first piece of the answer."""
+        llm, said = self.session.llm, False
+        with PrefillBar(self.notes, lambda: self._reading and self._reading.left()) as bar:
+
+            def update(done: int, total: int) -> None:
+                nonlocal said
+                bar.update(done, total)
+                reading = self._reading = self._reading or reading_time(llm)
+                if reading is None:
+                    return
+                reading.update(done, total)
+                left = reading.left() if reading.known else None
+                if not said and left is not None and left > LONG:
+                    said = True
+                    self.note(self._estimate(reading.start, total, done, left))
+
+            llm.on_prefill = update
+            try:
+                return next(stream, "")
+            finally:
+                llm.on_prefill = None
+                if self._reading:
+                    self._reading.remember()
+
+    def _estimate(self, start: int, total: int, done: int, left: float) -> str:
+        """A line about a prompt that takes long."""
+        clex = self.session.llm.clex
+        line = f"reading {total:,} tokens"
+        if start:
+            line += f" after {start:,}"
+        if clex:
+            line += f" in {describe_bucket(clex, clex.bucket_of(start + total))}"
+        return f"{line}: about {readable_time(left)}{' more' if done else ''}"
 
     def end_of_answer(self, answer: Answer) -> None:
         """Say why an answer ended, if it was not the model that ended it."""

@@ -1,0 +1,286 @@
+"""How long a prompt takes: expected from what was measured, corrected while it is read, said before a long one."""
+
+from __future__ import annotations
+
+import json
+import re
+from contextlib import closing
+
+import pytest
+
+from clex_local import open_model
+from clex_local.memory import ModelShape
+from clex_local.reading_speed import Measured, ReadingSpeed, attention_share, remember, remembered, speeds_file
+from clex_local.reading_time import ReadingTime, readable_time, speed_key
+from helpers.chat_command import Pty, run
+from helpers.random_gguf import make_model
+
+pytestmark = pytest.mark.chat
+
+TRUE = ReadingSpeed(0.002, 6e-7)  # seconds; at 4,096 tokens a token takes twice what the first one takes
+SHARE = TRUE.per_depth / TRUE.base
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("CLEX_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+def measured(end: int, speed: ReadingSpeed = TRUE, batch: int = 512) -> Measured:
+    """What a prompt of so many tokens shows."""
+    found = Measured()
+    for start in range(0, end, batch):
+        found.add(start, min(start + batch, end), speed.seconds(start, min(start + batch, end)))
+    return found
+
+
+@pytest.mark.parametrize("end", [512, 2048, 8192, 32768])
+@pytest.mark.parametrize("length", [2048, 8192, 32768])
+def test_cost_grows_with_depth(end, length):
+    expected = measured(end).speed(SHARE)
+    assert expected.seconds(0, length) == pytest.approx(TRUE.seconds(0, length), rel=0.02)
+
+
+@pytest.mark.parametrize("wrong", [0.0, 0.4, 2.5])
+def test_what_was_measured_at_depth_outweighs_the_shape(wrong):
+    """The shape may be unknown, and a processor better or worse at attention than at weights."""
+    for end in (8192, 32768):
+        expected = measured(end).speed(SHARE * wrong)
+        assert expected.seconds(0, 32768) == pytest.approx(TRUE.seconds(0, 32768), rel=0.25)
+
+
+def test_share_of_attention_is_that_of_the_shape(smollm):
+    from clex_local.gguf_file import GGUFFile
+
+    with GGUFFile(smollm) as file:
+        assert attention_share(ModelShape.from_metadata(file)) == pytest.approx(2.7e-4, rel=0.1)  # as was measured
+    assert attention_share(None) == 0
+
+
+def test_noise_does_not_make_deep_tokens_cheap():
+    found = Measured()
+    found.add(0, 512, 2.0)
+    found.add(8192, 8704, 1.0)
+    assert found.speed(SHARE).seconds(0, 32768) >= 32768 * 1.5 / 512 * 0.99
+    assert Measured().speed(SHARE) is None
+    found = Measured()
+    for seconds in (0.0, -1.0, float("inf"), float("nan")):
+        found.add(0, 512, seconds)
+    found.add(5, 5, 1.0)
+    assert found.speed(SHARE) is None
+
+
+class Machine:
+    """A model that reads prompts at a speed of our choice: its clock goes by the tokens that were read."""
+
+    def __init__(self, llm, speed: ReadingSpeed):
+        self.llm, self.speed, self.seconds = llm, speed, 0.0
+        self.reading = ReadingTime(llm, lambda: self.seconds)
+        self.seen: list[tuple[float | None, float]] = []  # what was expected, and how long it then took
+
+    def read(self, n_tokens: int) -> list[tuple[int, float | None, float]]:
+        """Read a prompt: after each batch, tokens done, seconds expected and needed for the rest."""
+        start, seen = self.llm.n_tokens, []
+
+        def update(done: int, total: int) -> None:
+            assert self.llm.n_tokens == start + done
+            if done:
+                self.seconds += self.speed.seconds(start + self.last, start + done)
+            self.last = done
+            self.reading.update(done, total)
+            seen.append((done, self.reading.left(), self.speed.seconds(start + done, start + total)))
+
+        self.llm.on_prefill = update
+        try:
+            self.llm.eval([5] * n_tokens)
+        finally:
+            self.llm.on_prefill = None
+            self.reading.remember()
+        return seen
+
+
+@pytest.fixture(scope="module")
+def llm(tmp_path_factory):
+    path = make_model(tmp_path_factory.mktemp("model") / "tiny.gguf", original=4096, n_buckets=2, n_layer=1)
+    with closing(open_model(path, ctx=8192, batch=512, threads=1)) as llm:
+        yield llm
+
+
+@pytest.fixture
+def machine(llm):
+    llm.reset()
+    share = attention_share(ModelShape.from_metadata(file_of(llm)))
+    return Machine(llm, ReadingSpeed(0.002, 0.002 * share))
+
+
+def file_of(llm):
+    from clex_local.gguf_file import GGUFFile
+
+    return GGUFFile(llm.model_path)
+
+
+def test_first_prompt_is_expected_from_its_first_batches(machine):
+    seen = machine.read(6000)
+    assert seen[0][:2] == (0, None)
+    for done, expected, needed in seen[1:-1]:
+        assert expected == pytest.approx(needed, rel=0.1), done
+    assert seen[-1][1] == 0
+
+
+def test_later_prompts_are_expected_before_they_are_read(machine):
+    machine.read(3000)
+    machine.llm.reset()
+    (_, expected, needed), *_ = machine.read(5000)
+    assert expected == pytest.approx(needed, rel=0.1)
+    (_, expected, needed), *_ = machine.read(3000)  # after what was there
+    assert expected == pytest.approx(needed, rel=0.1)
+    assert needed > machine.speed.seconds(0, 3000) * 1.5
+
+
+def test_slower_machine_than_before_is_noticed_while_it_reads(machine):
+    machine.read(3000)
+    machine.llm.reset()
+    machine.speed = ReadingSpeed(machine.speed.base * 3, machine.speed.per_depth * 3)
+    seen = machine.read(6000)
+    assert seen[0][1] == pytest.approx(seen[0][2] / 3, rel=0.1)
+    for done, expected, needed in seen[5:-1]:
+        assert expected == pytest.approx(needed, rel=0.25), done
+
+
+def test_time_passes_between_batches(machine):
+    machine.read(2048)
+    machine.reading.update(0, 4096)
+    whole = machine.reading.left()
+    machine.seconds += whole / 2
+    assert machine.reading.left() == pytest.approx(whole / 2)
+    machine.seconds += whole
+    assert machine.reading.left() == 0
+
+
+def test_speeds_are_remembered_for_each_way_to_run_a_model(folder, llm, tmp_path):
+    remember("a", measured(4096))
+    remember("b", measured(512))
+    assert remembered("a").speed(SHARE).base == pytest.approx(TRUE.base, rel=0.01)
+    assert len(remembered("b").steps) == 1
+    assert remembered("c").steps == {}
+    assert folder.stat().st_mode & 0o777 == 0o700
+    assert speeds_file().stat().st_mode & 0o777 == 0o600
+    assert json.loads(speeds_file().read_text())["speeds"]["a"]["depths"]["1024"][0] == 1024
+    with closing(open_model(llm.model_path, ctx=512, batch=512, threads=2)) as other:
+        keys = [speed_key(llm), speed_key(other)]
+    with closing(open_model(llm.model_path, ctx=512, batch=512, threads=1, kv_type="q8_0")) as other:
+        keys.append(speed_key(other))
+    assert len(set(keys)) == 3
+
+
+def test_what_was_remembered_follows_a_machine_that_changes():
+    for _ in range(50):
+        remember("a", measured(8192))
+    slow = ReadingSpeed(TRUE.base * 2, TRUE.per_depth * 2)
+    for _ in range(20):
+        remember("a", measured(8192, slow))
+    assert remembered("a").speed(SHARE).seconds(0, 8192) == pytest.approx(slow.seconds(0, 8192), rel=0.05)
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "[]", "nonsense", "\x00", "[" * 100_000, '{"version": 2, "speeds": {"a": {}}}', '{"version": 1}',
+     '{"version": 1, "speeds": []}', '{"version": 1, "speeds": {"a": 5}}',
+     '{"version": 1, "speeds": {"a": {"depths": {"x": [1, 2, 3], "0": "abc", "1024": [1, 2], "2048": [NaN, 1, 1],'
+     ' "3072": [1, 1, -1], "4096": [1, 1, 1e999], "1e9": null}}}}'],
+)  # fmt: skip
+def test_damaged_file_is_as_none_and_is_written_anew(folder, text):
+    folder.mkdir()
+    speeds_file().write_text(text)
+    assert remembered("a").steps == {}
+    remember("a", measured(2048))
+    assert len(remembered("a").steps) == 2
+
+
+def test_speeds_that_cannot_be_kept_are_no_error(tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("CLEX_CACHE", str(tmp_path / "file"))
+    remember("a", measured(2048))
+    assert remembered("a").steps == {}
+
+
+def test_durations_are_as_precise_as_an_estimate():
+    told = {0.2: "1 s", 42: "42 s", 62: "1 min", 100: "1 min 40 s", 598: "10 min", 1500: "25 min", 11400: "3 h 10 min"}
+    assert {seconds: readable_time(seconds) for seconds in told} == told
+
+
+@pytest.fixture
+def question(llm, tmp_path):
+    """A command that reads some 3,000 tokens, one a letter."""
+    document = tmp_path / "long.txt"
+    document.write_text("abcdefghij" * 300)
+    options = ["--ctx", "4096", "--batch", "128", "--max-tokens", "2", "--chat-template", "plain", "--temp", "0"]
+    return [llm.model_path, "-f", document, *options]
+
+
+@pytest.fixture
+def slow(question):
+    """The same, remembered as reading 10 tokens a second."""
+    assert run(*question).returncode == 0
+    data = json.loads(speeds_file().read_text())
+    ((key, entry),) = data["speeds"].items()
+    assert "threads 1, cache f16" in key
+    assert sum(tokens for tokens, _, _ in entry["depths"].values()) > 2500
+    entry["depths"] = {step: [1000, depth, 0.1] for step, (_, depth, _) in entry["depths"].items()}
+    speeds_file().write_text(json.dumps(data))
+    return question
+
+
+def test_long_reading_is_announced(slow):
+    line, *rest = run(*slow).stderr.splitlines()
+    found = re.fullmatch(r"reading 3,0\d\d tokens in bucket 1 of 2 \(t = 1, up to 4,096 tokens\): about (.*)", line)
+    assert found[1][:5] in ("4 min", "5 min")
+    assert rest == ["[stopped after 2 tokens, the limit of --max-tokens]"]
+    # Of what it was, it is believed no more.
+    assert sum(cost for _, _, cost in next(iter(remembered_depths().values())).values()) < 0.3
+
+
+def remembered_depths():
+    return {key: entry["depths"] for key, entry in json.loads(speeds_file().read_text())["speeds"].items()}
+
+
+def test_short_reading_is_not_announced(question):
+    for _ in range(2):
+        assert run(*question).stderr == "[stopped after 2 tokens, the limit of --max-tokens]\n"
+
+
+def test_json_says_nothing_else(slow):
+    assert run(*slow, "--json").stderr == ""
+
+
+def test_bar_of_a_terminal_has_the_time_that_is_left(slow, tmp_path):
+    model, _, document, *options = slow
+    pty = Pty(model, *options, XDG_STATE_HOME=str(tmp_path))
+    pty.prompt(" 0 of 4,096 tokens")
+    pty.chat.send(f"/file {document}\r")
+    pty.prompt("long.txt")
+    pty.chat.send("Well?\r")
+    pty.expect(r"reading 3,0\d\d tokens in bucket 1 of 2 \(t = 1, up to 4,096 tokens\): about [45] min")
+    pty.prompt(r" 3,0\d\d of 4,096 tokens")
+    pty.chat.sendeof()
+    assert pty.close() == 0
+
+
+def test_bar_counts_down(machine):
+    from io import StringIO
+
+    from rich.console import Console
+
+    from clex_local.terminal import PrefillBar
+
+    machine.read(2048)
+    machine.reading.update(0, 4096)
+    console = Console(file=StringIO(), width=100, force_terminal=True)
+    with PrefillBar(console, machine.reading.left) as bar:
+        bar.update(0, 4096)
+        machine.seconds += machine.reading.left() - 7
+        with console.capture() as shown:
+            console.print(bar._progress.get_renderable())
+    assert "reading 4,096 tokens" in shown.get()
+    assert "7 s left" in shown.get()
