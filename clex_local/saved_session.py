@@ -51,7 +51,8 @@ class SavedSession:
         run: of the options of the run, those that were given and decide how the cache is laid out.
         turns: what was said.
         unanswered: a message whose answer was under way.
-        created, saved: times, ISO 8601.
+        began: when the conversation began, by the person's clock; see ``Session.began``.
+        created, saved: times of the file, all of them ISO 8601.
     """
 
     name: str
@@ -62,6 +63,7 @@ class SavedSession:
     run: dict[str, Any] = field(default_factory=dict)
     turns: list[Exchange] = field(default_factory=list)
     unanswered: Exchange | None = None
+    began: str = ""
     created: str = field(default_factory=lambda: now())
     saved: str = ""
 
@@ -156,6 +158,7 @@ def _session(value: _Object) -> SavedSession:
         run=_run(_Object(value.get("run", dict), "the run")),
         turns=[_exchange(turn) for turn in value.objects("turns")],
         unanswered=None if unanswered is None else _exchange(_Object(unanswered, "the unanswered message")),
+        began=_time(value, "began"),
         created=value.get("created", str),
         saved=value.get("saved", str),
     )
@@ -173,6 +176,14 @@ def _exchange(value: _Object) -> Exchange:
         finish_reason=value.get("finish_reason", str),
         files=[AttachedFile(file.get("path", str), file.get("size", int), file.get("sha256", str)) for file in files],
     )
+
+
+def _time(value: _Object, name: str) -> str:
+    text = value.get(name, str, default="")
+    try:
+        return text and datetime.fromisoformat(text).isoformat()
+    except ValueError:
+        raise _Wrong(f"{name!r} of {value.where} is no time") from None
 
 
 def _run(value: _Object) -> dict[str, Any]:

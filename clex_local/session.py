@@ -6,6 +6,7 @@ import codecs
 import time
 from collections.abc import Generator, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from datetime import datetime
 from typing import TYPE_CHECKING
 
 import llama_cpp
@@ -83,6 +84,8 @@ class Session:
     Attributes:
         messages: the conversation as templates take it.
         exchanges: the same, each message with its answer.
+        began: when it began, ISO 8601. Templates that write a date write this one: were it to change, everything
+            behind it would be computed again.
         last: how the last turn went.
 
     Raises:
@@ -129,13 +132,17 @@ class Session:
     def reset(self) -> None:
         """Start over. The system message stays, and so does what the cache holds of it."""
         self.exchanges: list[Exchange] = []
+        self._begin(datetime.now().isoformat(timespec="seconds"))
         self.messages: list[dict[str, str]] = []
         if self.system is not None:
             self.messages.append({"role": "system", "content": self.system})
         self._text = ""
         self._tokens: list[int] = []
 
-    def resume(self, exchanges: Sequence[Exchange], system: str | None = None) -> None:
+    def _begin(self, time: str) -> None:
+        self.began = self._template.now = time
+
+    def resume(self, exchanges: Sequence[Exchange], system: str | None = None, began: str = "") -> None:
         """Go on with another conversation; nothing is computed before the next message.
 
         The tokens of an answer count where they are this text in this model's vocabulary. Where they are not, the text
@@ -144,19 +151,23 @@ class Session:
         Args:
             exchanges: what was said in it.
             system: its system message.
+            began: when it began, ISO 8601; now, where that is not known.
 
         Raises:
             ClexError: the template refuses it; the conversation is what it was.
         """
         before = (self.system, self.exchanges, self.messages, self._text, self._tokens)
+        time = self.began
         self.system = system
         try:
             self.reset()
+            self._begin(began or self.began)
             for exchange in exchanges:
                 messages = [*self.messages, {"role": "user", "content": exchange.message}]
                 self._take(messages, *self._prompt(messages), replace(exchange, tokens=self._answer_tokens(exchange)))
         except BaseException:
             self.system, self.exchanges, self.messages, self._text, self._tokens = before
+            self._begin(time)
             raise
 
     def _answer_tokens(self, exchange: Exchange) -> list[int]:

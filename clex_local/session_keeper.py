@@ -94,6 +94,7 @@ class SessionKeeper:
             run=self.run,
             turns=self.session.exchanges,
             unanswered=self.unanswered,
+            began=self.session.began,
             **created,
         )
         with kept_until_return():  # a second Ctrl-C does not cost what the first one left
@@ -165,7 +166,7 @@ class SessionKeeper:
     def _take(self, saved: SavedSession) -> None:
         if saved.chat_template != self.chat_template:
             raise SessionError(f"the session {saved.name} needs --chat-template {saved.chat_template}")
-        self.session.resume(saved.turns, saved.system)
+        self.session.resume(saved.turns, saved.system, saved.began)
         self.unanswered = saved.unanswered
 
     def describe(self, changes_only: bool = False) -> None:

@@ -40,13 +40,14 @@ class Unusable(Exception):
         self.reason = reason
 
 
-def render(source: str, contexts: Sequence[Mapping[str, Any]], longest: int) -> list[str]:
+def render(source: str, contexts: Sequence[Mapping[str, Any]], longest: int, now: str = "") -> list[str]:
     """Write conversations as prompts.
 
     Args:
         source: a Jinja template, in the dialect of Hugging Face's chat templates.
         contexts: the variables of each prompt; with none of them the template is only compiled.
         longest: characters that a prompt may have.
+        now: the time that the template is told, ISO 8601; empty: that of the clock.
 
     Raises:
         Unusable: the template is not valid, raised, or writes more than that.
@@ -57,13 +58,16 @@ def render(source: str, contexts: Sequence[Mapping[str, Any]], longest: int) -> 
         raise Unusable("memory") from None
     except Exception as error:  # what a template makes of the compiler is not only a TemplateError
         raise Unusable("invalid", reason(error)) from error
-    return [_write(template, context, longest) for context in contexts]
+    functions = {"raise_exception": _raise, "strftime_now": _strftime(now)}
+    return [_write(template, context, functions, longest) for context in contexts]
 
 
-def _write(template: jinja2.Template, context: Mapping[str, Any], longest: int) -> str:
+def _write(
+    template: jinja2.Template, context: Mapping[str, Any], functions: Mapping[str, Callable[..., Any]], longest: int
+) -> str:
     pieces, length = [], 0
     try:
-        for piece in template.generate(context, raise_exception=_raise, strftime_now=_strftime_now):
+        for piece in template.generate(context, **functions):
             length += len(piece)
             if length > longest:
                 raise Unusable("long")
@@ -114,8 +118,8 @@ def _raise(message: str) -> NoReturn:
     raise ValueError(message)
 
 
-def _strftime_now(form: str) -> str:
-    return datetime.now().strftime(form)
+def _strftime(now: str) -> Callable[[str], str]:
+    return lambda form: (datetime.fromisoformat(now) if now else datetime.now()).strftime(form)
 
 
 def reason(error: BaseException) -> str:
@@ -174,7 +178,8 @@ def main() -> None:
             request = pickle.loads(data)
             limit(request["seconds"], request["memory"])
             contexts = pickle.loads(request["contexts"])
-            texts = [text.encode() for text in render(request["source"], contexts, request["longest"])]
+            made = render(request["source"], contexts, request["longest"], request["now"])
+            texts = [text.encode() for text in made]
             answer = {"texts": len(texts)}
         except Unusable as error:
             answer = {"kind": error.kind, "reason": error.reason}

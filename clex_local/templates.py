@@ -203,6 +203,9 @@ class ChatTemplate:
         tokens: texts of tokens that the template may name, such as ``bos_token``.
         name: what messages call it.
         foreign: whether it is run in a process of its own, with bounds; for all that are not ours.
+
+    Attributes:
+        now: the time that the template is told, ISO 8601; empty: that of the clock.
     """
 
     def __init__(
@@ -219,6 +222,7 @@ class ChatTemplate:
         self.tokens = tokens
         self.name = name
         self.foreign = foreign
+        self.now = ""
 
     def check(self) -> None:
         """Compile it.
@@ -270,7 +274,7 @@ class ChatTemplate:
         if len(self.source) > LARGEST_TEMPLATE:
             raise TemplateError(f"{self.name} is not valid: it has {len(self.source):,} characters")
         try:
-            return _rendered(self.source, contexts, foreign=self.foreign)
+            return _rendered(self.source, contexts, self.now, foreign=self.foreign)
         except template_worker.Unusable as error:
             if error.kind == "text":
                 raise TextError("the message is not valid UTF-8 text") from error
@@ -314,9 +318,9 @@ def _is_lost(messages: Sequence[Any], prompt: str) -> bool:
     return False
 
 
-def _rendered(source: str, contexts: list[dict[str, Any]], *, foreign: bool) -> list[str]:
+def _rendered(source: str, contexts: list[dict[str, Any]], now: str, *, foreign: bool) -> list[str]:
     if not foreign:
-        return template_worker.render(source, contexts, sys.maxsize)
+        return template_worker.render(source, contexts, sys.maxsize, now)
     try:
         data = pickle.dumps(contexts)
     except Exception as error:  # whatever it is that the caller has among the messages
@@ -325,6 +329,7 @@ def _rendered(source: str, contexts: list[dict[str, Any]], *, foreign: bool) -> 
     request = {
         "source": source,
         "contexts": data,
+        "now": now,
         "seconds": seconds,
         "memory": MEMORY + 64 * len(data),
         "longest": LONGEST + 16 * len(data),
@@ -333,7 +338,7 @@ def _rendered(source: str, contexts: list[dict[str, Any]], *, foreign: bool) -> 
         worker = _worker()
         if worker is not None:
             return worker.ask(pickle.dumps(request), seconds)
-    return template_worker.render(source, contexts, request["longest"])
+    return template_worker.render(source, contexts, request["longest"], now)
 
 
 class _Worker:

@@ -34,6 +34,7 @@ def conversation(**changes) -> SavedSession:
             Exchange("And?", "", [], "length"),
         ],
         unanswered=Exchange("Still there?"),
+        began="2026-01-01T00:00:00",
     )
     return SavedSession(**values | changes)
 
@@ -121,6 +122,7 @@ DAMAGED = {
     "template": changed("chat_template", "{{ x }}"),
     "cache": changed("run.kv_type", "q9"),
     "context": changed("run.ctx", -5),
+    "time": changed("began", "yesterday"),
 }
 
 

@@ -147,6 +147,29 @@ def test_conversation_that_a_template_refuses_leaves_the_one_there_is(llm):
     assert (session.system, session.messages, session._text, session._tokens, session.exchanges) == before
 
 
+def test_date_of_a_template_is_that_of_the_beginning(llm, folder):
+    """Another date in front of a document would have all of it read again."""
+    template = "{{ strftime_now('%d %b %Y %H:%M:%S') }}\n" + CHATML
+    llm.reset()
+    session = Session(llm, template=template, sampling=Sampling(temp=0))
+    session.resume([], began="2025-12-31T23:59:59")
+    keeper, _ = keep(session)
+    keeper.save("old")
+    say(keeper, "Hi", 3)
+    keeper.close()
+    assert session._text.startswith("31 Dec 2025 23:59:59\n")
+    later = Session(llm, template=template, sampling=Sampling(temp=0))
+    assert not later._prompt([])[0].startswith("31 Dec 2025")
+    keeper, _ = keep(later)
+    keeper.load("old")
+    say(keeper, "And?", 3)
+    assert later._text.startswith("31 Dec 2025 23:59:59\n")
+    assert later.last.prefill_tokens < later.last.prompt_tokens / 2
+    later.reset()
+    assert not later._prompt([])[0].startswith("31 Dec 2025")
+    keeper.close()
+
+
 # What has changed since
 
 
