@@ -1,6 +1,7 @@
 """A model without tables against llama.cpp built with the same flags from the source with only the AMX fix.
 
-With GGML_CLEX_ATTN_DISABLE, since attention on the CPU has code of our own, which rounds differently.
+With GGML_CLEX_ATTN_DISABLE and GGML_CLEX_MATMUL_DISABLE, since attention and products of batches on the CPU have code
+of our own, which rounds differently.
 """
 
 from __future__ import annotations
@@ -33,7 +34,12 @@ print(hasattr(llama_cpp.llama_cpp._lib, "llama_clex_bucket"))
 
 
 def run(library: object, model: object, out: object) -> tuple[np.ndarray, str]:
-    environment = {**os.environ, "LLAMA_CPP_LIB_PATH": str(library), "GGML_CLEX_ATTN_DISABLE": "1"}
+    environment = {
+        **os.environ,
+        "LLAMA_CPP_LIB_PATH": str(library),
+        "GGML_CLEX_ATTN_DISABLE": "1",
+        "GGML_CLEX_MATMUL_DISABLE": "1",
+    }
     command = [sys.executable, "-c", SCRIPT, str(model), str(out)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

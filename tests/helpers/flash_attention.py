@@ -251,7 +251,9 @@ def serve(connection: Any, directory: Path) -> None:
 
 
 class Library:
-    """A build of ggml in a process of its own."""
+    """A build of ggml in a process of its own, which `serve` is the loop of."""
+
+    serve = staticmethod(serve)
 
     def __init__(self, directory: Path, **environment: str) -> None:
         self.directory, self.environment = directory, environment
@@ -260,7 +262,7 @@ class Library:
     def connection(self) -> Any:
         spawn = get_context("spawn")
         ours, theirs = spawn.Pipe()
-        process = spawn.Process(target=serve, args=(theirs, self.directory), daemon=True)
+        process = spawn.Process(target=self.serve, args=(theirs, self.directory), daemon=True)
         before = {name: os.environ.get(name) for name in self.environment}
         os.environ.update(self.environment)
         try:

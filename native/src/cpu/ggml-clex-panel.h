@@ -1,0 +1,242 @@
+#pragma once
+
+// Products of a panel of weights with the activations of some tokens: int8 with scales of blocks, in registers.
+//
+// Weights of any quantized type become numbers of 8 bits, a scale for each block of 32 or 16 of a row, and with some types a
+// minimum that is subtracted; activations become numbers of 8 bits and a scale for each block of 32, or of 256 where the weights have
+// blocks of 256. The sums over a block are exact integers, all else is F32. Each number of the result is summed in the same
+// order, whatever the other tokens and rows are.
+
+#include <cstdint>
+#include <cstring>
+
+#if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512DQ__) && defined(__AVX512VL__) && defined(__AVX512VNNI__)
+
+#include <immintrin.h>
+
+#define GGML_CLEX_PANEL "AVX512-VNNI"
+
+namespace clex_panel {
+
+typedef __m512  fvec;
+typedef __m512i ivec;
+
+constexpr int LANES   = 16; // rows in a vector
+constexpr int VECTORS = 2;  // vectors of rows that are multiplied at once
+constexpr int TOKENS  = 6;  // tokens that are multiplied at once
+
+// The units multiply unsigned by signed numbers: weights have 128 added, which the sums of the activations take off again.
+constexpr bool UNSIGNED = true;
+
+static inline fvec f_zero() { return _mm512_setzero_ps(); }
+static inline fvec f_load(const float * p) { return _mm512_loadu_ps(p); }
+static inline void f_store(float * p, fvec a) { _mm512_storeu_ps(p, a); }
+static inline fvec f_set(const float * p) { return _mm512_set1_ps(*p); }
+static inline fvec f_mul(fvec a, fvec b) { return _mm512_mul_ps(a, b); }
+static inline fvec f_fma(fvec a, fvec b, fvec c) { return _mm512_fmadd_ps(a, b, c); } // a*b + c
+static inline fvec f_from(ivec a) { return _mm512_cvtepi32_ps(a); }
+static inline ivec i_set(const int32_t * p) { return _mm512_set1_epi32(*p); }
+static inline ivec w_load(const int8_t * p) { return _mm512_loadu_si512((const void *) p); }
+static inline ivec a_load(const int8_t * p) { int32_t x; memcpy(&x, p, 4); return _mm512_set1_epi32(x); }
+static inline ivec dot(ivec sum, ivec w, ivec a) { return _mm512_dpbusd_epi32(sum, w, a); }
+
+// 64 bytes of each of 16 rows become 16 times 4 bytes of each row
+static inline void transpose_64(const int8_t * rows, int64_t stride, int8_t * to, int64_t to_stride) {
+    __m512i a[16], b[16];
+    for (int i = 0; i < 16; ++i) {
+        a[i] = _mm512_xor_si512(_mm512_loadu_si512((const void *) (rows + i*stride)), _mm512_set1_epi8((char) 0x80));
+    }
+    for (int i = 0; i < 8; ++i) {
+        b[2*i]     = _mm512_unpacklo_epi32(a[2*i], a[2*i + 1]);
+        b[2*i + 1] = _mm512_unpackhi_epi32(a[2*i], a[2*i + 1]);
+    }
+    // a[4*i + j]: numbers j, j + 4, j + 8 and j + 12 of rows 4*i to 4*i + 3
+    for (int i = 0; i < 4; ++i) {
+        a[4*i]     = _mm512_unpacklo_epi64(b[4*i],     b[4*i + 2]);
+        a[4*i + 1] = _mm512_unpackhi_epi64(b[4*i],     b[4*i + 2]);
+        a[4*i + 2] = _mm512_unpacklo_epi64(b[4*i + 1], b[4*i + 3]);
+        a[4*i + 3] = _mm512_unpackhi_epi64(b[4*i + 1], b[4*i + 3]);
+    }
+    for (int j = 0; j < 4; ++j) {
+        const __m512i x = _mm512_shuffle_i32x4(a[j],     a[4 + j],  0x88); // j and j + 8 of rows 0 to 7
+        const __m512i y = _mm512_shuffle_i32x4(a[j],     a[4 + j],  0xdd); // j + 4 and j + 12
+        const __m512i z = _mm512_shuffle_i32x4(a[8 + j], a[12 + j], 0x88);
+        const __m512i u = _mm512_shuffle_i32x4(a[8 + j], a[12 + j], 0xdd);
+        _mm512_store_si512((void *) (to + (j)     *to_stride), _mm512_shuffle_i32x4(x, z, 0x88));
+        _mm512_store_si512((void *) (to + (j + 4) *to_stride), _mm512_shuffle_i32x4(y, u, 0x88));
+        _mm512_store_si512((void *) (to + (j + 8) *to_stride), _mm512_shuffle_i32x4(x, z, 0xdd));
+        _mm512_store_si512((void *) (to + (j + 12)*to_stride), _mm512_shuffle_i32x4(y, u, 0xdd));
+    }
+}
+
+// the largest magnitude of 32 numbers, not a number where one of them is not
+static inline float largest(const float * x) {
+    const __m512i magnitude = _mm512_set1_epi32(0x7fffffff);
+    const __m512i a = _mm512_and_si512(_mm512_loadu_si512((const void *) x), magnitude);
+    const __m512i b = _mm512_and_si512(_mm512_loadu_si512((const void *) (x + 16)), magnitude);
+    const int32_t y = _mm512_reduce_max_epi32(_mm512_max_epi32(a, b));
+    float f;
+    memcpy(&f, &y, 4);
+    return f;
+}
+
+// 16 numbers times a factor, rounded, and their sum
+static inline int32_t round_16(const float * x, float factor, int8_t * q) {
+    const __m128i y = _mm512_cvtsepi32_epi8(_mm512_cvtps_epi32(_mm512_mul_ps(_mm512_loadu_ps(x), _mm512_set1_ps(factor))));
+    _mm_storeu_si128((__m128i *) q, y);
+    const __m128i s = _mm_sad_epu8(_mm_xor_si128(y, _mm_set1_epi8((char) 0x80)), _mm_setzero_si128());
+    return _mm_cvtsi128_si32(s) + _mm_extract_epi32(s, 2) - 128*16;
+}
+
+} // namespace clex_panel
+
+#endif
+
+#if defined(GGML_CLEX_PANEL)
+
+namespace clex_panel {
+
+constexpr int ROWS  = LANES*VECTORS; // of a panel
+constexpr int CHUNK = 256;           // terms of a sum that a panel has at most
+
+// Some terms of the sums of ROWS rows.
+struct panel {
+    alignas(64) int8_t w[CHUNK/4][ROWS][4];
+    alignas(64) float  d[CHUNK/16][ROWS];
+    alignas(64) float  m[CHUNK/16][ROWS];
+};
+
+// Block of 32 activations of TOKENS tokens, bytes from its start: numbers, scales, what the sums of each part of a block of weights
+// start from, and sums of the numbers of each part for the minimum.
+template <int PARTS, bool MIN>
+struct layout {
+    static constexpr int D    = 32*TOKENS;
+    static constexpr int BIAS = D    + 4*TOKENS;
+    static constexpr int SUM  = BIAS + (UNSIGNED ? 4*TOKENS*PARTS : 0);
+    static constexpr int SIZE = SUM  + (MIN ? 4*TOKENS*PARTS : 0);
+};
+
+// fill vector v of a panel from CHUNK bytes of each of its rows
+static inline void transpose(const int8_t (*rows)[CHUNK], panel & p, int64_t v, int64_t n_terms) {
+    for (int64_t k = 0; k < n_terms; k += 64) {
+        transpose_64(rows[0] + k, CHUNK, p.w[k/4][v*LANES], 4*ROWS);
+    }
+}
+
+// k activations of TOKENS tokens; those of a token that is null are 0
+template <int PARTS, bool MIN, bool WIDE>
+static inline void pack_activations(const float * const * x, int64_t k, char * y) {
+    using L = layout<PARTS, MIN>;
+    static constexpr int64_t SCALED = WIDE ? 256 : 32; // numbers with the same scale
+    for (int t = 0; t < TOKENS; ++t) {
+        char * block = y;
+        for (int64_t i = 0; i < k; i += SCALED) {
+            float max = 0.0f;
+            for (int64_t j = i; x[t] && j < i + SCALED; j += 32) {
+                const float m = largest(x[t] + j);
+                max = max < m || m != m ? m : max;
+            }
+            const bool  is_zero = max < 1e-35f;
+            const float d       = is_zero ? 0.0f : max/127.0f;
+            const float factor  = is_zero ? 0.0f : 127.0f/max;
+            for (int64_t j = i; j < i + SCALED; j += 32, block += L::SIZE) {
+                int8_t * q = (int8_t *) block + 32*t;
+                int32_t  sum[2] = {};
+                if (is_zero) {
+                    memset(q, 0, 32);
+                } else {
+                    sum[0] = round_16(x[t] + j, factor, q);
+                    sum[1] = round_16(x[t] + j + 16, factor, q + 16);
+                }
+                if (PARTS == 1) {
+                    sum[0] += sum[1];
+                }
+                ((float *) (block + L::D))[t] = d;
+                for (int part = 0; part < PARTS; ++part) {
+                    if (UNSIGNED) {
+                        ((int32_t *) (block + L::BIAS))[part*TOKENS + t] = -128*sum[part];
+                    }
+                    if (MIN) {
+                        ((float *) (block + L::SUM))[part*TOKENS + t] = WIDE ? (float) sum[part] : d*(float) sum[part];
+                    }
+                }
+            }
+        }
+    }
+}
+
+// c[tokens][c_row] += panel*activations for T of the tokens and n blocks of 32. PARTS blocks of weights in 32. WIDE: activations have one scale
+// for all n blocks.
+template <int T, int PARTS, bool MIN, bool WIDE>
+static inline void product(const panel & p, const char * a, float * c, int64_t c_row, int n, bool first) {
+    using L = layout<PARTS, MIN>;
+    fvec sum[T][VECTORS];
+    for (int t = 0; t < T; ++t) {
+        for (int v = 0; v < VECTORS; ++v) {
+            sum[t][v] = first || WIDE ? f_zero() : f_load(c + t*c_row + v*LANES);
+        }
+    }
+    const int8_t * w = p.w[0][0];
+    const float  * d = p.d[0];
+    const float  * m = p.m[0];
+    for (int b = 0; b < n; ++b) {
+#pragma GCC unroll 2
+        for (int part = 0; part < PARTS; ++part) {
+            ivec x[T][VECTORS];
+#pragma GCC unroll 16
+            for (int t = 0; t < T; ++t) {
+#pragma GCC unroll 4
+                for (int v = 0; v < VECTORS; ++v) {
+                    x[t][v] = i_set((const int32_t *) (a + L::BIAS) + part*TOKENS + t);
+                }
+            }
+#pragma GCC unroll 8
+            for (int q = 0; q < 8/PARTS; ++q) {
+                ivec y[VECTORS];
+#pragma GCC unroll 4
+                for (int v = 0; v < VECTORS; ++v) {
+                    y[v] = w_load(w + v*4*LANES);
+                }
+                w += 4*ROWS;
+#pragma GCC unroll 16
+                for (int t = 0; t < T; ++t) {
+                    const ivec z = a_load((const int8_t *) a + 32*t + 32/PARTS*part + 4*q);
+#pragma GCC unroll 4
+                    for (int v = 0; v < VECTORS; ++v) {
+                        x[t][v] = dot(x[t][v], y[v], z);
+                    }
+                }
+            }
+#pragma GCC unroll 4
+            for (int v = 0; v < VECTORS; ++v) {
+                const fvec scale = f_load(d + v*LANES);
+                const fvec min   = MIN ? f_load(m + v*LANES) : f_zero();
+#pragma GCC unroll 16
+                for (int t = 0; t < T; ++t) {
+                    const fvec s = WIDE ? scale : f_mul(scale, f_set((const float *) (a + L::D) + t));
+                    sum[t][v] = f_fma(f_from(x[t][v]), s, sum[t][v]);
+                    if (MIN) {
+                        sum[t][v] = f_fma(min, f_set((const float *) (a + L::SUM) + part*TOKENS + t), sum[t][v]);
+                    }
+                }
+            }
+            d += ROWS;
+            m += ROWS;
+        }
+        a += L::SIZE;
+    }
+    for (int t = 0; t < T; ++t) {
+        for (int v = 0; v < VECTORS; ++v) {
+            float * y = c + t*c_row + v*LANES;
+            if (WIDE) {
+                const fvec s = f_set((const float *) (a - L::SIZE + L::D) + t);
+                sum[t][v] = first ? f_mul(sum[t][v], s) : f_fma(sum[t][v], s, f_load(y));
+            }
+            f_store(y, sum[t][v]);
+        }
+    }
+}
+
+} // namespace clex_panel
+
+#endif
