@@ -128,7 +128,7 @@ def answer_once(
         files: what the text was made of.
 
     Raises:
-        ClexError: the prompt cannot be answered.
+        ClexError: the prompt cannot be answered, or what was said cannot be saved.
         BrokenPipeError: nobody reads stdout any more.
     """
     code = 0
@@ -153,7 +153,9 @@ def answer_once(
         sys.stdout.write("\n")
     sys.stdout.flush()
     terminal.end_of_answer(answer)
-    return code or int(keeper.failed)
+    if keeper.failure:
+        raise keeper.failure
+    return code
 
 
 def report(session: Session, answer: Answer) -> dict[str, Any]:

@@ -119,6 +119,8 @@ class Chat:
         if answer.text and not answer.text.endswith("\n"):
             self.write("\n")
         self.terminal.end_of_answer(answer)
+        if self.keeper.failure:
+            self.terminal.tell(str(self.keeper.failure), failed=True)
         if answer.finish_reason == "interrupted" and not answer.completion_tokens:
             waiting = "; the file still waits for your next message" if self.attachments else ""
             self.terminal.note(f"[stopped while reading: the message was not sent{waiting}]")

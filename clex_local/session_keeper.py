@@ -30,7 +30,7 @@ class SessionKeeper:
         run: options that decide how the cache is laid out, see ``SavedSession``.
         kept: the file.
         unanswered: a message that was saved before its answer, and has none.
-        failed: whether the last turn could not be saved.
+        failure: why the last turn could not be saved.
     """
 
     session: Session
@@ -39,7 +39,7 @@ class SessionKeeper:
     run: dict[str, Any] = field(default_factory=dict)
     kept: KeptSession | None = None
     unanswered: Exchange | None = None
-    failed: bool = False
+    failure: SessionError | None = None
     _model: SessionModel | None = None
 
     @property
@@ -76,10 +76,10 @@ class SessionKeeper:
                 self.session.exchanges[-1].files = list(files)
             try:
                 self._save()
-                self.failed = False
             except SessionError as error:
-                self.failed = True
-                self.tell(str(error), True)
+                self.failure = error
+            else:
+                self.failure = None
 
     def _save(self) -> None:
         if self.kept is None:
@@ -139,7 +139,7 @@ class SessionKeeper:
             raise SessionError("/load needs the name of a session; /sessions lists them")
         if self.kept and file_name(name) == file_name(self.kept.name):
             raise SessionError(f"this is the session {self.kept.name}")
-        if self.session.exchanges and (self.kept is None or self.failed):
+        if self.session.exchanges and (self.kept is None or self.failure):
             raise SessionError("this conversation is not saved: /save NAME keeps it, /reset forgets it")
         kept = KeptSession(sessions_folder(), name)
         try:

@@ -254,11 +254,14 @@ def test_a_conversation_that_cannot_be_saved_is_answered_and_fails(small_buckets
     limit += "resource.setrlimit(resource.RLIMIT_FSIZE, (100, 100)); sys.argv = sys.argv[1:];"
     limit += "runpy.run_module('clex_local.chat', run_name='__main__', alter_sys=True)"
     command = [sys.executable, "-c", limit, "clex-chat", str(small_buckets), "--session", "s", "-p", "Hi", *OPTIONS]
-    result = subprocess.run([*command, "--threads", "1"], stdin=subprocess.DEVNULL, capture_output=True, text=True)
-    assert result.returncode == 1
-    assert result.stdout.strip()
-    assert re.search(r"s\.json: not saved: File too large\n", result.stderr)
-    assert "Traceback" not in result.stderr
+    for more in ([], ["--json"]):
+        command += ["--threads", "1", *more]
+        result = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True)
+        assert result.returncode == 1
+        assert result.stdout.strip()
+        line = result.stderr.splitlines()[-1]
+        assert re.fullmatch(r"clex-chat: error: .*s\.json: not saved: File too large", line)
+        assert "Traceback" not in result.stderr
     assert sorted(file.name for file in (tmp_path / "sessions").iterdir()) == [".s.lock"]
 
 
