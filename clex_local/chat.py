@@ -166,6 +166,8 @@ def report(session: Session, answer: Answer) -> dict[str, Any]:
         "finish_reason": answer.finish_reason,
         "prompt_tokens": answer.prompt_tokens,
         "completion_tokens": answer.completion_tokens,
+        "drafted_tokens": answer.drafted_tokens,
+        "accepted_tokens": answer.accepted_tokens,
         "context": session.capacity,
         "settings": asdict(session.llm.settings),
         "timings": {

@@ -62,9 +62,15 @@ class Completions(llama_cpp.Llama):
     prompt count for penalties, as in llama.cpp's own programs and OpenAI's API. A completion without a seed draws one
     from a sequence that begins with the constructor's, or is random if that is -1 or not given (llama-cpp-python's
     #1809); calls with a seed of their own do not disturb it.
+
+    Attributes:
+        drafted_tokens, accepted_tokens: guesses of the draft model that were computed so far, and those of them that
+            were drawn.
     """
 
     _call_seed: int | None = None
+    drafted_tokens = accepted_tokens = 0
+    _guessed = 0  # tokens that the last decode computed behind those that count
 
     def __init__(self, *args: Any, seed: int = RANDOM_SEED, **kwargs: Any) -> None:
         super().__init__(*args, seed=seed, **kwargs)
@@ -107,7 +113,9 @@ class Completions(llama_cpp.Llama):
     def _logits(self, index: int) -> npt.NDArray[np.single]:
         """Of the token at `index` of the sequence, as the last decode left them: float32 [n_vocab]."""
         pointer = (
-            llama_cpp.llama_get_logits_ith(self.ctx, index - self.n_tokens) if 0 <= index < self.n_tokens else None
+            llama_cpp.llama_get_logits_ith(self.ctx, index - self.n_tokens - self._guessed)
+            if 0 <= index < self.n_tokens
+            else None
         )
         if not pointer:
             raise SamplingError(f"there are no logits of token {index}: evaluate tokens first, or use logits_all=True")
@@ -137,24 +145,27 @@ class Completions(llama_cpp.Llama):
                 tokens = self._reuse(tokens)
             while True:
                 self.eval(tokens)
-                while position <= self.n_tokens:
+                end, last = self.n_tokens, self.n_tokens + self._guessed
+                while position <= end:  # once, or for each guess of a draft model that was right
+                    # Whoever looks between two tokens finds what there would be without guesses.
+                    self.n_tokens, self._guessed = position, last - position
                     logits = self._logits(position - 1)
                     token = sampler.sample(logits, self.input_ids[:position])
                     if is_enough(self.input_ids[:position], logits):
                         return
                     more = yield token
                     tokens = [token, *(more or ())]
-                    # Guesses of a draft model were evaluated too.
-                    if position < self.n_tokens and (more or token != self.input_ids[position]):
-                        self.n_tokens = position
-                        self._ctx.kv_cache_seq_rm(-1, self.n_tokens, -1)
+                    if position < end and (more or token != self.input_ids[position]):
                         self._requires_eval = True
+                        end = position  # the next ``eval`` forgets the other guesses
+                    self.accepted_tokens += position < end
                     position += len(tokens)
                 if (guess := self.draft_model) is not None:
                     end = self.n_tokens + len(tokens)
                     self.input_ids[self.n_tokens : end] = tokens
-                    draft = guess(self.input_ids[:end])
-                    tokens.extend(draft.astype(int)[: max(0, self._n_ctx - end)].tolist())
+                    draft = guess(self.input_ids[:end])[: max(0, self._n_ctx - end)]
+                    tokens.extend(draft.astype(int).tolist())
+                    self.drafted_tokens += len(draft)
 
     def _reuse(self, tokens: list[int]) -> list[int]:
         """Keep what the cache holds of a prompt; the tokens that are left to evaluate."""

@@ -198,6 +198,8 @@ class Chat:
         if totals.prefill_seconds:
             lines.append(f"prompt     {totals.prefill_tokens:,} tokens read, {totals.prefill_speed:,.1f} tok/s")
             lines.append(f"answers    {totals.completion_tokens:,} tokens written, {totals.decode_speed:,.1f} tok/s")
+        if totals.drafted_tokens:
+            lines.append(f"lookup     {totals.accepted_tokens:,} of {totals.drafted_tokens:,} guesses were right")
         return "\n".join(lines)
 
     def status(self) -> str:

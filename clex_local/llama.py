@@ -45,6 +45,7 @@ from clex_local.log import ERROR, logged
 from clex_local.lora import check_adapter
 from clex_local.model_facts import ModelFacts
 from clex_local.prompt_cache import PromptCache
+from clex_local.prompt_lookup import PromptLookup
 from clex_local.saved_state import fault, is_sealed, seal
 from clex_local.settings import Settings
 from clex_local.turn import Turn
@@ -109,6 +110,7 @@ class Llama(Completions, ChatFormats):
             the length (``clex.log_scale``), that is after every change of the length.
         policy: ``by-length``, or ``fixed`` to use the table of ``n_ctx`` for every length.
         clamp: allow contexts beyond the last table, which is then used; the authors' code does so.
+        prompt_lookup: guess the next tokens from the text so far, as a ``draft_model`` does; see ``PromptLookup``.
         flash_attn: None uses flash attention where it is faster, and where the cache does not fit in memory without.
         type_k: ggml type of the key cache; with neither type given it is F16, or q8_0 where only that fits in memory.
         type_v: ggml type of the value cache, in the same way.
@@ -144,6 +146,7 @@ class Llama(Completions, ChatFormats):
         prefix_reuse: Literal["fast", "exact"] = "fast",
         policy: Literal["by-length", "fixed"] = "by-length",
         clamp: bool = False,
+        prompt_lookup: bool = False,
         **kwargs: Unpack[BindingsArguments],
     ) -> None:
         self.on_prefill: Callable[[int, int], None] | None = None
@@ -156,6 +159,8 @@ class Llama(Completions, ChatFormats):
             raise ValueError(f"prefix_reuse must be 'fast' or 'exact', not {prefix_reuse!r}")
         if policy not in ("by-length", "fixed"):
             raise ValueError(f"policy must be 'by-length' or 'fixed', not {policy!r}")
+        if prompt_lookup and kwargs.get("draft_model") is not None:
+            raise ValueError("prompt_lookup and draft_model exclude each other: each of them guesses the next tokens")
         given = checked(kwargs)
         path = file_path(model_path)
         if not Path(path).is_file():
@@ -174,7 +179,14 @@ class Llama(Completions, ChatFormats):
         self._logits_all = bool(given.get("logits_all", False))
         if type(self.tokenizer_) is LlamaTokenizer:
             self.tokenizer_ = self.tokenizer()
-        self._options = {"prefix_reuse": prefix_reuse, "policy": policy, "clamp": clamp}
+        self._options = {
+            "prefix_reuse": prefix_reuse,
+            "policy": policy,
+            "clamp": clamp,
+            "prompt_lookup": prompt_lookup,
+        }
+        if prompt_lookup:
+            self._draft = PromptLookup()
         self._fixed = policy == "fixed"
         self._exact = prefix_reuse == "exact" and self._has_tables
         # of each cached token, the _table() that it was computed with
@@ -331,7 +343,7 @@ class Llama(Completions, ChatFormats):
         if self._logits_all:
             logits = np.ctypeslib.as_array(self._ctx.get_logits(), shape=(len(tokens), self._n_vocab))
             self.scores[self.n_tokens : end] = logits
-        self.n_tokens = end
+        self.n_tokens, self._guessed = end, 0
         self._requires_eval = False
 
     @_reading
@@ -425,14 +437,23 @@ class Llama(Completions, ChatFormats):
 
     @property
     def draft_model(self) -> LlamaDraftModel | None:
-        """Guesses the next tokens; with tables, only as many as leave the sequence in the table of its own length."""
-        if self._draft is None or self.n_tokens >= self._n_ctx:  # the bindings write guesses behind the context
+        """Guesses the next tokens; with tables, only as many as leave the sequence in the table of its own length.
+
+        None for a model that cannot forget guesses that were wrong (a recurrent one), and where the context is full.
+        """
+        if self._draft is None or self.n_tokens >= self._n_ctx or not self._takes_back:
             return None
         return _ClippedDraft(self._draft, self)
 
     @draft_model.setter
     def draft_model(self, model: LlamaDraftModel | None) -> None:
         self._draft = model
+
+    @property
+    def _takes_back(self) -> bool:
+        """Whether the last tokens can be forgotten, and were computed without a look at those behind them."""
+        keeps_state = llama_cpp.llama_model_is_recurrent(self.model) or llama_cpp.llama_model_is_hybrid(self.model)
+        return llama_clex.causal(self.ctx) and not keeps_state
 
     def _room(self, n_tokens: int) -> int:
         """Tokens that a sequence of n_tokens can grow by without any value of it being computed differently."""
@@ -508,7 +529,8 @@ class Llama(Completions, ChatFormats):
         return (ctypes.c_uint8 * size).from_buffer(data)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "draft_model": self._draft, **self._options}
+        draft = None if self._options["prompt_lookup"] else self._draft
+        return {**super().__getstate__(), "draft_model": draft, **self._options}
 
     def _report(self, done: int, total: int) -> None:
         if self.on_prefill is not None:

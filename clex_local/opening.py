@@ -76,6 +76,7 @@ def load(path: str | os.PathLike[str], options: RunOptions, **more: Any) -> Llam
         "type_k": kv_type,
         "type_v": kv_type,
         "flash_attn": options.flash_attn,
+        "prompt_lookup": options.prompt_lookup,
         "seed": options.seed,
         "verbose": options.verbose,
     }

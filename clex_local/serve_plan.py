@@ -17,6 +17,9 @@ from clex_local.sizes import readable_size
 
 MIB = 2**20
 PROMPT_CACHE = 8 * 2**30  # the most that llama-server keeps of earlier prompts unless it is told otherwise
+# Short, as batches of up to 8 tokens give each the bits that it has alone; after more agreeing tokens than in
+# `PromptLookup`, as llama.cpp does not count how often its guesses are right.
+_LOOKUP = {"spec-type": "ngram-simple", "spec-ngram-simple-size-n": "6", "spec-ngram-simple-size-m": "7"}
 _EMBEDDINGS = {"--embedding", "--embeddings", "--rerank", "--reranking"}  # options of llama-server
 LEAST_PROMPT_CACHE = 64 * MIB  # less than this is of no use
 
@@ -152,6 +155,8 @@ def server_settings(plan: ServePlan, options: ServeOptions) -> dict[str, str]:
         "no-cache-idle-slots": "",
         "fit": "off",
     }
+    if options.prompt_lookup:
+        settings |= _LOOKUP
     if supports_gpu():
         layers = on_this_machine(options).n_gpu_layers or 0
         settings["n-gpu-layers"] = "all" if layers < 0 else str(layers)

@@ -47,6 +47,7 @@ class Answer:
 
     ``finish_reason`` is ``stop`` (the model ended), ``length`` (the caller's limit), ``context`` (the context is
     full) or ``interrupted``. ``prefill_tokens`` of the ``prompt_tokens`` were computed; the rest was in the cache.
+    Prompt lookup guessed ``drafted_tokens`` of the answer, ``accepted_tokens`` of them rightly.
     """
 
     text: str = ""
@@ -56,6 +57,8 @@ class Answer:
     completion_tokens: int = 0
     prefill_seconds: float = 0.0
     decode_seconds: float = 0.0
+    drafted_tokens: int = 0
+    accepted_tokens: int = 0
     decode_steps: int = field(default=0, repr=False)
 
     @property
@@ -237,6 +240,7 @@ class Session:
         whole = 0  # generated tokens up to the last complete character
         # Not by a `for` loop: the time a reader of the stream takes is not ours to count.
         stream = self.llm.generate(tokens, reset=True, **asdict(self.sampling))
+        drafted, accepted = self.llm.drafted_tokens, self.llm.accepted_tokens
         try:
             for token in self._timed(stream, answer):
                 if llama_cpp.llama_vocab_is_eog(self._vocab, token):
@@ -260,6 +264,8 @@ class Session:
         finally:
             stream.close()
             answer.completion_tokens = len(generated)
+            answer.drafted_tokens = self.llm.drafted_tokens - drafted
+            answer.accepted_tokens = self.llm.accepted_tokens - accepted
             self._add_to_totals(answer)
             if generated or answer.finish_reason != "interrupted":
                 message = messages[-1]["content"]
@@ -289,6 +295,8 @@ class Session:
             self.totals.prefill_tokens += answer.prefill_tokens
             self.totals.prefill_seconds += answer.prefill_seconds
         self.totals.completion_tokens += answer.completion_tokens
+        self.totals.drafted_tokens += answer.drafted_tokens
+        self.totals.accepted_tokens += answer.accepted_tokens
         self.totals.decode_seconds += answer.decode_seconds
         self.totals.decode_steps += answer.decode_steps
 

@@ -77,7 +77,17 @@ CALLS = {
     "tokenizer": lambda llm: llm.tokenizer().tokenize(b"a"),
 }
 # These say what was asked for, compute without a model, or load another.
-HARMLESS = {"cache", "close", "draft_model", "eval_logits", "eval_tokens", "from_pretrained", "logits_to_logprobs"}
+HARMLESS = {
+    "accepted_tokens",
+    "cache",
+    "close",
+    "draft_model",
+    "drafted_tokens",
+    "eval_logits",
+    "eval_tokens",
+    "from_pretrained",
+    "logits_to_logprobs",
+}
 HARMLESS |= {"longest_token_prefix", "metadata", "model_params", "set_cache", "set_seed", "settings"}
 HARMLESS |= {"create_chat_completion_openai_v1"}  # needs another package, and calls create_chat_completion
 STATE = llama_cpp.llama.LlamaState(np.zeros(0, np.intc), np.zeros((0, 0), np.single), 0, b"", 0, 0)

@@ -67,7 +67,7 @@ def test_llama_shows_the_arguments_of_the_bindings_and_ours():
     ours = inspect.signature(clex_local.Llama).parameters
     theirs = inspect.signature(llama_cpp.Llama).parameters
     assert set(theirs) - {"kwargs"} <= set(ours)
-    assert {"prefix_reuse", "policy", "clamp"} <= set(ours)
+    assert {"prefix_reuse", "policy", "clamp", "prompt_lookup"} <= set(ours)
     assert not any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in ours.values())
 
 

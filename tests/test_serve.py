@@ -217,6 +217,17 @@ def test_drafts_end_with_the_table(tiny, folder, drafts):
         assert answer["tokens"] == complete(client, prompt, 180)["tokens"]
 
 
+def test_prompt_lookup_guesses_and_changes_no_answer(tiny):
+    prompt = random_tokens(8, seed=1) * 6
+    found = []
+    for lookup in (False, True):
+        with serving(tiny, parallel=1, prompt_lookup=lookup) as client:
+            found.append(complete(client, prompt, 100))
+    assert found[0]["tokens"] == found[1]["tokens"]
+    assert "draft_n" not in found[0]["timings"]
+    assert found[1]["timings"]["draft_n"] > 0
+
+
 def test_length_of_the_text_scales_queries_without_drafts(folder):
     model = make(folder / "log-scale.gguf", log_scale=True)
     prompt = random_tokens(8, seed=1) * 12

@@ -127,6 +127,7 @@ class EvalOptions:
             batch=self.batch,
             threads=self.threads,
             n_gpu_layers=self.n_gpu_layers,
+            prompt_lookup=False,  # guesses are computed in batches, which may round otherwise
         )
 
     def settings(self, *without: str) -> dict[str, Any]:
