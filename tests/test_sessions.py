@@ -20,6 +20,7 @@ from clex_local.session import CHATML
 from clex_local.session_keeper import SessionKeeper
 from clex_local.terminal import Terminal
 from helpers.chat_command import COMMAND, Pty, run
+from helpers.random_gguf import make_model
 
 pytestmark = pytest.mark.chat
 
@@ -300,6 +301,24 @@ def test_ctrl_c_keeps_what_was_written(small_buckets, folder):
     (kept,) = answers(folder, "s")
     assert kept.startswith((begun + rest).removesuffix("\n"))  # Ctrl-C may come before the last token is written
     assert saved(folder, "s")["turns"][0]["finish_reason"] == "interrupted"
+
+
+def test_processes_at_once_lose_nothing_of_each_other(folder, tmp_path):
+    model = make_model(tmp_path / "tiny.gguf", original=512, n_layer=1)
+    options = [str(model), "--session", "s", "--chat-template", "plain", "--max-tokens", "2", "--threads", "1"]
+    started = [
+        subprocess.Popen([*COMMAND, *options, "-p", name], stdin=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+        for name in "abc"
+    ]
+    answered = []
+    for name, process in zip("abc", started, strict=True):
+        _, errors = process.communicate(timeout=120)
+        if process.returncode == 0:
+            answered.append(name)
+        else:
+            assert "the session s is open in another process" in errors
+    assert answered
+    assert sorted(turn["message"] for turn in saved(folder, "s")["turns"]) == answered
 
 
 # In the conversation
