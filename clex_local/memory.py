@@ -115,7 +115,7 @@ def compute_bytes(shape: ModelShape, n_ctx: int, batch: int = 512, flash_attn: b
     tokens can be more than the cache itself.
     """
     cells = -(-n_ctx // CELLS) * CELLS
-    batch = min(batch, 512, cells)  # the bindings' n_ubatch
+    batch = min(batch, cells)
     scores = 0 if flash_attn else 4 * shape.heads
     mask = 6 if flash_attn else 4  # float32, and a float16 copy of it
     attention = cells * batch * (scores + mask)

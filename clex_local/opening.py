@@ -70,6 +70,7 @@ def load(path: str | os.PathLike[str], options: RunOptions, **more: Any) -> Llam
     arguments: dict[str, Any] = {
         "n_ctx": options.ctx or 0,
         "n_batch": options.batch,
+        "n_ubatch": options.batch,
         "n_threads": options.threads,
         "n_threads_batch": options.threads_batch,
         "n_gpu_layers": options.n_gpu_layers,

@@ -12,7 +12,7 @@ import llama_cpp
 import numpy as np
 import pytest
 
-from clex_local import ClexError, Llama
+from clex_local import ClexError, Llama, open_model
 from clex_local import memory as memory_module
 from clex_local.gguf_file import GGUFFile
 from clex_local.memory import ModelShape, cache_plan, default_threads
@@ -155,6 +155,19 @@ def test_quantized_values_without_flash_attention_say_what_is_wrong(golden_gguf)
 def settings(path, **options) -> Settings:
     with closing(Llama(str(path), verbose=False, **options)) as llm:
         return llm.settings
+
+
+def test_as_many_tokens_are_computed_at_once_as_the_option_says(tmp_path):
+    """And the memory for them is planned."""
+    path = make_model(tmp_path / "model.gguf", original=1024)
+    for batch in (64, 512, 2048):
+        with open_model(path, batch=batch, threads=1) as llm:
+            assert (llm.settings.n_batch, llm.settings.n_ubatch) == (batch, batch)
+    with GGUFFile(path) as file:
+        shape = ModelShape.from_metadata(file)
+    sizes = [cache_plan(shape, 4096, "f16", True, batch).compute for batch in (512, 2048, 4096, 8192)]
+    assert sizes[1] > 3 * sizes[0]
+    assert sizes[2] == sizes[3]  # no more than the context holds
 
 
 def test_settings_are_chosen_and_can_be_given(tmp_path):
