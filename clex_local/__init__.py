@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from clex_local.completion import CompletionError
     from clex_local.decoding import DecodeError
     from clex_local.embedding import EmbeddingError
+    from clex_local.exchange import AttachedFile, Exchange
     from clex_local.gguf_file import GGUFError
     from clex_local.grammar import GrammarError
     from clex_local.inspection import Inspection, inspect
@@ -52,6 +53,7 @@ _MODULES = {
     "completion": ["CompletionError"],
     "decoding": ["DecodeError"],
     "embedding": ["EmbeddingError"],
+    "exchange": ["AttachedFile", "Exchange"],
     "gguf_file": ["GGUFError"],
     "grammar": ["GrammarError"],
     "inspection": ["Inspection", "inspect"],
@@ -79,6 +81,7 @@ _MODULE_OF = {name: module for module, names in _MODULES.items() for name in nam
 __all__ = [
     "Answer",
     "ArgumentError",
+    "AttachedFile",
     "ClexError",
     "ClexState",
     "ClosedError",
@@ -87,6 +90,7 @@ __all__ = [
     "ContextWarning",
     "DecodeError",
     "EmbeddingError",
+    "Exchange",
     "GGUFError",
     "GrammarError",
     "Inspection",
