@@ -24,6 +24,7 @@ SHARE = TRUE.per_depth / TRUE.base
 @pytest.fixture(autouse=True)
 def folder(tmp_path, monkeypatch):
     monkeypatch.setenv("CLEX_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("CLEX_STORE", "0")  # texts are read each time
     return tmp_path / "cache"
 
 
