@@ -22,7 +22,7 @@ PYTEST = $(BIN)/python -m pytest --numprocesses $(WORKERS)
 
 NATIVE_SOURCES := CMakeLists.txt pyproject.toml $(wildcard native/*.py native/*.txt native/patches/* native/src/* native/src/*/* startup/*)
 
-.PHONY: demo test sanitize lint format docs site bench native stock clean
+.PHONY: demo test sanitize lint format docs site bench native stock stock-server clean
 
 demo: $(NATIVE) ## set everything up, add tables to a small chat model and ask about a text longer than its context
 	$(BIN)/python examples/demo.py
@@ -81,10 +81,13 @@ $(NATIVE): $(READY) $(NATIVE_SOURCES)
 
 $(STOCK): $(READY) CMakeLists.txt native/llama-cpp-python.txt native/fetch_source.py $(wildcard native/patches/0001*)
 	@mkdir -p build
-	PATH="$(CURDIR)/$(BIN):$$PATH" cmake -S . -B build/stock -G Ninja -DCMAKE_BUILD_TYPE=Release -DCLEX_STOCK=ON \
+	PATH="$(CURDIR)/$(BIN):$$PATH" cmake -S . -B build/stock -G Ninja -DCMAKE_BUILD_TYPE=Release -DCLEX_STOCK=ON -DCLEX_PAGE=OFF \
 		-DPython3_EXECUTABLE="$(CURDIR)/$(BIN)/python" $(CMAKE_ARGS) > build/stock.log 2>&1 || { cat build/stock.log; exit 1; }
 	PATH="$(CURDIR)/$(BIN):$$PATH" cmake --build build/stock >> build/stock.log 2>&1 || { tail -50 build/stock.log; exit 1; }
 	@touch $@
+
+stock-server: $(STOCK) ## llama.cpp's own server, for benchmarks.server to compare with
+	PATH="$(CURDIR)/$(BIN):$$PATH" cmake --build build/stock --target llama-server >> build/stock.log 2>&1 || { tail -50 build/stock.log; exit 1; }
 
 # In front of .venv's own on the path, so that torch and the rest need not be there twice.
 $(TRANSFORMERS4): $(READY) requirements-transformers4.txt

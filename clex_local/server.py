@@ -9,8 +9,6 @@ import signal
 import subprocess
 import sys
 import threading
-import urllib.error
-import urllib.request
 from collections import deque
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
@@ -21,6 +19,7 @@ from clex_local._library import library_path
 from clex_local.errors import ClexError
 
 _LISTENING = re.compile(r"listening on (\w+://\S+)")
+_PAGE = "serving a page"  # a line of the log, before that
 _LEVEL = re.compile(
     r"(?:\x1b\[\d*m)*\d+\.\d+\.\d+\.\d+ (?:\x1b\[\d*m)*([IWEDT]) "
 )  # of a line of the log, with --log-prefix
@@ -67,11 +66,12 @@ class Server:
         self._verbose = verbose
         self._ready = threading.Event()
         self.url = ""
+        self.has_page = False
         # In a session of its own: a terminal's Ctrl-C comes once, from us.
         self._process = subprocess.Popen(
             [str(server_program()), *arguments, "--log-prefix", "--log-timestamps"],
-            env={**os.environ, **environment},
-            stdin=subprocess.DEVNULL,
+            env={**os.environ, **environment, "LLAMA_CLEX_END_WITH_STDIN": "1"},
+            stdin=subprocess.PIPE,  # which ends with this process, however that ends
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
@@ -88,7 +88,6 @@ class Server:
         if not self.url:
             code = self.wait()
             raise ServerError(f"llama-server ended ({code}): {self._reason()}")
-        self.has_page = self._finds_page()
 
     def _read_log(self) -> None:
         assert self._process.stdout is not None
@@ -102,6 +101,7 @@ class Server:
                 with contextlib.suppress(ValueError, OSError):  # nobody reads it any more
                     sys.stderr.write(line)
                     sys.stderr.flush()
+            self.has_page |= _PAGE in line
             if not self.url and (found := _LISTENING.search(line)):
                 self.url = found[1]
                 self._ready.set()
@@ -113,20 +113,6 @@ class Server:
         errors = [line[found.end() :] for line in lines if (found := _LEVEL.match(line)) and found[1] == "E"]
         told = errors or [line for line in lines if not _LEVEL.match(line)] or lines or ["it said nothing"]
         return " ".join(re.sub(r"\x1b\[\d*m", "", told[0]).split())
-
-    def _finds_page(self) -> bool:
-        import ssl
-
-        context = None
-        if self.url.startswith("https"):
-            context = ssl.create_default_context()
-            context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
-        request = urllib.request.Request(f"{self.url}/", headers={"Accept-Encoding": "gzip"})
-        try:
-            with urllib.request.urlopen(request, timeout=10, context=context):
-                return True
-        except (OSError, urllib.error.URLError):
-            return False
 
     @property
     def pid(self) -> int:
@@ -157,8 +143,9 @@ class Server:
             self._process.kill()
         code = self.wait()
         self._reader.join()
-        if self._process.stdout:
-            self._process.stdout.close()
+        for stream in (self._process.stdin, self._process.stdout):
+            if stream:
+                stream.close()
         self._stack.close()
         return code
 

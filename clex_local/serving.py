@@ -55,6 +55,8 @@ def plan_models(models: ModelPath | Sequence[ModelPath], options: ServeOptions) 
 
 def start_service(plans: Sequence[ServePlan], options: ServeOptions) -> Server:
     """Start the server that was planned."""
+    if "--log-disable" in options.server_args:
+        raise ClexError("--log-disable: the log says when the server is ready; only its warnings are shown anyway")
     arguments = ["--host", options.host, "--port", str(options.port), "--metrics"]
     if not any(argument.startswith("--cors-origins") for argument in options.server_args):
         arguments += ["--cors-origins", "localhost"]  # pages of the internet are not to use what has no key

@@ -189,6 +189,20 @@ def test_tables_are_shown(client):
     assert shown == [None, None, 1, None]
 
 
+def test_table_is_shown_while_a_text_is_read_and_written(client):
+    erase(client)
+    asked = {"prompt": random_tokens(100), "n_predict": 40, "ignore_eos": True, "stream": True}
+    with client.stream(
+        "POST", "/completion", json={**asked, "return_progress": True, "timings_per_token": True}
+    ) as stream:
+        chunks = [json.loads(line[6:]) for line in stream.iter_lines() if line.startswith("data: {")]
+    read = [chunk for chunk in chunks if "prompt_progress" in chunk]
+    assert {chunk["timings"]["clex"]["bucket"] for chunk in read if chunk["prompt_progress"]["processed"]} == {1}
+    written = [chunk["timings"]["clex"]["covers"] for chunk in chunks if "prompt_progress" not in chunk]
+    assert sorted(set(written)) == [128, 192]
+    assert written == sorted(written)
+
+
 def test_context_shift_keeps_its_table(tiny):
     with serving(tiny, "--context-shift", parallel=1) as client:
         answer = complete(client, random_tokens(40), 700, n_keep=4)
@@ -679,6 +693,7 @@ def test_command_errors_are_one_line(tiny, tmp_path):
     assert "no GGUF" in error(tmp_path) or True
     assert "covers 256 tokens" in error(tiny, "--ctx", 1000)
     assert "pass --api-key" in error(tiny, "--host", "0.0.0.0")
+    assert "--log-disable: the log says" in error(tiny, "--port", 0, "--", "--log-disable")
     assert "invalid argument: --no-such" in error(tiny, "--port", 0, "--", "--no-such")
     (tmp_path / "broken.gguf").write_bytes(tiny.read_bytes()[:-1000])
     assert "broken.gguf" in error(tmp_path / "broken.gguf", "--port", 0)
