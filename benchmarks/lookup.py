@@ -33,6 +33,7 @@ class LookupOptions:
     tokens: int = option(256, "Tokens of an answer, at most.", minimum=2)
     rounds: int = option(5, "Turns of each side.", minimum=2)
     temp: float = option(0.0, "Temperature of the answers that are the model's own.", minimum=0)
+    only: Sequence[str] = option((), "Answers measured, by a part of their name. Repeatable.", default_text="all")
     threads: int | None = option(None, "Threads to compute with.", default_text="the physical cores", minimum=1)
     cpu_time: bool = option(False, "Count CPU time on one thread, which a busy machine disturbs less.")
 
@@ -120,6 +121,8 @@ def main(model: str, options: LookupOptions) -> None:
     click.echo(row(["", "prompt", "answer", "tok/s", "with lookup", "guessed", "right", "same"]))
     click.echo(row(["---", *["---:"] * 7]))
     for task in tasks():
+        if options.only and not any(part in task.name for part in options.only):
+            continue
         prompt = session.prompt(task.question)
         given = None if task.answer is None else llm.tokenize(task.answer.encode(), add_bos=False)
         sides = {on: partial(answer, llm, prompt, given, options, on) for on in (False, True)}
