@@ -306,12 +306,12 @@ def main(
         template = {"chatml": CHATML, "plain": PLAIN}.get(chat_template)
         try:
             session = Session(llm, system=system, template=template, sampling=sampling)
+            terminal = Terminal(session, max_tokens, quiet=as_json)
+            keeper = SessionKeeper(session, terminal.tell, chat_template, SavedSession.run_of(options), kept)
+            context.call_on_close(keeper.close)
+            keeper.resume()
         except TemplateError as error:
             raise with_advice(error) from error
-        terminal = Terminal(session, max_tokens, quiet=as_json)
-        keeper = SessionKeeper(session, terminal.tell, chat_template, SavedSession.run_of(options), kept)
-        context.call_on_close(keeper.close)
-        keeper.resume()
         if chat_template == "model" and not session.has_own_template:
             terminal.note(
                 "this model has no chat template: it continues your text (--chat-template chatml tries ChatML)"

@@ -6,6 +6,7 @@ is not overwritten either: the conversation goes on under another name then.
 
 from __future__ import annotations
 
+import hashlib
 import os
 import stat
 import unicodedata
@@ -87,8 +88,10 @@ class KeptSession:
             for stale in folder.glob(f".{self.path.name}.*.tmp"):  # of a process that was killed while it wrote
                 with suppress(OSError):
                     stale.unlink()
-            self._seen = _state(self.path)
-            self.saved = read_session(self.path) if self._seen else None
+            self._seen, self._content = _state(self.path), b""
+            self.saved = None
+            if self._seen:
+                self.saved, self._content = read_session(self.path), _digest(self.path.read_bytes())
             self.name = self.saved.name if self.saved else name
         except BaseException:
             self._lock.close()
@@ -103,16 +106,24 @@ class KeptSession:
         Raises:
             SessionError: it cannot be written; what was there is as it was.
         """
-        note = None
-        if _state(self.path) != self._seen and _state(self.path) is not None:
-            note = self._step_aside()
+        note = self._step_aside() if self._written_by_others() else None
         session.name, session.saved = self.name, now()
         try:
-            write_private(self.path, session.text())
-            self._seen = _state(self.path)
+            text = session.text()
+            write_private(self.path, text)
+            self._seen, self._content = _state(self.path), _digest(text.encode())
         except OSError as error:
             raise SessionError(f"{self.path}: not saved: {error.strerror or error}") from error
         return note
+
+    def _written_by_others(self) -> bool:
+        now = _state(self.path)
+        if now is None or now == self._seen:
+            return False
+        try:  # a copy that came back from a backup, or new times alone
+            return _digest(self.path.read_bytes()) != self._content
+        except OSError:
+            return True
 
     def _step_aside(self) -> str:
         """Go on under another name, because another program has written the file."""
@@ -155,6 +166,10 @@ def _state(path: Path) -> tuple[int, ...] | None:
     except OSError as error:
         raise SessionError(f"{path}: {error.strerror or error}") from error
     return (found.st_ino, found.st_size, found.st_mtime_ns)
+
+
+def _digest(data: bytes) -> bytes:
+    return hashlib.sha256(data).digest()
 
 
 def read_session(path: Path) -> SavedSession:

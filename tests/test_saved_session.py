@@ -195,6 +195,11 @@ def test_what_another_program_wrote_is_not_overwritten(tmp_path):
     kept = KeptSession(tmp_path, "report")
     assert kept.write(conversation()) is None
     assert kept.write(conversation()) is None
+    data = kept.path.read_bytes()
+    kept.path.unlink()
+    kept.path.write_bytes(data)
+    os.utime(kept.path, (0, 0))
+    assert kept.write(conversation()) is None  # the same in another file
     kept.path.write_text("something else")
     (tmp_path / "report-2.json").write_text("taken")
     note = kept.write(conversation())
