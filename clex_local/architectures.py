@@ -32,10 +32,20 @@ class Architecture:
             if it does not, empty where the graph has none, whatever the file says. Source: swa_type in src/models/.
         scales_windows: whether layers with a window follow the model's RoPE scaling, as the others do.
         windowed_layers: number of layers without which no model has the window; 0 where the number does not matter.
+        window: tokens of a window whose size the file does not name.
+        window_pattern: where the file does not say which layers have a window, one of so many layers has none; 0 where
+            all have one. Source: load_swa_pattern in src/models/.
+        first_sees_all: whether it is the first of so many that has none, and not the last.
         unrotated: whether the layers beside those with a window have no RoPE, so that tables change nothing and the
             model needs none.
-        recurrent: whether layers, or some of them, keep a state in place of keys and values.
-            Source: llm_arch_is_recurrent and llm_arch_is_hybrid.
+        recurrent: which layers keep a state in place of keys and values: ``all``; ``headless``, those without heads for
+            keys; ``bare``, those of them that have no feed-forward network either; ``between`` those that are whole
+            multiples of an interval; or ``beside``, all, which keep keys and values as well. Empty where none does.
+            Source: llm_arch_is_recurrent, llm_arch_is_hybrid and is_recr_impl in src/models/.
+        attention_interval: the interval of ``between`` where the file does not say.
+        layers_with_cache: layers from which on the cache of earlier ones is used; 0 where all have their own.
+        own_cache: whether the cache is of a kind that no other architecture has, of a size unknown to us.
+            Source: llama_model::create_memory.
         expands_keys: whether keys that the model compresses are cached expanded.
     """
 
@@ -49,8 +59,14 @@ class Architecture:
     sliding_window: str = ""
     scales_windows: bool = False
     windowed_layers: int = 0
+    window: int = 0
+    window_pattern: int = 0
+    first_sees_all: bool = False
     unrotated: bool = False
-    recurrent: bool = False
+    recurrent: str = ""
+    attention_interval: int = 0
+    layers_with_cache: int = 0
+    own_cache: bool = False
     expands_keys: bool = False
 
 
@@ -96,6 +112,7 @@ _ROWS = (
         ("Olmo2ForCausalLM", "Olmo3ForCausalLM"),
         ("Olmo2ForCausalLM",),
         sliding_window="named",
+        window_pattern=4,
     ),
     Architecture("smollm3", "SmolLM3", ("SmolLM3ForCausalLM",)),
     Architecture("arcee", "Arcee AFM", ("ArceeForCausalLM",), factor_tensors=_FREQS),
@@ -111,15 +128,29 @@ _ROWS = (
     Architecture("glm4moe", "GLM-4.5, GLM-4.6", ("Glm4MoeForCausalLM",)),
     Architecture("dots1", "dots.llm1", ("Dots1ForCausalLM",)),
     Architecture("gemma", "Gemma", ("GemmaForCausalLM",)),
-    Architecture("gemma2", "Gemma 2", ("Gemma2ForCausalLM",), sliding_window="always", scales_windows=True),
-    Architecture("gemma3", "Gemma 3", ("Gemma3ForCausalLM",), sliding_window="named"),
+    Architecture(
+        *("gemma2", "Gemma 2"),
+        ("Gemma2ForCausalLM",),
+        sliding_window="always",
+        scales_windows=True,
+        window=4096,
+        window_pattern=2,
+    ),
+    Architecture("gemma3", "Gemma 3", ("Gemma3ForCausalLM",), sliding_window="named", window_pattern=6),
     Architecture("command-r", "Command R, Aya", ("CohereForCausalLM",)),
     Architecture(
-        "cohere2", "Command R7B", ("Cohere2ForCausalLM",), sliding_window="named", scales_windows=True, unrotated=True
+        *("cohere2", "Command R7B"),
+        ("Cohere2ForCausalLM",),
+        sliding_window="named",
+        scales_windows=True,
+        window_pattern=4,
+        unrotated=True,
     ),
     Architecture("olmo", "OLMo", ("OlmoForCausalLM",)),
     Architecture("olmoe", "OLMoE", ("OlmoeForCausalLM",)),
-    Architecture("gpt-oss", "gpt-oss", ("GptOssForCausalLM",), sliding_window="named", scales_windows=True),
+    Architecture(
+        "gpt-oss", "gpt-oss", ("GptOssForCausalLM",), sliding_window="named", scales_windows=True, window_pattern=2
+    ),
     Architecture(
         *("exaone4", "EXAONE 4"),
         ("Exaone4ForCausalLM",),
@@ -127,6 +158,8 @@ _ROWS = (
         sliding_window="always",
         scales_windows=True,
         windowed_layers=64,
+        window=4096,
+        window_pattern=4,
         unrotated=True,
     ),
     Architecture("ernie4_5", "ERNIE 4.5", ("Ernie4_5ForCausalLM",)),
@@ -134,9 +167,9 @@ _ROWS = (
     Architecture("starcoder2", "StarCoder2", ("Starcoder2ForCausalLM",)),
     Architecture("seed_oss", "Seed-OSS", ("SeedOssForCausalLM",)),
     Architecture("nemotron", "Nemotron, Minitron", ("NemotronForCausalLM",)),
-    Architecture("qwen3next", "Qwen3-Next", ("Qwen3NextForCausalLM",), recurrent=True),
-    Architecture("falcon-h1", "Falcon-H1", ("FalconH1ForCausalLM",), recurrent=True),
-    Architecture("lfm2", "LFM2", ("Lfm2ForCausalLM",), sliding_window="named", recurrent=True),
+    Architecture("qwen3next", "Qwen3-Next", ("Qwen3NextForCausalLM",), recurrent="between", attention_interval=4),
+    Architecture("falcon-h1", "Falcon-H1", ("FalconH1ForCausalLM",), recurrent="beside"),
+    Architecture("lfm2", "LFM2", ("Lfm2ForCausalLM",), sliding_window="named", recurrent="headless"),
     # GGUF files only: no class of transformers that is compared, or one that computes something else.
     _file("deci", "DeciLM, Nemotron Super", factor_tensors=_FREQS),
     _file("grok", "Grok-1"),
@@ -144,20 +177,26 @@ _ROWS = (
     Architecture("qwen2vl", "Qwen2-VL, Qwen2.5-VL"),
     _file("qwen3vl", "Qwen3-VL"),
     _file("qwen3vlmoe", "Qwen3-VL-MoE"),
-    Architecture("qwen35", "Qwen3.5", recurrent=True),
-    _file("qwen35moe", "Qwen3.5-MoE", recurrent=True),
+    Architecture("qwen35", "Qwen3.5", recurrent="between", attention_interval=4),
+    _file("qwen35moe", "Qwen3.5-MoE", recurrent="between", attention_interval=4),
     # Its class in transformers weighs the experts in another way.
     _file("phimoe", "Phi-3.5-MoE", factor_tensors=_LONGROPE),
     _file("plamo", "PLaMo"),
-    _file("plamo2", "PLaMo 2", recurrent=True),
-    _file("plamo3", "PLaMo 3", sliding_window="named"),
+    _file("plamo2", "PLaMo 2", recurrent="headless"),
+    _file("plamo3", "PLaMo 3", sliding_window="named", window_pattern=8),
     _file("codeshell", "CodeShell"),
     _file("orion", "Orion"),
     Architecture("internlm2", "InternLM2"),
     _file("minicpm", "MiniCPM", factor_tensors=_FREQS),
-    _file("gemma3n", "Gemma 3n", sliding_window="named"),
+    _file("gemma3n", "Gemma 3n", sliding_window="named", window_pattern=5, layers_with_cache=20),
     Architecture("xverse", "XVERSE"),
-    _file("cohere2moe", "Command A+", sliding_window="named", scales_windows=True),
+    _file(
+        *("cohere2moe", "Command A+"),
+        sliding_window="named",
+        scales_windows=True,
+        window_pattern=4,
+        first_sees_all=True,
+    ),
     _file("dbrx", "DBRX"),
     _file("openelm", "OpenELM"),
     _file("arctic", "Arctic"),
@@ -165,12 +204,12 @@ _ROWS = (
     _file("bitnet", "BitNet"),
     Architecture("jais2", "Jais 2"),
     _file("exaone", "EXAONE 3", factor_tensors=_FREQS),
-    _file("granitehybrid", "Bamba", factor_tensors=_FREQS, recurrent=True),
+    _file("granitehybrid", "Bamba", factor_tensors=_FREQS, recurrent="headless"),
     Architecture("granite_swa", "Granite with windows", factor_tensors=_FREQS, sliding_window="named"),
     _file("bailingmoe", "Ling"),
     _file("bailingmoe2", "Ling 2"),
     _file("hy_v3", "Hy3"),
-    Architecture("lfm2moe", "LFM2-MoE", recurrent=True),
+    Architecture("lfm2moe", "LFM2-MoE", recurrent="headless"),
     _file("grovemoe", "GroveMoE"),
     _file("hrm_text", "HRM-Text"),
     Architecture("minimax-m2", "MiniMax-M2"),
@@ -178,20 +217,27 @@ _ROWS = (
     _file("mimo2", "MiMo-V2", sliding_window="named"),
     _file("step35", "Step 3.5", sliding_window="named"),
     _file("spark2_5", "Spark 2.5", sliding_window="named", scales_windows=True),
-    _file("mellum", "Mellum", sliding_window="named", scales_windows=True),
+    _file("mellum", "Mellum", sliding_window="named", scales_windows=True, window_pattern=4),
     _file("nanbeige", "Nanbeige", factor_tensors=_FREQS),
-    _file("laguna", "Laguna", sliding_window="named"),
+    _file("laguna", "Laguna", sliding_window="named", window_pattern=4, first_sees_all=True),
     # Without tables. Their layers that see every token have no RoPE, or there is something else in the way.
-    *_others("llama4", sliding_window="always", unrotated=True),
-    *_others("afmoe exaone-moe maple muse-glimmer smallthinker", sliding_window="named", unrotated=True),
+    *_others("llama4", sliding_window="always", window=8192, window_pattern=4, unrotated=True),
+    *_others("afmoe exaone-moe muse-glimmer", sliding_window="named", window_pattern=4, unrotated=True),
+    *_others("smallthinker", sliding_window="named", window_pattern=4, first_sees_all=True, unrotated=True),
+    *_others("maple", sliding_window="named", unrotated=True),
     *_others("minicpm3 plm", expands_keys=True),
-    *_others("dflash dots3note gemma-embedding gemma4 gemma4-assistant modern-bert", sliding_window="named"),
-    *_others("deepseek4", sliding_window="named", recurrent=True),
-    *_others(
-        "mamba mamba2 rwkv6 rwkv6qwen2 rwkv7 arwkv7 jamba nemotron_h nemotron_h_moe kimi-linear bailingmoe3 kimi-k3 "
-        "glm5-next qwen4exp minimax-01",
-        recurrent=True,
-    ),
+    *_others("gemma-embedding", sliding_window="named", window_pattern=6),
+    *_others("modern-bert", sliding_window="named", window_pattern=3, first_sees_all=True),
+    *_others("gemma4", sliding_window="named"),
+    *_others("dflash dots3note gemma4-assistant", sliding_window="named", own_cache=True),
+    *_others("deepseek32 glm-dsa hy_v4 minimax-m3", own_cache=True),
+    *_others("deepseek4", sliding_window="named", recurrent="headless", own_cache=True),
+    *_others("mamba mamba2 rwkv6 rwkv6qwen2 rwkv7 arwkv7", recurrent="all"),
+    *_others("jamba kimi-linear bailingmoe3 kimi-k3", recurrent="headless"),
+    *_others("nemotron_h nemotron_h_moe", recurrent="bare"),
+    *_others("minimax-01", recurrent="between", attention_interval=8),
+    *_others("glm5-next", recurrent="headless", own_cache=True),
+    *_others("qwen4exp", recurrent="between", attention_interval=4, own_cache=True),
 )
 ARCHITECTURES = {row.name: row for row in _ROWS}
 

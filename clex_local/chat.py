@@ -97,7 +97,8 @@ def converse(terminal: Terminal, keeper: SessionKeeper, model: Path, fitted: boo
         shape = ModelShape.from_metadata(file)
     cache = llm.settings.type_k
     if shape:
-        cache = f"{readable_size(kv_bytes(shape, session.capacity, cache), memory=True)} {cache}"
+        size = kv_bytes(shape, session.capacity, cache, flash_attn=llm.settings.flash_attn)
+        cache = f"{readable_size(size, memory=True)} {cache}"
     context = f"{session.capacity:,} tokens of context"
     if fitted and session.capacity < (covered := llm._model.n_ctx_train()):
         context += f" (the model covers {covered:,}, memory does not)"

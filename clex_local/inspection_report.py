@@ -51,10 +51,16 @@ def _facts(found: Inspection) -> Iterator[tuple[str, str]]:
         yield "", f"part {found.part[0]} of {found.part[1]}: parameters and sizes are those of this part"
     text, shape = escaped(found.architecture, 60), found.shape
     if shape is not None:
-        heads = f"{shape.heads} heads"
-        if max(shape.heads_kv) != shape.heads:
-            heads += f" ({max(shape.heads_kv)} for keys and values)"
-        text += f", {shape.layers} layers, {heads} of {shape.key_length}"
+        text += f", {shape.layers} layers"
+        if any(shape.heads_kv):
+            text += f", {shape.heads} heads"
+            if max(shape.heads_kv) != shape.heads:
+                text += f" ({max(shape.heads_kv)} for keys and values)"
+            text += f" of {shape.key_length}"
+        if windows := [cache.window for cache in shape.caches if cache.window]:
+            text += f", {len(windows)} layers with a window of {max(windows):,} tokens"
+        if states := sum(cache.state > 0 for cache in shape.caches):
+            text += f", {states} layers with a state"
     yield "architecture", text
     yield "parameters", _short(found.parameters)
     types = ", ".join(f"{kind.name} {readable_size(kind.bytes)} in {kind.tensors}" for kind in found.tensor_types)

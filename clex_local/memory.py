@@ -10,7 +10,7 @@ from typing import Any
 
 import psutil
 
-from clex_local.cache_kinds import first_table, has_plain_cache
+from clex_local.cache_kinds import LayerCache, first_table, layer_caches, recurrent_width
 from clex_local.errors import ClexError
 from clex_local.model_keys import Metadata, ModelKeys, is_list
 from clex_local.sizes import readable_size
@@ -27,7 +27,6 @@ KV_TYPES: dict[str, tuple[int, int, int]] = {
     "q4_0": (2, 32, 18),
 }
 
-MAX_LAYERS = 512  # llama.cpp's LLAMA_MAX_LAYERS
 CELLS = 256  # llama.cpp rounds a context up to a multiple of this
 
 
@@ -35,49 +34,75 @@ CELLS = 256  # llama.cpp rounds a context up to a multiple of this
 class ModelShape:
     """What decides how much memory a context takes, from a GGUF file's metadata.
 
-    ``heads_kv``, one number per layer, is zero for layers without a cache. ``first_table`` is the tokens that the first
-    of several RoPE tables covers, None where there is only one.
+    Attributes:
+        heads: for queries.
+        caches: what each layer keeps of a sequence.
+        embedding, feed_forward: numbers that a token is in a layer.
+        vocabulary: tokens there are.
+        recurrent: see ``recurrent_width``.
+        first_table: tokens that the first of several RoPE tables covers, None where there is only one.
+        sequences: contexts that are held at once.
+        window_batch: tokens of a batch, where layers with a sliding window keep only those and the window; None where
+            they keep all (``swa_full``, the bindings' default).
     """
 
-    layers: int
     heads: int
-    heads_kv: tuple[int, ...]
-    key_length: int
-    value_length: int
+    caches: tuple[LayerCache, ...]
     embedding: int
     feed_forward: int
     vocabulary: int
+    recurrent: int = 0
     first_table: int | None = None
+    sequences: int = 1
+    window_batch: int | None = None
 
     @classmethod
     def from_metadata(cls, metadata: Metadata) -> ModelShape | None:
-        """Read the shape; None where the cache is of a kind this estimate does not cover, see ``has_plain_cache``."""
+        """Read the shape; None where the cache is of a kind this estimate does not cover, see ``layer_caches``."""
         keys = ModelKeys(metadata)
-        if not has_plain_cache(keys):
+        if not keys.architecture:
             return None
         try:
-            layers, embedding = int(keys.get("block_count")), int(keys.get("embedding_length"))
-            heads, feed_forward = _largest(keys.get("attention.head_count")), _largest(keys.get("feed_forward_length"))
-            heads_kv = keys.get("attention.head_count_kv", keys.get("attention.head_count"))
-            if not 0 < layers <= MAX_LAYERS or heads <= 0:
+            caches = layer_caches(keys)
+            if caches is None:
                 return None
-            per_layer = [int(n) for n in heads_kv] if is_list(heads_kv) else [int(heads_kv)] * layers
+            stateful = any(cache.state for cache in caches)
+            feed_forward = _largest(keys.get("feed_forward_length", 0 if stateful else None))
             shape = cls(
-                layers=layers,
-                heads=heads,
-                heads_kv=tuple(per_layer),
-                key_length=int(keys.get("attention.key_length", embedding // heads)),
-                value_length=int(keys.get("attention.value_length", embedding // heads)),
-                embedding=embedding,
+                heads=_largest(keys.get("attention.head_count", 0 if stateful else None)),
+                caches=caches,
+                embedding=int(keys.get("embedding_length")),
                 # The experts of a token are computed side by side.
-                feed_forward=feed_forward * int(keys.get("expert_used_count") or 1),
+                feed_forward=feed_forward * _largest(keys.get("expert_used_count") or 1),
                 vocabulary=int(keys.get("vocab_size") or keys.array_size("tokenizer.ggml.tokens")),
+                recurrent=recurrent_width(keys),
                 first_table=first_table(keys),
             )
-        except (TypeError, ValueError, OverflowError):  # a key is missing or no number
+        except (TypeError, ValueError, OverflowError, ZeroDivisionError):  # a key is missing or no number
             return None
-        sizes = (shape.key_length, shape.value_length, embedding, shape.feed_forward, shape.vocabulary, *per_layer)
-        return shape if len(per_layer) == layers and min(sizes) >= 0 else None
+        sizes = [shape.heads, shape.recurrent, shape.embedding, shape.feed_forward, shape.vocabulary]
+        sizes += [size for cache in caches for size in vars(cache).values()]
+        return shape if min(sizes) >= 0 and (shape.heads > 0 or stateful) else None
+
+    @property
+    def layers(self) -> int:
+        """How many there are."""
+        return len(self.caches)
+
+    @property
+    def heads_kv(self) -> tuple[int, ...]:
+        """Heads for keys and values of each layer, 0 for one that keeps none."""
+        return tuple(cache.heads for cache in self.caches)
+
+    @property
+    def key_length(self) -> int:
+        """Size of the largest heads."""
+        return max(cache.key_length for cache in self.caches)
+
+    @property
+    def head_sizes(self) -> set[int]:
+        """Sizes of heads that are cached."""
+        return {size for cache in self.caches if cache.heads for size in (cache.key_length, cache.value_length)}
 
 
 def _largest(value: Any) -> int:
@@ -85,16 +110,37 @@ def _largest(value: Any) -> int:
     return max(int(n) for n in value) if is_list(value) else int(value)
 
 
-def kv_bytes(shape: ModelShape, n_ctx: int, kv_type: str = "f16", layers: int | None = None) -> int:
-    """Bytes of a key and value cache for ``n_ctx`` tokens, of the first ``layers`` layers or all.
+def cells_of(n_ctx: int) -> int:
+    """Tokens that a cache has room for: llama.cpp rounds up."""
+    return -(-n_ctx // CELLS) * CELLS
 
-    A quantized cache that reaches a second RoPE table keeps keys twice: in the table in use and as they were computed.
+
+def kv_bytes(
+    shape: ModelShape, n_ctx: int, kv_type: str = "f16", layers: int | None = None, *, flash_attn: bool = True
+) -> int:
+    """Bytes of what the first ``layers`` layers, or all, keep of ``n_ctx`` tokens.
+
+    A quantized cache that reaches a second RoPE table keeps keys twice, in the table in use and as they were computed;
+    those of sliding windows use no table. Without flash attention all values take the room of the largest.
     """
     _, per_block, block_bytes = KV_TYPES[kv_type]
-    cells = -(-n_ctx // CELLS) * CELLS
-    heads = sum(shape.heads_kv[:layers])
-    keys = 2 if is_quantized(kv_type) and reaches_second_table(shape, n_ctx) else 1
-    return cells * heads * (keys * shape.key_length + shape.value_length) * block_bytes // per_block
+    twice = is_quantized(kv_type) and reaches_second_table(shape, n_ctx)
+    largest = max(cache.heads * cache.value_length for cache in shape.caches)
+    total = 0
+    for cache in shape.caches[:layers]:
+        keys = cache.heads * cache.key_length * (2 if twice and not cache.window else 1)
+        values = cache.heads * cache.value_length
+        if values and not flash_attn:
+            values = largest
+        total += cache_cells(shape, cache, n_ctx) * (keys + values) * block_bytes // per_block + cache.state
+    return shape.sequences * total
+
+
+def cache_cells(shape: ModelShape, cache: LayerCache, n_ctx: int) -> int:
+    """Tokens that a layer has room for."""
+    if cache.window and shape.window_batch is not None:
+        n_ctx = min(n_ctx, cache.window + shape.window_batch)
+    return cells_of(n_ctx)
 
 
 def reaches_second_table(shape: ModelShape, n_ctx: int) -> bool:
@@ -105,7 +151,7 @@ def reaches_second_table(shape: ModelShape, n_ctx: int) -> bool:
 def kv_type_fits(shape: ModelShape, kv_type: str) -> bool:
     """Whether a cache can be of this type: the heads must hold whole blocks of it."""
     block = KV_TYPES[kv_type][1]
-    return shape.key_length % block == 0 and shape.value_length % block == 0
+    return all(size % block == 0 for size in shape.head_sizes)
 
 
 def compute_bytes(shape: ModelShape, n_ctx: int, batch: int = 512, flash_attn: bool = False) -> int:
@@ -114,13 +160,13 @@ def compute_bytes(shape: ModelShape, n_ctx: int, batch: int = 512, flash_attn: b
     Without flash attention the scores of every head over the whole context are there at once, which at 100,000
     tokens can be more than the cache itself.
     """
-    cells = -(-n_ctx // CELLS) * CELLS
-    batch = min(batch, cells)
+    cells = {cache.window > 0: cache_cells(shape, cache, n_ctx) for cache in shape.caches if cache.heads}
+    batch = min(batch, cells_of(n_ctx))
     scores = 0 if flash_attn else 4 * shape.heads
-    mask = 6 if flash_attn else 4  # float32, and a float16 copy of it
-    attention = cells * batch * (scores + mask)
+    mask = 6 if flash_attn else 4  # float32, and a float16 copy of it; layers with a window have one of their own
+    attention = batch * (max(cells.values(), default=0) * scores + sum(cells.values()) * mask)
     logits = 4 * batch * shape.vocabulary
-    activations = 4 * batch * (2 * shape.feed_forward + 3 * shape.embedding)
+    activations = 4 * batch * (2 * shape.feed_forward + 3 * shape.embedding + shape.recurrent)
     return max(attention, logits) + activations
 
 
@@ -149,7 +195,7 @@ def has_fast_flash_attention(shape: ModelShape | None) -> bool:
     """Whether flash attention is the fastest path on a CPU: native/src/cpu/ggml-clex-attn.cpp computes it."""
     if shape is None or "GGML_CLEX_ATTN_DISABLE" in os.environ:
         return False
-    return shape.key_length % 16 == 0 and shape.value_length % 16 == 0
+    return bool(shape.head_sizes) and all(size % 16 == 0 for size in shape.head_sizes)
 
 
 def cache_choices(
@@ -182,7 +228,7 @@ def cache_plan(
 ) -> ContextPlan:
     """What a context of ``n_ctx`` tokens takes with this cache."""
     layers = layers_in_memory(shape, n_gpu_layers)
-    kv = kv_bytes(shape, n_ctx, kv_type, layers)
+    kv = kv_bytes(shape, n_ctx, kv_type, layers, flash_attn=flash_attn)
     return ContextPlan(n_ctx, flash_attn, kv_type, kv, compute_bytes(shape, n_ctx, batch, flash_attn) if layers else 0)
 
 

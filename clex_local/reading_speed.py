@@ -95,11 +95,12 @@ def attention_share(shape: ModelShape | None) -> float:
     """What looking back at one token costs, as a part of what a token costs without: an estimate from the shape."""
     if shape is None:
         return 0.0
-    heads, width = shape.heads * (shape.key_length + shape.value_length), shape.embedding
-    weights = sum(
-        width * (heads + kv * (shape.key_length + shape.value_length) + 3 * shape.feed_forward) for kv in shape.heads_kv
-    )
-    return _ATTENTION * heads * sum(kv > 0 for kv in shape.heads_kv) / max(weights, 1)
+    width, looks, weights = shape.embedding, 0, 0
+    for cache in shape.caches:
+        sizes = cache.key_length + cache.value_length if cache.heads else 0
+        looks += 0 if cache.window else shape.heads * sizes
+        weights += width * ((shape.heads + cache.heads) * sizes + 3 * shape.feed_forward)
+    return _ATTENTION * looks / max(weights, 1)
 
 
 def speeds_file() -> Path:

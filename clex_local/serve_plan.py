@@ -64,9 +64,9 @@ class ServePlan:
         return [first, second]
 
 
-def for_conversations(shape: ModelShape | None, parallel: int) -> ModelShape | None:
-    """A shape whose cache is as large as that of so many conversations."""
-    return shape and replace(shape, heads_kv=tuple(heads * parallel for heads in shape.heads_kv))
+def for_conversations(shape: ModelShape | None, parallel: int, batch: int) -> ModelShape | None:
+    """A shape whose cache is as large as llama-server's for so many conversations and tokens of a batch."""
+    return shape and replace(shape, sequences=parallel, window_batch=batch)
 
 
 def plan_service(path: str | os.PathLike[str], options: ServeOptions, available: int | None = None) -> ServePlan:
@@ -91,7 +91,7 @@ def plan_service(path: str | os.PathLike[str], options: ServeOptions, available:
 
     def plan(parallel: int) -> ContextPlan:
         return plan_context(
-            for_conversations(facts.shape, parallel),
+            for_conversations(facts.shape, parallel, options.batch),
             facts.maximum,
             options.ctx,
             kv_type=options.kv_type,

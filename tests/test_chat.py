@@ -17,6 +17,7 @@ from clex_local import ClexError, open_model
 from clex_local import memory as memory_module
 from clex_local.chat import main
 from clex_local.memory import ModelShape, available_bytes, compute_bytes, kv_bytes, plan_context
+from clex_local.serve_plan import for_conversations
 from clex_local.session import CHATML, PLAIN, PromptTooLong, Sampling, Session
 from clex_local.terminal import BucketWatch
 from helpers.chat_command import COMMAND, Pty, run
@@ -263,6 +264,35 @@ def test_the_context_is_what_fits():
     # Weights that fill the memory still run.
     plan = plan_context(shape, 65536, available=6 * GIB, weights=8 * GIB)
     assert (plan.n_ctx, plan.kv_type) == (4096, "f16")
+
+
+GEMMA3_4B = {
+    "general.architecture": "gemma3",
+    "gemma3.block_count": 34,
+    "gemma3.embedding_length": 2560,
+    "gemma3.feed_forward_length": 10240,
+    "gemma3.attention.head_count": 8,
+    "gemma3.attention.head_count_kv": 4,
+    "gemma3.attention.key_length": 256,
+    "gemma3.attention.value_length": 256,
+    "gemma3.attention.sliding_window": 1024,
+    "gemma3.vocab_size": 262144,
+}
+
+
+def test_the_context_of_a_model_with_windows_is_what_fits():
+    shape = ModelShape.from_metadata(GEMMA3_4B)
+    assert sum(cache.window == 1024 for cache in shape.caches) == 29
+    plan = plan_context(shape, 131072, available=100 * GIB)
+    assert (plan.n_ctx, plan.flash_attn, plan.kv_type) == (131072, True, "f16")
+    assert plan.kv == 131072 * 34 * 4 * 512 * 2
+    plan = plan_context(shape, 131072, kv_type="f16", available=8 * GIB, weights=2 * GIB)
+    assert 8192 < plan.n_ctx < 32768
+    with pytest.raises(ClexError, match=r"needs 1\d\.\d GiB of memory"):
+        plan_context(shape, 131072, 131072, kv_type="f16", available=8 * GIB)
+    # A server keeps no more of the windows than it needs.
+    served = plan_context(for_conversations(shape, 1, 512), 131072, kv_type="f16", available=8 * GIB, weights=2 * GIB)
+    assert served.n_ctx > 4 * plan.n_ctx
 
 
 ODD_HEADS = LLAMA_7B | {"llama.attention.key_length": 128, "llama.attention.value_length": 136}

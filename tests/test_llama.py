@@ -17,6 +17,7 @@ from clex_local import memory as memory_module
 from clex_local.gguf_file import GGUFFile
 from clex_local.memory import ModelShape, cache_plan, default_threads
 from clex_local.settings import Settings
+from helpers.random_architectures import make_architecture
 from helpers.random_gguf import make_model
 
 pytestmark = pytest.mark.runtime
@@ -188,6 +189,13 @@ def test_flash_attention_is_on_for_heads_that_it_is_fast_with(tmp_path, head, fa
     path = make_model(tmp_path / "model.gguf", head=head)
     assert settings(path).flash_attn == fast
     assert settings(path, flash_attn=True).flash_attn
+
+
+@pytest.mark.parametrize("name", ["gemma2", "olmo2", "lfm2", "deepseek2"])
+def test_flash_attention_is_on_for_windows_states_and_latent_attention(tmp_path, name):
+    path = make_architecture(tmp_path / "model.gguf", name, tables=False)
+    assert settings(path, n_ctx=64).flash_attn
+    assert not settings(path, n_ctx=64, flash_attn=False).flash_attn
 
 
 def test_q8_0_is_taken_where_only_that_fits(tmp_path, monkeypatch):

@@ -30,9 +30,9 @@ class Model(low_level.Model):
 
 
 def context_params(
-    *, n_ctx=1024, n_seq=1, n_ubatch=512, type_k=F32, type_v=F32, flash_attn=0, unified=False
+    *, n_ctx=1024, n_seq=1, n_ubatch=512, type_k=F32, type_v=F32, flash_attn=0, unified=False, swa_full=True
 ) -> llama_cpp.llama_context_params:
-    return low_level.context_params(
+    params = low_level.context_params(
         n_ctx,
         n_ubatch=n_ubatch,
         n_seq=n_seq,
@@ -42,6 +42,8 @@ def context_params(
         flash_attn=bool(flash_attn),
         threads=1,  # tiny models: threads would only wait for each other
     )
+    params.swa_full = swa_full
+    return params
 
 
 def refusal(model: Model, **options: int) -> str | None:

@@ -15,6 +15,7 @@ import llama_cpp
 import numpy as np
 
 from clex_local._library import library_path
+from clex_local.architectures import find
 
 LAYERS, HEADS, WIDTH, VOCABULARY = 4, 2, 256, 128
 _U32, _F32 = 4, 6  # gguf_type
@@ -50,6 +51,8 @@ _KEYS: dict[str, Any] = {
 _WITH_EXPERTS = (
     *("grok", "qwen3vlmoe", "qwen35moe", "phimoe", "cohere2moe", "dbrx", "arctic", "deepseek", "bailingmoe"),
     *("bailingmoe2", "hy_v3", "lfm2moe", "grovemoe", "minimax-m2", "mimo2", "step35", "mellum", "laguna"),
+    *("qwen3next", "gpt-oss", "llama4", "glm4moe", "smallthinker", "afmoe", "exaone-moe", "kimi-linear", "minimax-01"),
+    "deepseek2",
 )
 _EXPERTS: dict[str, Any] = {
     "expert_feed_forward_length": 384,
@@ -63,8 +66,18 @@ _EXPERTS: dict[str, Any] = {
     "experts_per_group": 1,
 }
 _BY_LAYER = {"attention.sliding_window_pattern": _PATTERN}
+_LATENT = {
+    "attention.head_count_kv": 1,
+    "attention.q_lora_rank": 32,
+    "attention.kv_lora_rank": 64,
+    "attention.key_length": 96,
+    "attention.value_length": 64,
+    "attention.key_length_mla": 96,
+    "attention.value_length_mla": 64,
+    "rope.dimension_count": 32,
+}
 _SOME_LAYERS = {"attention.head_count": _HEADS_OF_LAYERS, "attention.head_count_kv": _HEADS_OF_LAYERS}
-# What an architecture wants otherwise.
+# What an architecture wants otherwise; None for a key that it has not.
 _CHANGES: dict[str, dict[str, Any]] = {
     **dict.fromkeys(("cohere2moe", "granite_swa", "mimo2", "spark2_5"), _BY_LAYER),
     **dict.fromkeys(("granitehybrid", "lfm2moe"), _SOME_LAYERS),
@@ -72,6 +85,35 @@ _CHANGES: dict[str, dict[str, Any]] = {
     "qwen35moe": {"ssm.inner_size": 256},
     "step35": {"embedding_length": 160, **_BY_LAYER},
     "laguna": {"embedding_length": 160},
+    "lfm2": {**_SOME_LAYERS, "attention.sliding_window_pattern": None},
+    "mamba": {"ssm.group_count": None},
+    "jamba": {"ssm.group_count": None, **_SOME_LAYERS},
+    "qwen3next": {"ssm.inner_size": 256},
+    "gemma4": {
+        "attention.key_length": 64,
+        "attention.value_length": 64,
+        "attention.key_length_swa": 32,
+        "attention.value_length_swa": 32,
+        "attention.shared_kv_layers": 1,
+        "embedding_length_per_layer_input": 64,
+        **_BY_LAYER,
+    },
+    "nemotron_h": {
+        "attention.head_count_kv": np.array([0, HEADS, 0, 0], np.uint32),
+        "feed_forward_length": np.array([0, 0, 384, 0], np.uint32),
+    },
+    "minimax-01": {"residual_scale": 1.0},
+    "llama4": {"attention.sliding_window": None},  # it is 8,192
+    "smallthinker": {"attention.sliding_window": 4096},
+    "deepseek2": _LATENT,
+    "kimi-linear": {**_LATENT, "attention.head_count_kv": np.array([0, 1, 0, 0], np.uint32), "kda.head_dim": 64},
+    "rwkv7": {
+        "wkv.head_size": 64,
+        "attention.decay_lora_rank": 32,
+        "attention.iclr_lora_rank": 32,
+        "attention.value_residual_mix_lora_rank": 32,
+        "attention.gate_lora_rank": 32,
+    },
     "plamo2": {"ssm.group_count": 0, **_SOME_LAYERS},
     "gemma3n": {"embedding_length": 64, "block_count": 22},
     "hrm_text": {"block_count": 6, "hrm.layers_per_stack": 1, "hrm.h_cycles": 2, "hrm.l_cycles": 2},
@@ -110,14 +152,23 @@ class _Metadata:
         self._library.gguf_free(self.context)
 
 
+def made_up_keys(architecture: str) -> dict[str, Any]:
+    """The metadata of a model of an architecture, but for the vocabulary."""
+    experts = _EXPERTS if architecture in _WITH_EXPERTS else {}
+    found = {**_KEYS, **experts, **_CHANGES.get(architecture, {})}
+    unread = ("ssm.",) if architecture.startswith("lfm2") else ("shortconv.",)
+    if not find(architecture).recurrent or architecture == "minimax-01":
+        unread = ("ssm.", "shortconv.")
+    keys = {key: value for key, value in found.items() if value is not None and not key.startswith(unread)}
+    return {"general.architecture": architecture, **{f"{architecture}.{key}": value for key, value in keys.items()}}
+
+
 @contextmanager
 def made_up_model(architecture: str) -> Iterator[Any]:
     """A loaded model of an architecture."""
     metadata = _Metadata()
-    metadata.set("general.architecture", architecture)
-    experts = _EXPERTS if architecture in _WITH_EXPERTS else {}
-    for key, value in {**_KEYS, **experts, **_CHANGES.get(architecture, {})}.items():
-        metadata.set(f"{architecture}.{key}", value)
+    for key, value in made_up_keys(architecture).items():
+        metadata.set(key, value)
     metadata.set("tokenizer.ggml.model", "test")
     metadata.set("tokenizer.ggml.tokens", [f"token {i}" for i in range(VOCABULARY)])
     metadata.set("tokenizer.ggml.scores", np.zeros(VOCABULARY, np.float32))
