@@ -43,7 +43,7 @@ class RunOptions:
         minimum=-1,
     )
     prompt_lookup: bool = option(
-        True, "Guess tokens that repeat the text so far, and compute them together: faster where an answer quotes it."
+        False, "Guess tokens that repeat the text so far, and compute them together: faster where an answer quotes it."
     )
     seed: int = option(-1, "Seed of the sampling; -1: a new one each time.", metavar="N", minimum=-1, maximum=2**32 - 2)
     verbose: bool = option(False, "Show llama.cpp's log, and the settings chosen.", short="-v")
