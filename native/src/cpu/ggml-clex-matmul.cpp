@@ -31,11 +31,12 @@ struct weight_rows {
 
 struct weight_kind {
     int     block;    // numbers; the length of a row is a multiple
+    int     together; // rows that lie block by block in turn
     size_t  act_size; // bytes of a block of 32 activations of TOKENS tokens
     // fill a panel with n rows from `first` on: terms k to k + n_terms
     void (*unpack)(const weight_rows & rows, int64_t first, int64_t n, int64_t k, int64_t n_terms, panel & p);
-    // activations of a tile; x has TOKENS rows, of which those that are null become 0
-    void (*pack)(const float * const * x, int64_t k, char * y);
+    // n_terms activations of a tile from k on; x has TOKENS rows, of which those that are null become 0
+    void (*pack)(const float * const * x, int64_t k, int64_t n_terms, char * y);
     void (*product)(int tokens, const panel & p, const char * a, float * c, int64_t c_row, int n, bool first);
 };
 
@@ -79,8 +80,8 @@ struct kind_of {
         });
     }
 
-    static void pack(const float * const * x, int64_t k, char * y) {
-        pack_activations<PARTS, W::MIN, W::WIDE>(x, k, y);
+    static void pack(const float * const * x, int64_t k, int64_t n_terms, char * y) {
+        pack_activations<PARTS, W::MIN, W::WIDE>(x, k, n_terms, y);
     }
 
     template <int T = TOKENS>
@@ -93,7 +94,7 @@ struct kind_of {
     }
 
     static const weight_kind * get() {
-        static const weight_kind kind = { W::N, L::SIZE, unpack, pack, product<> };
+        static const weight_kind kind = { W::N, 1, L::SIZE, unpack, pack, product<> };
         return &kind;
     }
 };
@@ -189,7 +190,7 @@ struct kind_of_8x8 : kind_of<W> {
     }
 
     static const weight_kind * get() {
-        static const weight_kind kind = { W::N, base::L::SIZE, unpack, base::pack, base::template product<> };
+        static const weight_kind kind = { W::N, 8, base::L::SIZE, unpack, base::pack, base::template product<> };
         return &kind;
     }
 };
@@ -241,7 +242,7 @@ struct matmul_plan {
     int64_t tiles_per_unit;
 
     // the work buffer: activations, columns of experts, then a part for each thread
-    size_t act_tile, table_start, thread_start, thread_size, size;
+    size_t table_start, thread_start, thread_size, size;
 
     explicit matmul_plan(const ggml_tensor * dst, int n_threads) : weights(dst->src[0]), x(dst->src[1]), ids(dst->src[2]), dst(dst) {
         kind     = kind_of_weights(weights);
@@ -259,12 +260,15 @@ struct matmul_plan {
             tiles_per_unit /= 2;
         }
 
-        act_tile     = kind ? k/32*kind->act_size : 0;
-        table_start  = GGML_PAD(n_tiles*act_tile, 64);
+        table_start  = GGML_PAD(n_tiles*(k/32)*kind->act_size, 64);
         thread_start = table_start + (ids ? GGML_PAD((3*(n_groups + 1) + n_tokens)*sizeof(int32_t), 64) : 0);
         thread_size  = PANELS*sizeof(panel) + tiles_per_unit*TOKENS*PANELS*ROWS*sizeof(float);
         size         = thread_start + n_threads*thread_size + 64;
     }
+
+    // where the activations of a tile lie from term k on: chunk by chunk, and tile by tile in a chunk, as they are read
+    size_t act(int64_t tile, int64_t k) const { return (k/32*n_tiles + tile*(terms(k)/32))*kind->act_size; }
+    int64_t terms(int64_t k) const { return std::min<int64_t>(CHUNK, this->k - k); } // of a chunk
 
     static int64_t tiles(int64_t n) { return (n + TOKENS - 1)/TOKENS; }
 };
@@ -365,12 +369,14 @@ static void pack_tiles(const matmul_plan & plan, const matmul_groups & groups, c
                 float * to;
                 groups.find(g, t*TOKENS + i, rows + i, &to);
             }
-            plan.kind->pack(rows, plan.k, work + (tile0 + t)*plan.act_tile);
+            for (int64_t k = 0; k < plan.k; k += CHUNK) {
+                plan.kind->pack(rows, k, plan.terms(k), work + plan.act(tile0 + t, k));
+            }
         }
     }
 }
 
-static void run_unit(const matmul_plan & plan, const matmul_groups & groups, char * work, int64_t g, int64_t index, int ith) {
+static void run_unit(const matmul_plan & plan, const matmul_groups & groups, char * work, int64_t g, int64_t index, int ith, int nth) {
     panel * panels = (panel *) (work + plan.thread_start + ith*plan.thread_size);
     float * c      = (float *) (panels + PANELS);
 
@@ -382,26 +388,60 @@ static void run_unit(const matmul_plan & plan, const matmul_groups & groups, cha
     const int64_t rows  = std::min(plan.n_rows - row0, C_ROW);
 
     const weight_rows weights = groups.weights(g);
-    const char * act = work + (groups.tile0(g) + tile0)*plan.act_tile;
 
+    // Terms from k on of some rows, which are unpacked next; they are a row apart, which processors do not follow. Which rows those after
+    // the last chunk are is a guess: other threads take units as well.
+    const size_t chunk_bytes = ggml_row_size(plan.weights->type, std::min<int64_t>(CHUNK, plan.k));
+    const auto fetch_weights = [&](int64_t k, int64_t first, int64_t last) {
+        const bool    is_next = k >= plan.k;
+        const int64_t from    = is_next ? row0 + nth*C_ROW : row0;
+        const int64_t start   = is_next ? 0 : ggml_row_size(plan.weights->type, k);
+        const int64_t n_near  = plan.kind->together;
+        for (int64_t r = from + first; r < std::min(from + last, plan.n_rows); ++r) {
+            const char * x = weights.data + r/n_near*n_near*weights.row + start*n_near + r%n_near*chunk_bytes;
+            for (size_t i = 0; i < chunk_bytes; i += 64) {
+                __builtin_prefetch(x + i, 0, 2);
+            }
+        }
+    };
+
+    // where the results of a tile go; they come into the cache while those of the tiles before are computed
+    const auto find_tile = [&](int64_t t, float ** to) {
+        for (int64_t i = t*TOKENS; i < std::min(n, (t + 1)*TOKENS); ++i) {
+            const float * from;
+            groups.find(g, tile0*TOKENS + i, &from, to + i%TOKENS);
+            for (int64_t j = 0; j < rows; j += 16) {
+                __builtin_prefetch(to[i%TOKENS] + row0 + j, 1);
+            }
+        }
+    };
+
+    float * to[2][TOKENS];
     for (int64_t k = 0; k < plan.k; k += CHUNK) {
-        const int64_t n_terms = std::min<int64_t>(CHUNK, plan.k - k);
+        const int64_t n_terms = plan.terms(k);
+        const bool    is_last = k + CHUNK >= plan.k;
         for (int64_t p = 0; p*ROWS < rows; ++p) {
             plan.kind->unpack(weights, row0 + p*ROWS, std::min<int64_t>(rows - p*ROWS, ROWS), k, n_terms, panels[p]);
         }
-        for (int64_t t = 0; t*TOKENS < n; ++t) {
-            const char * a = act + t*plan.act_tile + k/32*plan.kind->act_size;
+        if (is_last) {
+            find_tile(0, to[0]);
+        }
+        const int64_t n_tiles = matmul_plan::tiles(n);
+        for (int64_t t = 0; t < n_tiles; ++t) {
+            const char * a = work + plan.act(groups.tile0(g) + tile0 + t, k);
+            float * y = c + t*TOKENS*C_ROW;
+            const int64_t tokens = std::min<int64_t>(TOKENS, n - t*TOKENS);
+            if (is_last) {
+                find_tile(t + 1, to[(t + 1)%2]);
+            }
+            fetch_weights(k + CHUNK, t*C_ROW/n_tiles, (t + 1)*C_ROW/n_tiles);
             for (int64_t p = 0; p*ROWS < rows; ++p) {
-                plan.kind->product((int) std::min<int64_t>(TOKENS, n - t*TOKENS), panels[p], a, c + t*TOKENS*C_ROW + p*ROWS,
-                    C_ROW, (int) (n_terms/32), k == 0);
+                plan.kind->product((int) tokens, panels[p], a, y + p*ROWS, C_ROW, (int) (n_terms/32), k == 0);
+            }
+            for (int64_t i = 0; is_last && i < tokens; ++i) {
+                memcpy(to[t%2][i] + row0, y + i*C_ROW, rows*sizeof(float));
             }
         }
-    }
-    for (int64_t i = 0; i < n; ++i) {
-        const float * from;
-        float * to;
-        groups.find(g, tile0*TOKENS + i, &from, &to);
-        memcpy(to + row0, c + i*C_ROW, rows*sizeof(float));
     }
 }
 
@@ -454,7 +494,7 @@ bool ggml_clex_matmul(const ggml_compute_params * params, ggml_tensor * dst) {
         if (group == plan.n_groups) {
             return true;
         }
-        run_unit(plan, groups, work, group, unit - groups.unit0(group), params->ith);
+        run_unit(plan, groups, work, group, unit - groups.unit0(group), params->ith, params->nth);
     }
 }
 

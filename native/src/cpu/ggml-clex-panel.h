@@ -123,14 +123,14 @@ static inline void transpose(const int8_t (*rows)[CHUNK], panel & p, int64_t v, 
     }
 }
 
-// k activations of TOKENS tokens; those of a token that is null are 0
+// n activations from k on of TOKENS tokens; those of a token that is null are 0
 template <int PARTS, bool MIN, bool WIDE>
-static inline void pack_activations(const float * const * x, int64_t k, char * y) {
+static inline void pack_activations(const float * const * x, int64_t k, int64_t n, char * y) {
     using L = layout<PARTS, MIN>;
     static constexpr int64_t SCALED = WIDE ? 256 : 32; // numbers with the same scale
     for (int t = 0; t < TOKENS; ++t) {
         char * block = y;
-        for (int64_t i = 0; i < k; i += SCALED) {
+        for (int64_t i = k; i < k + n; i += SCALED) {
             float max = 0.0f;
             for (int64_t j = i; x[t] && j < i + SCALED; j += 32) {
                 const float m = largest(x[t] + j);

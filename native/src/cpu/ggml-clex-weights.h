@@ -41,6 +41,8 @@ static inline bytes b_low  (bytes x)                    { return _mm_and_si128(x
 static inline bytes b_high (bytes x)                    { return b_low(_mm_srli_epi16(x, 4)); }
 static inline bytes b_sub  (bytes x, int8_t y)          { return _mm_sub_epi8(x, _mm_set1_epi8(y)); }
 static inline bytes b_table(const int8_t * t, bytes x)  { return _mm_shuffle_epi8(b_load(t), x); }
+static inline bytes b_or   (bytes x, bytes y)           { return _mm_or_si128(x, y); }
+template <int N> static inline bytes b_shift(bytes x)   { return _mm_srli_epi16(x, N); } // high bits of a byte come from the next
 
 #elif defined(__ARM_NEON) && defined(__aarch64__)
 
@@ -51,8 +53,20 @@ static inline bytes b_low  (bytes x)                    { return vandq_u8(x, vdu
 static inline bytes b_high (bytes x)                    { return vshrq_n_u8(x, 4); }
 static inline bytes b_sub  (bytes x, int8_t y)          { return vsubq_u8(x, vdupq_n_u8((uint8_t) y)); }
 static inline bytes b_table(const int8_t * t, bytes x)  { return vqtbl1q_u8(vreinterpretq_u8_s8(vld1q_s8(t)), x); }
+static inline bytes b_or   (bytes x, bytes y)           { return vorrq_u8(x, y); }
+template <int N> static inline bytes b_shift(bytes x)   { return vshrq_n_u8(x, N); }
 
 #endif
+
+// bits N and N + 1 of each byte become bits 4 and 5
+template <int N>
+static inline bytes b_bits(bytes x) {
+#if defined(__SSSE3__)
+    return _mm_and_si128(N < 4 ? _mm_slli_epi16(x, 4 - N) : x, _mm_set1_epi8(0x30));
+#else
+    return vandq_u8(N < 4 ? vshlq_n_u8(x, 4 - N) : x, vdupq_n_u8(0x30));
+#endif
+}
 
 // the low nibbles of 16 bytes, then the high ones, of which ZERO is taken off
 template <int ZERO>
@@ -286,12 +300,14 @@ struct q5_K : type<block_q5_K, QK_K, 32, true> {
 
 struct q6_K : type<block_q6_K, QK_K, 16, false> {
     static void unpack(const block & b, int8_t * q, float * d, float *) {
-        for (int half = 0; half < 2; ++half) {
-            for (int i = 0; i < 4; ++i) {
-                const uint8_t * low = b.ql + 64*half + i%2*32;
-                for (int j = 0; j < 32; ++j) {
-                    q[128*half + 32*i + j] = (int8_t) (((low[j] >> i/2*4 & 15) | (b.qh[32*half + j] >> 2*i & 3) << 4) - 32);
-                }
+        for (int i = 0; i < 4; ++i) { // 32 bytes of low bits go with 32 of high ones
+            const uint8_t * low  = b.ql + 32*i;
+            const uint8_t * high = b.qh + i/2*32;
+            int8_t * to = q + i/2*128 + i%2*32;
+            for (int j = 0; j < 32; j += 16) {
+                const bytes l = b_load(low + j), h = i%2 ? b_shift<2>(b_load(high + j)) : b_load(high + j);
+                b_store(to + j,      b_sub(b_or(b_low (l), b_bits<0>(h)), 32));
+                b_store(to + j + 64, b_sub(b_or(b_high(l), b_bits<4>(h)), 32));
             }
         }
         const float scale = from_half(b.d);
