@@ -16,7 +16,7 @@ pytestmark = pytest.mark.native
 QUANTIZED = tuple(kind for kind in TYPES if kind not in FLOATS)
 # Blocks of so many numbers; their activations have a scale for each of so many.
 WIDE = {kind: 256 for kind in TYPES if kind[-2:] == "_K" or kind[:2] in ("iq", "tq")} | {"iq4_nl": 32}
-BLOCKS = {kind: 32 for kind in TYPES} | {"nvfp4": 64, "q2_0": 64, "q1_0": 128} | WIDE
+BLOCKS = {kind: 1 if kind in FLOATS else 32 for kind in TYPES} | {"nvfp4": 64, "q2_0": 64, "q1_0": 128} | WIDE
 WORK = 3_000_000  # products of two numbers, of one case
 WEIGHTS = 1 << 17  # which some types take long to quantize
 EXAMPLES = 150
@@ -64,6 +64,8 @@ def cases(draw: st.DrawFn, kinds: tuple[str, ...] = QUANTIZED, tokens: st.Search
     kind = draw(st.sampled_from(kinds))
     block = BLOCKS[kind]
     columns = block * draw(st.integers(1, max(1, 1100 // block)))
+    if kind in FLOATS and draw(st.booleans()):
+        columns = draw(st.sampled_from((64, 80, 128, 256, 512)))
     matrices = draw(st.sampled_from((1, 1, 2, 5)))
     used = draw(st.sampled_from((0, 1, 2, 3))) if matrices == 5 else 0
     n_tokens = draw(tokens)
@@ -100,22 +102,24 @@ def root_mean_square(x: np.ndarray) -> float:
     return float(np.sqrt(np.mean(np.square(x, dtype=np.float64))))
 
 
-@given(case=cases())
+@given(case=cases(tuple(TYPES)))
 @settings(max_examples=EXAMPLES, deadline=None)
 def test_batches_are_as_exact_as_with_ggml(ggml, ours, disabled, case):
     tensors = ggml.make(case)
     reference = ggml.reference(tensors)
     found = ours.multiply(tensors)
     floor = 2e-6 * root_mean_square(reference)  # of sums in F32
+    # ggml's products with repacked weights take rows of activations that have gaps for rows without.
+    plain = replace(tensors, case=replace(case, layout="plain"))
+    ggml_error = root_mean_square(disabled.multiply(plain) - reference)
     # Few numbers with a few errors each vary by chance.
     slack = 1.02 + 0.5 / np.sqrt(reference.size)
-    assert (
-        root_mean_square(found - reference) <= slack * root_mean_square(disabled.multiply(tensors) - reference) + floor
-    )
-    assert (np.abs(found - reference) <= 1.001 * rounding(ggml, tensors) + 20 * floor).all()
+    assert root_mean_square(found - reference) <= slack * ggml_error + floor
+    if case.kind not in FLOATS:
+        assert (np.abs(found - reference) <= 1.001 * rounding(ggml, tensors) + 20 * floor).all()
 
 
-@given(case=cases(QUANTIZED), fewer=st.integers(9, 40))
+@given(case=cases(QUANTIZED), fewer=st.integers(30, 60))
 @settings(max_examples=60, deadline=None)
 def test_results_depend_neither_on_threads_nor_on_other_tokens(ggml, ours, case, fewer):
     tensors = ggml.make(case)
@@ -134,6 +138,16 @@ def test_results_depend_neither_on_threads_nor_on_other_tokens(ggml, ours, case,
         np.testing.assert_array_equal(ours.multiply(part), found[:, -fewer:])
 
 
+@given(case=cases(FLOATS, st.integers(64, 200)))
+@settings(max_examples=30, deadline=None)
+def test_results_with_floats_do_not_depend_on_threads(ggml, ours, case):
+    tensors = ggml.make(case)
+    found = ours.multiply(tensors)
+    for threads in (1, 2, 3, 5):
+        again = ours.multiply(replace(tensors, case=replace(case, threads=threads)))
+        np.testing.assert_array_equal(again, found, err_msg=str(threads))
+
+
 @given(case=cases(tuple(TYPES), st.integers(1, 8)))
 @settings(max_examples=60, deadline=None)
 def test_small_batches_have_the_bits_of_stock(ggml, ours, stock, case):
@@ -150,7 +164,7 @@ def test_the_variable_selects_the_code_of_stock(ggml, disabled, stock, case):
 
 @pytest.mark.parametrize("kind", QUANTIZED)
 def test_numbers_that_are_none_stay_with_their_token(ggml, ours, kind):
-    case = Case(kind=kind, rows=40, columns=512, tokens=20, threads=2)
+    case = Case(kind=kind, rows=40, columns=512, tokens=30, threads=2)
     tensors = ggml.make(case)
     expected = ours.multiply(tensors)
     for bad in (np.nan, np.inf, -np.inf):
@@ -162,7 +176,7 @@ def test_numbers_that_are_none_stay_with_their_token(ggml, ours, kind):
 
 @pytest.mark.parametrize("kind", QUANTIZED)
 def test_tiny_activations_and_zeros(ggml, ours, kind):
-    case = Case(kind=kind, rows=40, columns=256, tokens=16)
+    case = Case(kind=kind, rows=40, columns=256, tokens=30)
     tensors = ggml.make(case)
     tensors.x[0, :8] *= 1e-42
     tensors.x[0, 8] = 0

@@ -8,6 +8,7 @@
 #include "ggml-clex-threads.h"
 #include "ggml-clex-weights.h"
 #include "ggml-cpu-impl.h"
+#include "ggml-cpu.h"
 #include "repack.h"
 
 #include <algorithm>
@@ -15,9 +16,8 @@
 
 using namespace clex_panel;
 
-static constexpr int64_t TOKENS_MIN = 9;  // of a batch; ggml's products are for fewer
-static constexpr int64_t PANELS     = 2;  // that are unpacked at once, and stay in the first level of cache
-static constexpr int64_t TILES_MAX  = 96; // whose results stay in the second level of cache
+static constexpr int64_t PANELS     = 64/ROWS; // that are unpacked at once, and stay in the first level of cache
+static constexpr int64_t TILES_MAX  = 576/TOKENS; // whose results stay in the second level of cache
 
 // Rows of weights as they lie in memory.
 struct weight_rows {
@@ -31,6 +31,7 @@ struct weight_rows {
 
 struct weight_kind {
     int     block;    // numbers; the length of a row is a multiple
+    int     chunk;    // terms of a sum that a panel has
     int     together; // rows that lie block by block in turn
     size_t  act_size; // bytes of a block of 32 activations of TOKENS tokens
     // fill a panel with n rows from `first` on: terms k to k + n_terms
@@ -70,7 +71,7 @@ struct kind_of {
                     }
                 }
             }
-            transpose(q, p, v, n_terms);
+            transpose(q, p, v, n_terms, UNSIGNED ? 0x80 : 0);
         }
     }
 
@@ -94,13 +95,101 @@ struct kind_of {
     }
 
     static const weight_kind * get() {
-        static const weight_kind kind = { W::N, 1, L::SIZE, unpack, pack, product<> };
+        static const weight_kind kind = { W::N, CHUNK, 1, L::SIZE, unpack, pack, product<> };
         return &kind;
     }
 };
 
+//
+// weights that are floats: they stay what they are, or become F32
+//
+
+static void to_f32(const float * x, float * y, int64_t n) {
+    memcpy(y, x, n*sizeof(float));
+}
+
+static void to_f32(const ggml_fp16_t * x, float * y, int64_t n) {
+    ggml_cpu_fp16_to_fp32(x, y, n);
+}
+
+static void to_f32(const ggml_bf16_t * x, float * y, int64_t n) {
+    ggml_cpu_bf16_to_fp32(x, y, n);
+}
+
+template <typename X, typename Dot>
+struct kind_of_floats {
+    static void unpack(const weight_rows & rows, int64_t first, int64_t n, int64_t k, int64_t n_terms, panel & p) {
+        alignas(64) int8_t q[LANES][CHUNK] = {};
+        for (int64_t v = 0; v < VECTORS; ++v) {
+            for (int64_t lane = 0; lane < LANES; ++lane) {
+                const int64_t r = v*LANES + lane;
+                const X * x = (const X *) (rows.data + (first + r)*rows.row) + k;
+                if (r >= n) {
+                    memset(q[lane], 0, CHUNK);
+                } else if (Dot::SIZE == sizeof(X)) {
+                    memcpy(q[lane], x, n_terms*sizeof(X));
+                } else {
+                    to_f32(x, (float *) q[lane], n_terms);
+                }
+            }
+            transpose(q, p, v, GGML_PAD(n_terms, 32)*Dot::SIZE, 0);
+        }
+    }
+
+    static void pack(const float * const * x, int64_t k, int64_t n_terms, char * y) {
+        const int64_t padded = GGML_PAD(n_terms, 32);
+        for (int t = 0; t < TOKENS; ++t, y += padded*Dot::SIZE) {
+            float padding[32] = {};
+            const int64_t whole = x[t] ? n_terms/32*32 : 0;
+            if (x[t]) {
+                memcpy(padding, x[t] + k + whole, (n_terms - whole)*sizeof(float));
+                put(x[t] + k, whole, y);
+            }
+            for (int64_t i = whole; i < padded; i += 32) {
+                put(padding, 32, y + i*Dot::SIZE);
+            }
+        }
+    }
+
+    static void put(const float * x, int64_t n, char * y) {
+#if defined(GGML_CLEX_PANEL_BF16)
+        if (Dot::SIZE == 2) {
+            for (int64_t i = 0; i < n; i += LANES) {
+                round_bf16(x + i, y + 2*i);
+            }
+            return;
+        }
+#endif
+        memcpy(y, x, n*sizeof(float));
+    }
+
+    template <int T = TOKENS>
+    static void product(int tokens, const panel & p, const char * a, float * c, int64_t c_row, int n, bool first) {
+        if (tokens == T) {
+            product_of_floats<T, Dot>(p, a, c, c_row, n, first);
+        } else if constexpr (T > 1) {
+            product<T - 1>(tokens, p, a, c, c_row, n, first);
+        }
+    }
+
+    static const weight_kind * get() {
+        static const weight_kind kind = { 1, CHUNK/Dot::SIZE, 1, 32*TOKENS*Dot::SIZE, unpack, pack, product<> };
+        return &kind;
+    }
+};
+
+// as ggml does
+#if defined(GGML_CLEX_PANEL_BF16)
+using kind_of_bf16 = kind_of_floats<ggml_bf16_t, bf16_dot>;
+#else
+using kind_of_bf16 = kind_of_floats<ggml_bf16_t, float_dot>;
+#endif
+
 static const weight_kind * plain_kind(ggml_type type) {
     switch (type) {
+        case GGML_TYPE_F32:     return kind_of_floats<float, float_dot>::get();
+        case GGML_TYPE_F16:     return kind_of_floats<ggml_fp16_t, float_dot>::get();
+        case GGML_TYPE_BF16:    return kind_of_bf16::get();
         case GGML_TYPE_Q4_0:    return kind_of<clex_weights::q4_0>::get();
         case GGML_TYPE_Q4_1:    return kind_of<clex_weights::q4_1>::get();
         case GGML_TYPE_Q5_0:    return kind_of<clex_weights::q5_0>::get();
@@ -190,7 +279,7 @@ struct kind_of_8x8 : kind_of<W> {
     }
 
     static const weight_kind * get() {
-        static const weight_kind kind = { W::N, 8, base::L::SIZE, unpack, base::pack, base::template product<> };
+        static const weight_kind kind = { W::N, CHUNK, 8, base::L::SIZE, unpack, base::pack, base::template product<> };
         return &kind;
     }
 };
@@ -256,19 +345,20 @@ struct matmul_plan {
         tiles_per_unit = TILES_MAX;
         const int64_t n_together = ids ? n_tiles : tiles(n_tokens);
         const int64_t n_apart    = ids ? 1 : n_groups;
-        while (tiles_per_unit > 8 && n_apart*n_row_units*((n_together + tiles_per_unit - 1)/tiles_per_unit) < 4*n_threads) {
+        while (tiles_per_unit > 48/TOKENS && n_apart*n_row_units*((n_together + tiles_per_unit - 1)/tiles_per_unit) < 4*n_threads) {
             tiles_per_unit /= 2;
         }
 
-        table_start  = GGML_PAD(n_tiles*(k/32)*kind->act_size, 64);
+        table_start  = GGML_PAD(n_tiles*blocks(k)*kind->act_size, 64);
         thread_start = table_start + (ids ? GGML_PAD((3*(n_groups + 1) + n_tokens)*sizeof(int32_t), 64) : 0);
         thread_size  = PANELS*sizeof(panel) + tiles_per_unit*TOKENS*PANELS*ROWS*sizeof(float);
         size         = thread_start + n_threads*thread_size + 64;
     }
 
     // where the activations of a tile lie from term k on: chunk by chunk, and tile by tile in a chunk, as they are read
-    size_t act(int64_t tile, int64_t k) const { return (k/32*n_tiles + tile*(terms(k)/32))*kind->act_size; }
-    int64_t terms(int64_t k) const { return std::min<int64_t>(CHUNK, this->k - k); } // of a chunk
+    size_t act(int64_t tile, int64_t k) const { return (k/32*n_tiles + tile*blocks(terms(k)))*kind->act_size; }
+    int64_t terms(int64_t k) const { return std::min<int64_t>(kind->chunk, this->k - k); } // of a chunk
+    static int64_t blocks(int64_t n) { return (n + 31)/32; } // of activations
 
     static int64_t tiles(int64_t n) { return (n + TOKENS - 1)/TOKENS; }
 };
@@ -369,7 +459,7 @@ static void pack_tiles(const matmul_plan & plan, const matmul_groups & groups, c
                 float * to;
                 groups.find(g, t*TOKENS + i, rows + i, &to);
             }
-            for (int64_t k = 0; k < plan.k; k += CHUNK) {
+            for (int64_t k = 0; k < plan.k; k += plan.kind->chunk) {
                 plan.kind->pack(rows, k, plan.terms(k), work + plan.act(tile0 + t, k));
             }
         }
@@ -391,7 +481,7 @@ static void run_unit(const matmul_plan & plan, const matmul_groups & groups, cha
 
     // Terms from k on of some rows, which are unpacked next; they are a row apart, which processors do not follow. Which rows those after
     // the last chunk are is a guess: other threads take units as well.
-    const size_t chunk_bytes = ggml_row_size(plan.weights->type, std::min<int64_t>(CHUNK, plan.k));
+    const size_t chunk_bytes = ggml_row_size(plan.weights->type, plan.terms(0));
     const auto fetch_weights = [&](int64_t k, int64_t first, int64_t last) {
         const bool    is_next = k >= plan.k;
         const int64_t from    = is_next ? row0 + nth*C_ROW : row0;
@@ -417,9 +507,9 @@ static void run_unit(const matmul_plan & plan, const matmul_groups & groups, cha
     };
 
     float * to[2][TOKENS];
-    for (int64_t k = 0; k < plan.k; k += CHUNK) {
+    for (int64_t k = 0; k < plan.k; k += plan.kind->chunk) {
         const int64_t n_terms = plan.terms(k);
-        const bool    is_last = k + CHUNK >= plan.k;
+        const bool    is_last = k + n_terms >= plan.k;
         for (int64_t p = 0; p*ROWS < rows; ++p) {
             plan.kind->unpack(weights, row0 + p*ROWS, std::min<int64_t>(rows - p*ROWS, ROWS), k, n_terms, panels[p]);
         }
@@ -434,9 +524,9 @@ static void run_unit(const matmul_plan & plan, const matmul_groups & groups, cha
             if (is_last) {
                 find_tile(t + 1, to[(t + 1)%2]);
             }
-            fetch_weights(k + CHUNK, t*C_ROW/n_tiles, (t + 1)*C_ROW/n_tiles);
+            fetch_weights(k + n_terms, t*C_ROW/n_tiles, (t + 1)*C_ROW/n_tiles);
             for (int64_t p = 0; p*ROWS < rows; ++p) {
-                plan.kind->product((int) tokens, panels[p], a, y + p*ROWS, C_ROW, (int) (n_terms/32), k == 0);
+                plan.kind->product((int) tokens, panels[p], a, y + p*ROWS, C_ROW, (int) matmul_plan::blocks(n_terms), k == 0);
             }
             for (int64_t i = 0; is_last && i < tokens; ++i) {
                 memcpy(to[t%2][i] + row0, y + i*C_ROW, rows*sizeof(float));
@@ -445,16 +535,59 @@ static void run_unit(const matmul_plan & plan, const matmul_groups & groups, cha
     }
 }
 
+// Tokens from which on unpacking pays, by measurement; ggml's products are for fewer. n_terms: of a sum.
+static int64_t tokens_min(ggml_type type, int64_t n_terms) {
+#if !defined(GGML_CLEX_PANEL_UNITS)
+    switch (type) { // what ggml computes in tiles of its own
+        case GGML_TYPE_BF16:
+        case GGML_TYPE_Q2_K: case GGML_TYPE_Q3_K: case GGML_TYPE_Q4_K: case GGML_TYPE_Q5_K: case GGML_TYPE_Q6_K:
+        case GGML_TYPE_IQ1_S: case GGML_TYPE_IQ1_M: case GGML_TYPE_IQ2_XXS: case GGML_TYPE_IQ2_XS: case GGML_TYPE_IQ2_S:
+        case GGML_TYPE_IQ3_XXS: case GGML_TYPE_IQ3_S: case GGML_TYPE_IQ4_XS:
+            return INT64_MAX;
+        default:
+            break;
+    }
+#endif
+    switch (type) {
+        case GGML_TYPE_F32:
+            return 16;
+        case GGML_TYPE_BF16:
+            return 64;
+        case GGML_TYPE_F16: // at best the units multiply F32, and with long sums ggml's products are as near to what they can do
+            return n_terms > 256 ? INT64_MAX : 64;
+        case GGML_TYPE_IQ1_S:
+        case GGML_TYPE_IQ1_M:
+            return 24;
+        case GGML_TYPE_IQ2_XXS:
+        case GGML_TYPE_IQ2_XS:
+        case GGML_TYPE_IQ2_S:
+        case GGML_TYPE_IQ3_XXS:
+        case GGML_TYPE_IQ3_S:
+            return 16;
+        default:
+            return 9;
+    }
+}
+
+static constexpr int64_t TOKENS_OF_EXPERT = 6; // on average
+
 static bool matmul_applies(const ggml_tensor * dst) {
     static const bool disabled = getenv("GGML_CLEX_MATMUL_DISABLE") != nullptr;
     if (disabled || (dst->op != GGML_OP_MUL_MAT && dst->op != GGML_OP_MUL_MAT_ID)) {
         return false;
     }
-    const ggml_tensor * w = dst->src[0];
-    const ggml_tensor * x = dst->src[1];
-    const int64_t n_tokens = dst->op == GGML_OP_MUL_MAT_ID ? dst->src[2]->ne[1] : x->ne[1];
-    if (n_tokens < TOKENS_MIN || x->type != GGML_TYPE_F32 || dst->type != GGML_TYPE_F32 || x->nb[0] != sizeof(float) ||
-            dst->nb[0] != sizeof(float) || w->nb[0] != ggml_type_size(w->type)) {
+    const ggml_tensor * w   = dst->src[0];
+    const ggml_tensor * x   = dst->src[1];
+    const ggml_tensor * ids = dst->op == GGML_OP_MUL_MAT_ID ? dst->src[2] : nullptr;
+    if ((ids ? ids->ne[1] : x->ne[1]) < tokens_min(w->type, w->ne[0]) ||
+            (ids && ids->ne[0]*ids->ne[1] < TOKENS_OF_EXPERT*w->ne[2])) {
+        return false;
+    }
+    if (!ids && ggml_get_op_params_i32(dst, 1) == GGML_HINT_SRC0_IS_HADAMARD) {
+        return false; // which ggml does with additions alone
+    }
+    if (x->type != GGML_TYPE_F32 || dst->type != GGML_TYPE_F32 || x->nb[0] != sizeof(float) || dst->nb[0] != sizeof(float) ||
+            w->nb[0] != ggml_type_size(w->type)) {
         return false;
     }
     const weight_kind * kind = kind_of_weights(w);

@@ -10,11 +10,28 @@
 #include <cstdint>
 #include <cstring>
 
+#if defined(__SSE2__)
+
+#include <emmintrin.h>
+
+namespace clex_panel {
+
+// the sum of 16 numbers
+static inline int32_t sum_16(__m128i x) {
+    const __m128i s = _mm_sad_epu8(_mm_xor_si128(x, _mm_set1_epi8((char) 0x80)), _mm_setzero_si128());
+    return _mm_cvtsi128_si32(s) + _mm_cvtsi128_si32(_mm_srli_si128(s, 8)) - 128*16;
+}
+
+} // namespace clex_panel
+
+#endif
+
 #if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512DQ__) && defined(__AVX512VL__) && defined(__AVX512VNNI__)
 
 #include <immintrin.h>
 
-#define GGML_CLEX_PANEL "AVX512-VNNI"
+#define GGML_CLEX_PANEL
+#define GGML_CLEX_PANEL_UNITS // for products of 8-bit numbers
 
 namespace clex_panel {
 
@@ -35,16 +52,28 @@ static inline fvec f_set(const float * p) { return _mm512_set1_ps(*p); }
 static inline fvec f_mul(fvec a, fvec b) { return _mm512_mul_ps(a, b); }
 static inline fvec f_fma(fvec a, fvec b, fvec c) { return _mm512_fmadd_ps(a, b, c); } // a*b + c
 static inline fvec f_from(ivec a) { return _mm512_cvtepi32_ps(a); }
+static inline ivec i_zero() { return _mm512_setzero_si512(); }
 static inline ivec i_set(const int32_t * p) { return _mm512_set1_epi32(*p); }
 static inline ivec w_load(const int8_t * p) { return _mm512_loadu_si512((const void *) p); }
 static inline ivec a_load(const int8_t * p) { int32_t x; memcpy(&x, p, 4); return _mm512_set1_epi32(x); }
 static inline ivec dot(ivec sum, ivec w, ivec a) { return _mm512_dpbusd_epi32(sum, w, a); }
 
-// 64 bytes of each of 16 rows become 16 times 4 bytes of each row
-static inline void transpose_64(const int8_t * rows, int64_t stride, int8_t * to, int64_t to_stride) {
+#if defined(__AVX512BF16__)
+#define GGML_CLEX_PANEL_BF16
+// pairs of bf16
+static inline fvec dot_bf16(fvec sum, const int8_t * w, const char * a) {
+    return _mm512_dpbf16_ps(sum, (__m512bh) w_load(w), (__m512bh) a_load((const int8_t *) a));
+}
+static inline void round_bf16(const float * x, char * y) { // LANES numbers
+    _mm256_storeu_si256((__m256i *) y, (__m256i) _mm512_cvtneps_pbh(_mm512_loadu_ps(x)));
+}
+#endif
+
+// 4*LANES bytes of each of LANES rows become LANES times 4 bytes of each row; `flip` changes bits of each byte
+static inline void transpose_square(const int8_t * rows, int64_t stride, int8_t * to, int64_t to_stride, uint8_t flip) {
     __m512i a[16], b[16];
     for (int i = 0; i < 16; ++i) {
-        a[i] = _mm512_xor_si512(_mm512_loadu_si512((const void *) (rows + i*stride)), _mm512_set1_epi8((char) 0x80));
+        a[i] = _mm512_xor_si512(_mm512_loadu_si512((const void *) (rows + i*stride)), _mm512_set1_epi8((char) flip));
     }
     for (int i = 0; i < 8; ++i) {
         b[2*i]     = _mm512_unpacklo_epi32(a[2*i], a[2*i + 1]);
@@ -84,8 +113,170 @@ static inline float largest(const float * x) {
 static inline int32_t round_16(const float * x, float factor, int8_t * q) {
     const __m128i y = _mm512_cvtsepi32_epi8(_mm512_cvtps_epi32(_mm512_mul_ps(_mm512_loadu_ps(x), _mm512_set1_ps(factor))));
     _mm_storeu_si128((__m128i *) q, y);
-    const __m128i s = _mm_sad_epu8(_mm_xor_si128(y, _mm_set1_epi8((char) 0x80)), _mm_setzero_si128());
-    return _mm_cvtsi128_si32(s) + _mm_extract_epi32(s, 2) - 128*16;
+    return sum_16(y);
+}
+
+} // namespace clex_panel
+
+#elif defined(__AVX2__) && defined(__FMA__) && defined(__F16C__)
+
+#include <immintrin.h>
+
+namespace clex_panel {
+
+typedef __m256  fvec;
+typedef __m256i ivec;
+
+constexpr int LANES   = 8;
+constexpr int VECTORS = 2;
+
+static inline fvec f_zero() { return _mm256_setzero_ps(); }
+static inline fvec f_load(const float * p) { return _mm256_loadu_ps(p); }
+static inline void f_store(float * p, fvec a) { _mm256_storeu_ps(p, a); }
+static inline fvec f_set(const float * p) { return _mm256_set1_ps(*p); }
+static inline fvec f_mul(fvec a, fvec b) { return _mm256_mul_ps(a, b); }
+static inline fvec f_fma(fvec a, fvec b, fvec c) { return _mm256_fmadd_ps(a, b, c); }
+static inline fvec f_from(ivec a) { return _mm256_cvtepi32_ps(a); }
+static inline ivec i_zero() { return _mm256_setzero_si256(); }
+static inline ivec i_set(const int32_t * p) { return _mm256_set1_epi32(*p); }
+static inline ivec w_load(const int8_t * p) { return _mm256_loadu_si256((const __m256i *) p); }
+static inline ivec a_load(const int8_t * p) { int32_t x; memcpy(&x, p, 4); return _mm256_set1_epi32(x); }
+
+#if defined(__AVXVNNI__)
+
+#define GGML_CLEX_PANEL
+#define GGML_CLEX_PANEL_UNITS // for products of 8-bit numbers
+
+constexpr int  TOKENS   = 3;
+constexpr bool UNSIGNED = true;
+
+static inline ivec dot(ivec sum, ivec w, ivec a) { return _mm256_dpbusd_avx_epi32(sum, w, a); }
+
+#else
+
+#define GGML_CLEX_PANEL
+
+constexpr int  TOKENS   = 2;
+constexpr bool UNSIGNED = false;
+
+// Pairs fit into 16 bits: activations are at most 127. The compiler takes the magnitude of a weight once for all tokens.
+static inline ivec dot(ivec sum, ivec w, ivec a) {
+    const ivec pairs = _mm256_maddubs_epi16(_mm256_abs_epi8(w), _mm256_sign_epi8(a, w));
+    return _mm256_add_epi32(sum, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
+}
+
+#endif
+
+static inline void transpose_square(const int8_t * rows, int64_t stride, int8_t * to, int64_t to_stride, uint8_t flip) {
+    __m256i a[8], b[8];
+    for (int i = 0; i < 8; ++i) {
+        a[i] = _mm256_xor_si256(_mm256_loadu_si256((const __m256i *) (rows + i*stride)), _mm256_set1_epi8((char) flip));
+    }
+    for (int i = 0; i < 4; ++i) {
+        b[2*i]     = _mm256_unpacklo_epi32(a[2*i], a[2*i + 1]);
+        b[2*i + 1] = _mm256_unpackhi_epi32(a[2*i], a[2*i + 1]);
+    }
+    // a[4*i + j]: numbers j and j + 4 of rows 4*i to 4*i + 3
+    for (int i = 0; i < 2; ++i) {
+        a[4*i]     = _mm256_unpacklo_epi64(b[4*i],     b[4*i + 2]);
+        a[4*i + 1] = _mm256_unpackhi_epi64(b[4*i],     b[4*i + 2]);
+        a[4*i + 2] = _mm256_unpacklo_epi64(b[4*i + 1], b[4*i + 3]);
+        a[4*i + 3] = _mm256_unpackhi_epi64(b[4*i + 1], b[4*i + 3]);
+    }
+    for (int j = 0; j < 4; ++j) {
+        _mm256_storeu_si256((__m256i *) (to + j*to_stride),       _mm256_permute2x128_si256(a[j], a[4 + j], 0x20));
+        _mm256_storeu_si256((__m256i *) (to + (j + 4)*to_stride), _mm256_permute2x128_si256(a[j], a[4 + j], 0x31));
+    }
+}
+
+static inline float largest(const float * x) {
+    __m256i max = _mm256_setzero_si256();
+    for (int i = 0; i < 32; i += 8) {
+        const __m256i y = _mm256_loadu_si256((const __m256i *) (x + i));
+        max = _mm256_max_epi32(max, _mm256_and_si256(y, _mm256_set1_epi32(0x7fffffff)));
+    }
+    __m128i m = _mm_max_epi32(_mm256_castsi256_si128(max), _mm256_extracti128_si256(max, 1));
+    m = _mm_max_epi32(m, _mm_shuffle_epi32(m, 0x4e));
+    m = _mm_max_epi32(m, _mm_shuffle_epi32(m, 0xb1));
+    return _mm_cvtss_f32(_mm_castsi128_ps(m));
+}
+
+static inline int32_t round_16(const float * x, float factor, int8_t * q) {
+    const __m256  f = _mm256_set1_ps(factor);
+    const __m256i a = _mm256_cvtps_epi32(_mm256_mul_ps(_mm256_loadu_ps(x), f));
+    const __m256i b = _mm256_cvtps_epi32(_mm256_mul_ps(_mm256_loadu_ps(x + 8), f));
+    const __m256i h = _mm256_permute4x64_epi64(_mm256_packs_epi32(a, b), 0xd8);
+    const __m128i y = _mm_packs_epi16(_mm256_castsi256_si128(h), _mm256_extracti128_si256(h, 1));
+    _mm_storeu_si128((__m128i *) q, y);
+    return sum_16(y);
+}
+
+} // namespace clex_panel
+
+#elif defined(__ARM_NEON) && defined(__aarch64__) && defined(__ARM_FEATURE_DOTPROD)
+
+#include <arm_neon.h>
+
+#define GGML_CLEX_PANEL
+#define GGML_CLEX_PANEL_UNITS // for products of 8-bit numbers
+
+namespace clex_panel {
+
+typedef float32x4_t fvec;
+typedef int32x4_t   ivec;
+
+constexpr int  LANES    = 4;
+constexpr int  VECTORS  = 2;
+constexpr int  TOKENS   = 6;
+constexpr bool UNSIGNED = false;
+
+static inline fvec f_zero() { return vdupq_n_f32(0.0f); }
+static inline fvec f_load(const float * p) { return vld1q_f32(p); }
+static inline void f_store(float * p, fvec a) { vst1q_f32(p, a); }
+static inline fvec f_set(const float * p) { return vld1q_dup_f32(p); }
+static inline fvec f_mul(fvec a, fvec b) { return vmulq_f32(a, b); }
+static inline fvec f_fma(fvec a, fvec b, fvec c) { return vfmaq_f32(c, a, b); }
+static inline fvec f_from(ivec a) { return vcvtq_f32_s32(a); }
+static inline ivec i_zero() { return vdupq_n_s32(0); }
+static inline ivec i_set(const int32_t * p) { return vld1q_dup_s32(p); }
+static inline ivec w_load(const int8_t * p) { return vreinterpretq_s32_s8(vld1q_s8(p)); }
+static inline ivec a_load(const int8_t * p) { return vld1q_dup_s32((const int32_t *) p); }
+static inline ivec dot(ivec sum, ivec w, ivec a) { return vdotq_s32(sum, vreinterpretq_s8_s32(w), vreinterpretq_s8_s32(a)); }
+
+static inline void transpose_square(const int8_t * rows, int64_t stride, int8_t * to, int64_t to_stride, uint8_t flip) {
+    int32x4_t a[4];
+    for (int i = 0; i < 4; ++i) {
+        a[i] = vreinterpretq_s32_u8(veorq_u8(vreinterpretq_u8_s8(vld1q_s8(rows + i*stride)), vdupq_n_u8(flip)));
+    }
+    const int64x2_t b[4] = {
+        vreinterpretq_s64_s32(vtrn1q_s32(a[0], a[1])), vreinterpretq_s64_s32(vtrn2q_s32(a[0], a[1])),
+        vreinterpretq_s64_s32(vtrn1q_s32(a[2], a[3])), vreinterpretq_s64_s32(vtrn2q_s32(a[2], a[3])),
+    };
+    for (int j = 0; j < 2; ++j) {
+        vst1q_s8(to + j*to_stride,       vreinterpretq_s8_s64(vtrn1q_s64(b[j], b[2 + j])));
+        vst1q_s8(to + (j + 2)*to_stride, vreinterpretq_s8_s64(vtrn2q_s64(b[j], b[2 + j])));
+    }
+}
+
+static inline float largest(const float * x) {
+    uint32x4_t max = vdupq_n_u32(0);
+    for (int i = 0; i < 32; i += 4) {
+        max = vmaxq_u32(max, vandq_u32(vreinterpretq_u32_f32(vld1q_f32(x + i)), vdupq_n_u32(0x7fffffff)));
+    }
+    const uint32_t y = vmaxvq_u32(max);
+    float f;
+    memcpy(&f, &y, 4);
+    return f;
+}
+
+static inline int32_t round_16(const float * x, float factor, int8_t * q) {
+    int16x4_t h[4];
+    for (int i = 0; i < 4; ++i) {
+        h[i] = vqmovn_s32(vcvtnq_s32_f32(vmulq_n_f32(vld1q_f32(x + 4*i), factor)));
+    }
+    const int8x16_t y = vcombine_s8(vqmovn_s16(vcombine_s16(h[0], h[1])), vqmovn_s16(vcombine_s16(h[2], h[3])));
+    vst1q_s8(q, y);
+    return vaddlvq_s8(y);
 }
 
 } // namespace clex_panel
@@ -97,11 +288,11 @@ static inline int32_t round_16(const float * x, float factor, int8_t * q) {
 namespace clex_panel {
 
 constexpr int ROWS  = LANES*VECTORS; // of a panel
-constexpr int CHUNK = 256;           // terms of a sum that a panel has at most
+constexpr int CHUNK = 256;           // bytes of a row that a panel has at most: as many terms of a sum, or fewer of more bytes each
 
 // Some terms of the sums of ROWS rows.
 struct panel {
-    alignas(64) int8_t w[CHUNK/4][ROWS][4];
+    alignas(64) int8_t w[CHUNK/4][ROWS][4]; // or a float, or two bf16
     alignas(64) float  d[CHUNK/16][ROWS];
     alignas(64) float  m[CHUNK/16][ROWS];
 };
@@ -116,10 +307,10 @@ struct layout {
     static constexpr int SIZE = SUM  + (MIN ? 4*TOKENS*PARTS : 0);
 };
 
-// fill vector v of a panel from CHUNK bytes of each of its rows
-static inline void transpose(const int8_t (*rows)[CHUNK], panel & p, int64_t v, int64_t n_terms) {
-    for (int64_t k = 0; k < n_terms; k += 64) {
-        transpose_64(rows[0] + k, CHUNK, p.w[k/4][v*LANES], 4*ROWS);
+// fill vector v of a panel from n bytes of each of its rows
+static inline void transpose(const int8_t (*rows)[CHUNK], panel & p, int64_t v, int64_t n, uint8_t flip) {
+    for (int64_t k = 0; k < n; k += 4*LANES) {
+        transpose_square(rows[0] + k, CHUNK, p.w[k/4][v*LANES], 4*ROWS, flip);
     }
 }
 
@@ -187,7 +378,7 @@ static inline void product(const panel & p, const char * a, float * c, int64_t c
             for (int t = 0; t < T; ++t) {
 #pragma GCC unroll 4
                 for (int v = 0; v < VECTORS; ++v) {
-                    x[t][v] = i_set((const int32_t *) (a + L::BIAS) + part*TOKENS + t);
+                    x[t][v] = UNSIGNED ? i_set((const int32_t *) (a + L::BIAS) + part*TOKENS + t) : i_zero();
                 }
             }
 #pragma GCC unroll 8
@@ -233,6 +424,48 @@ static inline void product(const panel & p, const char * a, float * c, int64_t c
                 sum[t][v] = first ? f_mul(sum[t][v], s) : f_fma(sum[t][v], s, f_load(y));
             }
             f_store(y, sum[t][v]);
+        }
+    }
+}
+
+// what multiplies floats, and pairs of bf16
+struct float_dot {
+    static constexpr int SIZE = 4; // bytes of a number
+    static fvec add(fvec sum, const int8_t * w, const char * a) { return f_fma(f_load((const float *) w), f_set((const float *) a), sum); }
+};
+
+#if defined(GGML_CLEX_PANEL_BF16)
+struct bf16_dot {
+    static constexpr int SIZE = 2;
+    static fvec add(fvec sum, const int8_t * w, const char * a) { return dot_bf16(sum, w, a); }
+};
+#endif
+
+// as above for weights and activations that are floats or bf16; those of a token lie in a row
+template <int T, typename Dot>
+static inline void product_of_floats(const panel & p, const char * a, float * c, int64_t c_row, int n, bool first) {
+    fvec sum[T][VECTORS];
+    for (int t = 0; t < T; ++t) {
+        for (int v = 0; v < VECTORS; ++v) {
+            sum[t][v] = first ? f_zero() : f_load(c + t*c_row + v*LANES);
+        }
+    }
+    const int64_t row = 32*Dot::SIZE*n;
+    const int8_t * w = p.w[0][0];
+#pragma GCC unroll 4
+    for (int64_t i = 0; i < row; i += 4) {
+#pragma GCC unroll 16
+        for (int t = 0; t < T; ++t) {
+#pragma GCC unroll 4
+            for (int v = 0; v < VECTORS; ++v) {
+                sum[t][v] = Dot::add(sum[t][v], w + v*4*LANES, a + t*row + i);
+            }
+        }
+        w += 4*ROWS;
+    }
+    for (int t = 0; t < T; ++t) {
+        for (int v = 0; v < VECTORS; ++v) {
+            f_store(c + t*c_row + v*LANES, sum[t][v]);
         }
     }
 }
