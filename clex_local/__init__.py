@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from clex_local.serving import serve
     from clex_local.session import Answer, PromptTooLong, Session
     from clex_local.settings import Settings
+    from clex_local.store import Document, DocumentStore, StoreError
     from clex_local.tables import ContextError, NewerVersionError, TablesError
     from clex_local.templates import TemplateError, TextError
     from clex_local.turn import StreamError
@@ -71,6 +72,7 @@ _MODULES = {
     "server": ["Server", "ServerError"],
     "serving": ["serve"],
     "session": ["Answer", "PromptTooLong", "Session"],
+    "store": ["Document", "DocumentStore", "StoreError"],
     "tables": ["ContextError", "NewerVersionError", "TablesError"],
     "templates": ["TemplateError", "TextError"],
     "turn": ["StreamError"],
@@ -89,6 +91,8 @@ __all__ = [
     "ContextError",
     "ContextWarning",
     "DecodeError",
+    "Document",
+    "DocumentStore",
     "EmbeddingError",
     "Exchange",
     "GGUFError",
@@ -108,6 +112,7 @@ __all__ = [
     "SessionError",
     "Settings",
     "StateError",
+    "StoreError",
     "StreamError",
     "TablesError",
     "TemplateError",

@@ -24,7 +24,7 @@ Arguments = ParamSpec("Arguments")
 Result = TypeVar("Result")
 
 _NAMES = [name for name in inspect.signature(llama_cpp.Llama.__init__).parameters if name not in ("self", "kwargs")]
-_OWN = ["prefix_reuse", "policy", "clamp", "prompt_lookup"]
+_OWN = ["prefix_reuse", "policy", "clamp", "prompt_lookup", "store"]
 # Gone from llama-cpp-python, but other packages (LangChain, its own server) still pass them, given or not.
 _RETIRED = {"n_parts", "f16_kv", "n_gqa", "rms_norm_eps", "mul_mat_q", "low_vram", "memory_f16", "rpc_servers"}
 

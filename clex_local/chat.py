@@ -166,6 +166,8 @@ def report(session: Session, answer: Answer) -> dict[str, Any]:
         "text": answer.text,
         "finish_reason": answer.finish_reason,
         "prompt_tokens": answer.prompt_tokens,
+        "prefill_tokens": answer.prefill_tokens,
+        "restored_tokens": answer.restored_tokens,
         "completion_tokens": answer.completion_tokens,
         "drafted_tokens": answer.drafted_tokens,
         "accepted_tokens": answer.accepted_tokens,

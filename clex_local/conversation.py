@@ -196,7 +196,10 @@ class Chat:
         else:
             lines.append("tables     none: the model runs inside the context it was trained for")
         if totals.prefill_seconds:
-            lines.append(f"prompt     {totals.prefill_tokens:,} tokens read, {totals.prefill_speed:,.1f} tok/s")
+            restored = f", {totals.restored_tokens:,} more from disk" if totals.restored_tokens else ""
+            lines.append(
+                f"prompt     {totals.prefill_tokens:,} tokens read, {totals.prefill_speed:,.1f} tok/s{restored}"
+            )
             lines.append(f"answers    {totals.completion_tokens:,} tokens written, {totals.decode_speed:,.1f} tok/s")
         if totals.drafted_tokens:
             lines.append(f"lookup     {totals.accepted_tokens:,} of {totals.drafted_tokens:,} guesses were right")
@@ -210,6 +213,8 @@ class Chat:
             parts.insert(0, self.keeper.name)
         if clex:
             parts.append(describe_bucket(clex, current_bucket(session)))
+        if session.last and session.last.restored_tokens:
+            parts.append(f"{session.last.restored_tokens:,} of them from disk")
         if self.attachments:
             parts.append(
                 " + ".join(file.name for file in self.attachments)

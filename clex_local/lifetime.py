@@ -47,5 +47,7 @@ def _close_all() -> None:
             for part in (llm._ctx, llm._batch, llm._model):
                 part._exit_stack.pop_all()
             llm._stack.pop_all()
+            if llm._stored is not None:
+                llm._stored.store.detach()
         else:
             llm.close()

@@ -48,6 +48,7 @@ from clex_local.prompt_cache import PromptCache
 from clex_local.prompt_lookup import PromptLookup
 from clex_local.saved_state import fault, is_sealed, seal
 from clex_local.settings import Settings
+from clex_local.stored_prompt import StoredPrompt
 from clex_local.turn import Turn
 from clex_local.vocabulary import Tokenizer, check_tokens
 
@@ -111,6 +112,9 @@ class Llama(Completions, ChatFormats):
         policy: ``by-length``, or ``fixed`` to use the table of ``n_ctx`` for every length.
         clamp: allow contexts beyond the last table, which is then used; the authors' code does so.
         prompt_lookup: guess the next tokens from the text so far, as a ``draft_model`` does; see ``PromptLookup``.
+        store: keep what is computed of texts on disk, and take from there what a prompt begins with: True for the
+            folder of the commands, or a folder. ``CLEX_STORE=0`` in the environment is none. What cannot be stored
+            (recurrent models, adapters) is computed as without.
         flash_attn: None uses flash attention where it is faster, and where the cache does not fit in memory without.
         type_k: ggml type of the key cache; with neither type given it is F16, or q8_0 where only that fits in memory.
         type_v: ggml type of the value cache, in the same way.
@@ -132,6 +136,7 @@ class Llama(Completions, ChatFormats):
         ModelError: the file, or that of an adapter, is missing, is no GGUF, is truncated or cannot be run, or its
             tables break a rule of the metadata (``TablesError``); the message says which.
         ArgumentError: an argument would have no effect on this file.
+        StoreError: the folder of ``store`` cannot be used.
         TypeError: a keyword is no argument of this class; the message has those it may stand for.
     """
 
@@ -147,6 +152,7 @@ class Llama(Completions, ChatFormats):
         policy: Literal["by-length", "fixed"] = "by-length",
         clamp: bool = False,
         prompt_lookup: bool = False,
+        store: bool | str | os.PathLike[str] | None = False,
         **kwargs: Unpack[BindingsArguments],
     ) -> None:
         self.on_prefill: Callable[[int, int], None] | None = None
@@ -154,6 +160,7 @@ class Llama(Completions, ChatFormats):
         self._has_tables = False
         self._draft: LlamaDraftModel | None = None
         self._drafted = 0  # guesses in the next batch
+        self._stored: StoredPrompt | None = None
         self._turn = Turn()
         if prefix_reuse not in ("fast", "exact"):
             raise ValueError(f"prefix_reuse must be 'fast' or 'exact', not {prefix_reuse!r}")
@@ -184,6 +191,7 @@ class Llama(Completions, ChatFormats):
             "policy": policy,
             "clamp": clamp,
             "prompt_lookup": prompt_lookup,
+            "store": store,
         }
         if prompt_lookup:
             self._draft = PromptLookup()
@@ -191,6 +199,7 @@ class Llama(Completions, ChatFormats):
         self._exact = prefix_reuse == "exact" and self._has_tables
         # of each cached token, the _table() that it was computed with
         self._computed = np.full(len(self.input_ids), -1, np.int64)
+        self._stored = StoredPrompt.of(self, store, exact=self._exact)
         if self.verbose:
             print(f"clex_local: {self.settings}", file=sys.stderr)
 
@@ -265,6 +274,8 @@ class Llama(Completions, ChatFormats):
         if isinstance(self._model, Closed):
             return
         with self._turn.take(at_once=True), kept_until_return():
+            if self._stored is not None:
+                self._stored.close()
             self._stack.close()
             closed: Any = Closed(self.model_path)
             self._model = self._ctx = self._batch = closed
@@ -319,11 +330,15 @@ class Llama(Completions, ChatFormats):
         if self._has_tables:
             llama_clex.seq_reserve(self.ctx, 0, total)
             self._computed[self.n_tokens : total] = self._table(total)
+        if self._stored is not None:
+            self._stored.save()  # guesses that turned out right
         guesses, self._drafted = self._drafted, 0
         for start in range(0, len(tokens), self.n_batch):
             if len(tokens) > self.n_batch:
                 self._report(start, len(tokens))
             self._decode(tokens[start : start + self.n_batch], guesses > 0)
+            if self._stored is not None and not guesses:
+                self._stored.save()
         if len(tokens) > self.n_batch:
             self._report(len(tokens), len(tokens))
 
@@ -365,8 +380,11 @@ class Llama(Completions, ChatFormats):
     def _generate(self, tokens: Sequence[int], *args: Any, **kwargs: Any) -> Generator[int, Sequence[int] | None, None]:
         tokens = list(tokens)
         check_tokens(tokens, self._n_vocab, self.model_path)
-        if self._exact and _GENERATE.bind(self, tokens, *args, **kwargs).arguments.get("reset", True):
-            self._drop_inexact(tokens)
+        if _GENERATE.bind(self, tokens, *args, **kwargs).arguments.get("reset", True):
+            if self._exact:
+                self._drop_inexact(tokens)
+            if self._stored is not None:
+                self._stored.restore(tokens)
         return (yield from super().generate(tokens, *args, **kwargs))
 
     @_in_turn
@@ -426,6 +444,11 @@ class Llama(Completions, ChatFormats):
         if other.size:
             self.n_tokens = int(other[0])
             self._requires_eval = True
+
+    @property
+    def restored_tokens(self) -> int:
+        """Tokens of the last prompt of ``generate`` that came from the store."""
+        return 0 if self._stored is None else self._stored.restored
 
     def _table(self, n_tokens: int) -> int:
         """What decides the values computed for a token of a sequence of n_tokens: its bucket, or its length too."""

@@ -40,7 +40,8 @@ class Policy(enum.IntEnum):
     FIXED = 1
 
 
-def _declare(name: str, result: type | None, *arguments: type) -> ctypes._NamedFuncPointer:
+def declare(name: str, result: type | None, *arguments: type) -> ctypes._NamedFuncPointer:
+    """A function of our library."""
     try:
         function = getattr(_bindings._lib, name)
     except AttributeError:
@@ -54,30 +55,30 @@ def _declare(name: str, result: type | None, *arguments: type) -> ctypes._NamedF
 _model = llama_cpp.llama_model_p_ctypes
 _context = llama_cpp.llama_context_p_ctypes
 
-_takes_tables = _declare(
+_takes_tables = declare(
     *("llama_clex_takes_tables", ctypes.c_bool, _model),
     *(ctypes.POINTER(Layers), ctypes.c_char_p, ctypes.c_size_t),
 )
-_method = _declare("llama_clex_method", ctypes.c_char_p, _model)
-n_buckets = _declare("llama_clex_n_buckets", ctypes.c_int32, _model)
-original_context = _declare("llama_clex_original_context", ctypes.c_int32, _model)
-max_context = _declare("llama_clex_max_context", ctypes.c_int32, _model)
-scaling_factor = _declare("llama_clex_scaling_factor", ctypes.c_float, _model, ctypes.c_int32)
-_inv_freq = _declare(
+_method = declare("llama_clex_method", ctypes.c_char_p, _model)
+n_buckets = declare("llama_clex_n_buckets", ctypes.c_int32, _model)
+original_context = declare("llama_clex_original_context", ctypes.c_int32, _model)
+max_context = declare("llama_clex_max_context", ctypes.c_int32, _model)
+scaling_factor = declare("llama_clex_scaling_factor", ctypes.c_float, _model, ctypes.c_int32)
+_inv_freq = declare(
     "llama_clex_inv_freq", ctypes.c_int32, _model, ctypes.c_int32, ctypes.POINTER(ctypes.c_float), ctypes.c_int32
 )
-attn_scale = _declare("llama_clex_attn_scale", ctypes.c_float, _model, ctypes.c_int32)
-log_scale = _declare("llama_clex_log_scale", ctypes.c_bool, _model)
-bucket = _declare("llama_clex_bucket", ctypes.c_int32, _model, ctypes.c_int64)
-set_policy = _declare("llama_clex_set_policy", ctypes.c_bool, _context, ctypes.c_int, ctypes.c_bool)
-seq_reserve = _declare("llama_clex_seq_reserve", ctypes.c_bool, _context, ctypes.c_int32, ctypes.c_int32)
-seq_bucket = _declare("llama_clex_seq_bucket", ctypes.c_int32, _context, ctypes.c_int32)
-get_stats = _declare("llama_clex_get_stats", Stats, _context)
-causal = _declare("llama_clex_causal", ctypes.c_bool, _context)
+attn_scale = declare("llama_clex_attn_scale", ctypes.c_float, _model, ctypes.c_int32)
+log_scale = declare("llama_clex_log_scale", ctypes.c_bool, _model)
+bucket = declare("llama_clex_bucket", ctypes.c_int32, _model, ctypes.c_int64)
+set_policy = declare("llama_clex_set_policy", ctypes.c_bool, _context, ctypes.c_int, ctypes.c_bool)
+seq_reserve = declare("llama_clex_seq_reserve", ctypes.c_bool, _context, ctypes.c_int32, ctypes.c_int32)
+seq_bucket = declare("llama_clex_seq_bucket", ctypes.c_int32, _context, ctypes.c_int32)
+get_stats = declare("llama_clex_get_stats", Stats, _context)
+causal = declare("llama_clex_causal", ctypes.c_bool, _context)
 
-imatrix_init = _declare("llama_clex_imatrix_init", ctypes.c_void_p)
-imatrix_collect = _declare("llama_clex_imatrix_collect", ctypes.c_bool, ctypes.c_void_p, ctypes.c_bool, ctypes.c_void_p)
-imatrix_save = _declare(
+imatrix_init = declare("llama_clex_imatrix_init", ctypes.c_void_p)
+imatrix_collect = declare("llama_clex_imatrix_collect", ctypes.c_bool, ctypes.c_void_p, ctypes.c_bool, ctypes.c_void_p)
+imatrix_save = declare(
     *("llama_clex_imatrix_save", ctypes.c_bool, ctypes.c_void_p, ctypes.c_char_p, ctypes.c_char_p),
     *(ctypes.c_uint32, ctypes.c_uint32),
 )

@@ -78,6 +78,7 @@ def load(path: str | os.PathLike[str], options: RunOptions, **more: Any) -> Llam
         "type_v": kv_type,
         "flash_attn": options.flash_attn,
         "prompt_lookup": options.prompt_lookup,
+        "store": options.store,
         "seed": options.seed,
         "verbose": options.verbose,
     }

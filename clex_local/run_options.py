@@ -45,5 +45,6 @@ class RunOptions:
     prompt_lookup: bool = option(
         False, "Guess tokens that repeat the text so far, and compute them together: faster where an answer quotes it."
     )
+    store: bool = option(True, "Keep what is computed of texts on disk, and take from there what a prompt begins with.")
     seed: int = option(-1, "Seed of the sampling; -1: a new one each time.", metavar="N", minimum=-1, maximum=2**32 - 2)
     verbose: bool = option(False, "Show llama.cpp's log, and the settings chosen.", short="-v")

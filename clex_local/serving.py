@@ -16,6 +16,7 @@ from clex_local.options import takes_options
 from clex_local.serve_options import ServeOptions
 from clex_local.serve_plan import ServePlan, plan_service, server_settings
 from clex_local.server import Server, server_program
+from clex_local.store import size_limit, store_wanted
 
 ModelPath: TypeAlias = "str | os.PathLike[str]"
 _KEYS = ("--api-key", "--api-key-file")
@@ -60,7 +61,7 @@ def start_service(plans: Sequence[ServePlan], options: ServeOptions) -> Server:
     arguments = ["--host", options.host, "--port", str(options.port), "--metrics"]
     if not any(argument.startswith("--cors-origins") for argument in options.server_args):
         arguments += ["--cors-origins", "localhost"]  # pages of the internet are not to use what has no key
-    environment = {"LLAMA_CLEX_PREFIX_REUSE": options.prefix_reuse}
+    environment = {"LLAMA_CLEX_PREFIX_REUSE": options.prefix_reuse, **_store(options)}
     if options.api_key:
         environment["LLAMA_API_KEY"] = options.api_key  # arguments can be read by every user of the machine
     with ExitStack() as stack:
@@ -74,6 +75,12 @@ def start_service(plans: Sequence[ServePlan], options: ServeOptions) -> Server:
         server = Server([*arguments, *options.server_args], environment, verbose=options.verbose)
         server.keep(stack.pop_all())
     return server
+
+
+def _store(options: ServeOptions) -> dict[str, str]:
+    """What the server is told of the document store."""
+    folder = store_wanted(options.store)
+    return {"LLAMA_CLEX_STORE": str(folder or ""), "LLAMA_CLEX_STORE_SIZE": str(size_limit())}
 
 
 def _files(model: Path) -> list[Path]:

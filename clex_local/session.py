@@ -46,14 +46,16 @@ class Answer:
     """What one turn produced and what it cost. Times are seconds.
 
     ``finish_reason`` is ``stop`` (the model ended), ``length`` (the caller's limit), ``context`` (the context is
-    full) or ``interrupted``. ``prefill_tokens`` of the ``prompt_tokens`` were computed; the rest was in the cache.
-    Prompt lookup guessed ``drafted_tokens`` of the answer, ``accepted_tokens`` of them rightly.
+    full) or ``interrupted``. ``prefill_tokens`` of the ``prompt_tokens`` were computed, ``restored_tokens`` came from
+    the document store; the rest was in the cache. Prompt lookup guessed ``drafted_tokens`` of the answer,
+    ``accepted_tokens`` of them rightly.
     """
 
     text: str = ""
     finish_reason: str = "interrupted"
     prompt_tokens: int = 0
     prefill_tokens: int = 0
+    restored_tokens: int = 0
     completion_tokens: int = 0
     prefill_seconds: float = 0.0
     decode_seconds: float = 0.0
@@ -243,6 +245,8 @@ class Session:
         drafted, accepted = self.llm.drafted_tokens, self.llm.accepted_tokens
         try:
             for token in self._timed(stream, answer):
+                if not generated:
+                    self._count_restored(answer)
                 if llama_cpp.llama_vocab_is_eog(self._vocab, token):
                     answer.finish_reason = "stop"
                     break
@@ -272,6 +276,10 @@ class Session:
                 said = Exchange(message, answer.text, generated[:whole], answer.finish_reason)
                 self._take(messages, prompt, tokens, said)
 
+    def _count_restored(self, answer: Answer) -> None:
+        answer.prefill_tokens += answer.restored_tokens - self.llm.restored_tokens
+        answer.restored_tokens = self.llm.restored_tokens
+
     @staticmethod
     def _timed(stream: Iterator[int], answer: Answer) -> Iterator[int]:
         first = True
@@ -293,6 +301,7 @@ class Session:
         # A prefill that was interrupted has no duration; counting its tokens would make the speed wrong.
         if answer.prefill_seconds:
             self.totals.prefill_tokens += answer.prefill_tokens
+            self.totals.restored_tokens += answer.restored_tokens
             self.totals.prefill_seconds += answer.prefill_seconds
         self.totals.completion_tokens += answer.completion_tokens
         self.totals.drafted_tokens += answer.drafted_tokens

@@ -128,6 +128,7 @@ class EvalOptions:
             threads=self.threads,
             n_gpu_layers=self.n_gpu_layers,
             prompt_lookup=False,  # guesses are computed in batches, which may round otherwise
+            store=False,  # whatever is measured is computed
         )
 
     def settings(self, *without: str) -> dict[str, Any]:

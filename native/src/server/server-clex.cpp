@@ -1,5 +1,6 @@
 #include "server-clex.h"
 
+#include "llama-clex-store.h"
 #include "llama.h"
 
 #include <algorithm>
@@ -121,6 +122,16 @@ void server_clex_history::record(llama_context * ctx, llama_seq_id seq_id, llama
     tables[pos] = llama_clex_log_scale(llama_get_model(ctx)) ? n_tokens : llama_clex_seq_bucket(ctx, seq_id);
 }
 
+void server_clex_history::restored(llama_context * ctx, int32_t n_past, int32_t n, int32_t n_tokens, bool exact) {
+    if (!has_tables(ctx)) {
+        return;
+    }
+    const llama_model * model = llama_get_model(ctx);
+
+    tables.resize(std::min(n_past, n), -1);
+    tables.resize(n, !exact ? -1 : llama_clex_log_scale(model) ? n_tokens : llama_clex_bucket(model, n_tokens));
+}
+
 int32_t server_clex_history::reusable(llama_context * ctx, int32_t n_past, int32_t n_tokens) const {
     if (!server_clex_exact(ctx)) {
         return n_past;
@@ -131,6 +142,16 @@ int32_t server_clex_history::reusable(llama_context * ctx, int32_t n_past, int32
 
     const auto end = tables.begin() + std::min<size_t>(tables.size(), n_past);
     return (int32_t) (std::find_if(tables.begin(), end, [&](int32_t used) { return used != table; }) - tables.begin());
+}
+
+void server_clex_history::keep_origin(llama_context * ctx, llama_seq_id seq_id) {
+    origin.resize(llama_clex_store_origin_get(ctx, seq_id, nullptr, 0));
+    llama_clex_store_origin_get(ctx, seq_id, origin.data(), origin.size());
+}
+
+void server_clex_history::give_origin(llama_context * ctx, llama_seq_id seq_id) {
+    llama_clex_store_origin_set(ctx, seq_id, origin.data(), origin.size());
+    origin.clear();
 }
 
 void server_clex_history::append_to(std::vector<char> & packed) const {

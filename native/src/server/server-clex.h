@@ -52,9 +52,16 @@ public:
     // a decode has computed a token of a sequence that has, or was declared to have, n_tokens
     void record(llama_context * ctx, llama_seq_id seq_id, llama_pos pos, int32_t n_tokens);
 
+    // tokens from n_past on, n in all, came from the document store; exact: they are what a prompt of n_tokens alone gives
+    void restored(llama_context * ctx, int32_t n_past, int32_t n, int32_t n_tokens, bool exact);
+
     // how many of n_past tokens a prompt of n_tokens may reuse: all, or with LLAMA_CLEX_PREFIX_REUSE=exact in the environment
     // those that were computed with its table
     int32_t reusable(llama_context * ctx, int32_t n_past, int32_t n_tokens) const;
+
+    // What the cells of a sequence know of their text, which the document store asks for: kept while its state is in memory.
+    void keep_origin(llama_context * ctx, llama_seq_id seq_id);
+    void give_origin(llama_context * ctx, llama_seq_id seq_id);
 
     // Behind the tokens of a saved slot.
     void append_to(std::vector<char> & packed) const;
@@ -62,6 +69,7 @@ public:
 
 private:
     std::vector<int32_t> tables;
+    std::vector<uint8_t> origin;
 };
 
 // whether only exact prefixes are reused; chunks that are shifted to another position never are

@@ -12,6 +12,7 @@
 #include "llama-clex-rope.h"
 #include "llama-clex-rotation.h"
 #include "llama-clex-tables.h"
+#include "llama-clex-texts.h"
 #include "llama-clex.h"
 
 #include "ggml.h"
@@ -78,6 +79,12 @@ struct llama_clex_cache {
 
     llama_clex_kept kept;
 
+    const bool windowed;
+
+    llama_clex_texts texts; // of the cache of layers that see everything
+
+    bool adapted = false; // what is computed now is changed by adapters: no text says what it is
+
     llama_clex_stats stats = {};
 
     void clear();
@@ -96,6 +103,9 @@ struct llama_clex_cache {
 
     // bucket of a token of a ubatch, 0 where none was selected (a restored state sets its buckets itself)
     int32_t token_bucket(const llama_ubatch & ubatch, uint32_t i_token) const;
+
+    // what decides the values computed for a token of a sequence of n_tokens in a bucket: that, or with log scale n_tokens
+    int32_t table_of(int64_t n_tokens, int32_t bucket) const;
 
     // runs of tokens in one bucket that a ubatch can have
     uint32_t max_runs(const llama_kv_cache & kv) const;

@@ -90,7 +90,20 @@ uint32_t llama_context::clex_max_nodes() {
     return kv ? kv->clex.max_nodes(*kv) : 0;
 }
 
+bool llama_context::clex_adapted() const {
+    for (uint32_t il = 0; cvec && il < model.hparams.n_layer(); ++il) {
+        if (cvec->tensor_for(il)) {
+            return true;
+        }
+    }
+    return !loras->empty();
+}
+
 bool llama_context::clex_select() {
+    if (auto * any = llama_clex_kv(memory.get())) {
+        any->clex.adapted = clex_adapted() || !cparams.causal_attn;
+    }
+
     auto * kv = clex_kv();
 
     return !kv || kv->clex.select(*kv, *balloc);

@@ -74,11 +74,12 @@ static void clex_join_sharers(const llama_kv_cells & cells, clex_groups & groups
 static const llama_clex_tables LLAMA_CLEX_NO_TABLES;
 
 llama_clex_cache::llama_clex_cache(const llama_model & model, bool windowed) :
-    tables(windowed ? LLAMA_CLEX_NO_TABLES : model.clex), seqs(LLAMA_MAX_SEQ) {}
+    tables(windowed ? LLAMA_CLEX_NO_TABLES : model.clex), seqs(LLAMA_MAX_SEQ), windowed(windowed) {}
 
 void llama_clex_cache::clear() {
     std::fill(seqs.begin(), seqs.end(), seq_state {});
     kept.clear();
+    texts.clear();
 }
 
 int32_t llama_clex_cache::choose_bucket(int64_t n_tokens) const {
@@ -160,6 +161,10 @@ int32_t llama_clex_cache::token_bucket(const llama_ubatch & ubatch, uint32_t i_t
     return std::max(seqs[ubatch.seq_id[i_token][0]].bucket, 0);
 }
 
+int32_t llama_clex_cache::table_of(int64_t n_tokens, int32_t bucket) const {
+    return !tables.enabled() ? 0 : tables.log_scale ? (int32_t) n_tokens : std::max(bucket, 0);
+}
+
 uint32_t llama_clex_cache::max_runs(const llama_kv_cache & kv) const {
     return tables.scaling_factors.size() > 1 ? std::min<uint32_t>(kv.n_seq_max, llama_batch_allocr::max_runs) : 1;
 }
@@ -172,6 +177,14 @@ uint32_t llama_clex_cache::max_nodes(const llama_kv_cache & kv) const {
 }
 
 void llama_clex_cache::set_key(llama_kv_cells & cells, uint32_t i_cell, uint32_t stream, const llama_ubatch & ubatch, uint32_t i_token) {
+    const auto &   seq       = seqs[ubatch.seq_id[i_token][0]];
+    const size_t   first_row = (size_t) stream*cells.size();
+    if (adapted) {
+        texts.set(first_row + i_cell, {});
+    } else {
+        texts.record(cells, i_cell, first_row, ubatch, i_token, table_of(seq.n_tokens, seq.bucket));
+    }
+
     if (!tables.enabled()) {
         return;
     }
@@ -184,6 +197,10 @@ void llama_clex_cache::set_key(llama_kv_cells & cells, uint32_t i_cell, uint32_t
 }
 
 void llama_clex_cache::seq_cp(const llama_kv_cache & kv, llama_seq_id src, llama_seq_id dst, llama_pos p0, llama_pos p1) {
+    if (kv.seq_to_stream[src] != kv.seq_to_stream[dst]) {
+        texts.copy_stream(kv.seq_to_stream[src], kv.seq_to_stream[dst], kv.get_size());
+    }
+
     if (tables.enabled() && p0 <= std::max(kv.seq_pos_min(src), 0) && (p1 < 0 || p1 > kv.seq_pos_max(src))) {
         seqs[dst].n_declared = std::max(seqs[dst].n_declared, seqs[src].n_declared);
     }

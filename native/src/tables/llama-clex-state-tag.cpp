@@ -128,6 +128,10 @@ llama_clex_cache::state_guard::~state_guard() {
 }
 
 void llama_clex_cache::state_guard::finish() {
+    for (uint32_t s = 0; s < kv.n_stream; ++s) {
+        kv.clex.texts.forget(kv.v_cells[s], (size_t) s*kv.get_size(), seq_id);
+    }
+
     if (!pending) {
         return;
     }

@@ -1,0 +1,170 @@
+"""The document store: restoring a text against computing it and against reading its files, and what storing costs."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+import time
+from collections.abc import Callable
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+
+import click
+import numpy as np
+
+from benchmarks.markdown import row
+from benchmarks.turns import in_turns
+from clex_local.command import SETTINGS, Command
+from clex_local.command_options import options_from
+from clex_local.low_level import Context, Model, context_params
+from clex_local.options import option
+from clex_local.store import BLOCK, DocumentStore
+
+
+@dataclass(frozen=True, kw_only=True)
+class StoreOptions:
+    """What is measured, and how long."""
+
+    tokens: int = option(8192, "Tokens of the text.", minimum=2 * BLOCK)
+    rounds: int = option(5, "Turns of each side.", minimum=2)
+    kv_type: str = option("f16", "Type of the cache.")
+    flash_attn: bool = option(False, "Flash attention.")
+    batch: int = option(512, "Tokens computed at once.", minimum=BLOCK)
+    threads: int | None = option(None, "Threads to compute with.", default_text="the physical cores", minimum=1)
+    folder: Path | None = option(None, "Folder on the disk to measure.", default_text="among temporary files")
+
+
+class Bench:
+    """A model, a text, and a store that has it.
+
+    Args:
+        model: computes it.
+        options: of the benchmark.
+        folder: of the store.
+    """
+
+    def __init__(self, model: Model, options: StoreOptions, folder: Path) -> None:
+        self.model, self.options, self.folder = model, options, folder
+        self.tokens = np.random.default_rng(0).integers(model.n_vocab // 2, size=options.tokens).astype(np.int32)
+        self.params = context_params(
+            -(-options.tokens // BLOCK) * BLOCK + BLOCK,
+            n_batch=options.batch,
+            type_k=options.kv_type,
+            type_v=options.kv_type,
+            flash_attn=options.flash_attn,
+            threads=options.threads,
+        )
+
+    def compute(self, store: DocumentStore | None = None) -> float:
+        """Read all but the last token, and store it meanwhile: seconds until the last of it is computed."""
+        with closing(Context(self.model, self.params)) as context:
+            self._declare(context)
+            start = time.perf_counter()
+            for begin in range(0, len(self.tokens) - 1, self.options.batch):
+                end = min(begin + self.options.batch, len(self.tokens) - 1)
+                context.decode((int(self.tokens[i]), i, [0], i == end - 1) for i in range(begin, end))
+                if store is not None:
+                    store.save(context.pointer, self.tokens[:end])
+            context.logits(end - begin - 1)
+            return time.perf_counter() - start
+
+    def restore(self, store: DocumentStore) -> tuple[float, int]:
+        """Take it from the store: seconds, and how many tokens."""
+        with closing(Context(self.model, self.params)) as context:
+            context.clear()  # its memory is there
+            start = time.perf_counter()
+            count = store.restore(context.pointer, self.tokens)
+            return time.perf_counter() - start, count
+
+    def _declare(self, context: Context) -> None:
+        if self.model.factors:
+            context.declare(len(self.tokens))
+
+    def files(self) -> list[Path]:
+        """Those of the blocks."""
+        return sorted(self.folder.rglob("*.clexblock"))
+
+    def read(self) -> float:
+        """Read the files into memory that is there: seconds."""
+        files = self.files()
+        sizes = [file.stat().st_size for file in files]
+        buffer = memoryview(bytearray(sum(sizes)))
+        start = time.perf_counter()
+        offset = 0
+        for file, size in zip(files, sizes, strict=True):
+            with open(file, "rb", buffering=0) as opened:
+                done = 0
+                while done < size:
+                    done += opened.readinto(buffer[offset + done : offset + size]) or 0
+            offset += size
+        return time.perf_counter() - start
+
+    def forget(self) -> None:
+        """Let the system's page cache drop the files."""
+        for file in self.files():
+            with open(file, "rb") as opened:
+                os.fsync(opened.fileno())
+                os.posix_fadvise(opened.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def measured(bench: Bench) -> list[str]:
+    """Lines of a table, and a sentence."""
+    costs = in_turns({"plain": bench.compute, "storing": lambda: _storing(bench)}, bench.options.rounds)
+    plain, storing = median(costs["plain"]), median(costs["storing"])
+    lines = [row(["", "seconds", "tokens/s", "GB/s", "speed of read()"]), row(["---"] * 5)]
+    lines.append(row(["computed", f"{plain:.3f}", f"{len(bench.tokens) / plain:,.0f}", "", ""]))
+    lines.append(row(["computed and stored", f"{storing:.3f}", f"{storing / plain - 1:+.1%}", "", ""]))
+    with DocumentStore(bench.folder) as store:
+        _storing(bench)
+        size = sum(file.stat().st_size for file in bench.files())
+        _, count = bench.restore(store)  # the model's files are hashed the first time
+        for name, before in {"in memory": lambda: None, "on disk": bench.forget}.items():
+            times = in_turns(
+                {"ours": _after(before, lambda: bench.restore(store)[0]), "read": _after(before, bench.read)},
+                bench.options.rounds,
+            )
+            seconds, reading = median(times["ours"]), median(times["read"])
+            speeds = [f"{count / seconds:,.0f}", f"{size / seconds / 1e9:.2f}", f"{reading / seconds:.2f}"]
+            lines.append(row([f"restored, files {name}", f"{seconds:.4f}", *speeds]))
+            if name == "in memory":
+                gain = plain * count / len(bench.tokens) / seconds
+    lines.append(
+        f"\n{count:,} of {len(bench.tokens):,} tokens are restored, {size / 1e6:,.1f} MB: "
+        f"from memory {gain:,.0f} times as fast as they are computed."
+    )
+    return lines
+
+
+def _storing(bench: Bench) -> float:
+    """Compute the text and store it where nothing is stored: seconds."""
+    with DocumentStore(bench.folder) as store:
+        store.clear()
+    with DocumentStore(bench.folder) as store:
+        return bench.compute(store)
+
+
+def _after(before: Callable[[], object], run: Callable[[], float]) -> Callable[[], float]:
+    def both() -> float:
+        before()
+        return run()
+
+    return both
+
+
+@click.command(cls=Command, context_settings=SETTINGS)
+@click.argument("model", type=click.Path(path_type=Path, exists=True))
+@options_from(StoreOptions)
+def main(model: Path, options: StoreOptions) -> None:
+    """Measure the document store with MODEL, a GGUF file."""
+    with (
+        tempfile.TemporaryDirectory(prefix="clex-store-", dir=options.folder) as folder,
+        closing(Model(model)) as opened,
+    ):
+        bench = Bench(opened, options, Path(folder) / "documents")
+        click.echo("\n".join(measured(bench)))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,106 @@
+"""What a ``Llama`` takes from the document store and gives to it."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from clex_local.interrupt import kept_until_return
+from clex_local.store import BLOCK, DocumentStore, StoreError, store_wanted
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+    from clex_local.llama import Llama
+
+
+class StoredPrompt:
+    """The sequence of a ``Llama`` and a store that it is read from and written to.
+
+    Attributes:
+        store: the store.
+        restored: tokens of the last prompt that came from it.
+    """
+
+    def __init__(self, llm: Llama, store: DocumentStore, exact: bool) -> None:
+        self.store = store
+        self.restored = 0
+        self._llm = llm
+        self._exact = exact
+        self._stopped = False  # it was said that no more is stored
+        self._saved = 0  # blocks of the sequence that were handed to the store
+
+    @classmethod
+    def of(cls, llm: Llama, store: bool | str | os.PathLike[str] | None, *, exact: bool) -> Self | None:
+        """One for an argument ``store``, None where there is to be none or the model's texts cannot be stored.
+
+        Raises:
+            StoreError: the folder cannot be used.
+        """
+        folder = store_wanted(store)
+        if folder is None or llm.model_params.vocab_only:
+            return None
+        try:
+            opened = DocumentStore(folder)
+        except StoreError as error:
+            if store is not True:
+                raise
+            print(f"clex_local: {error}", file=sys.stderr)  # nobody asked for this folder
+            return None
+        refusal = opened.refusal(llm.ctx)
+        if llm.verbose:
+            print(f"clex_local: document store: {refusal or folder}", file=sys.stderr)
+        if refusal:
+            opened.close()
+            return None
+        return cls(llm, opened, exact)
+
+    def restore(self, tokens: Sequence[int]) -> None:
+        """Take what a prompt begins with, where that is more than what is in the cache already."""
+        self.restored = 0
+        llm = self._llm
+        cached = common_prefix(llm.input_ids[: llm.n_tokens], tokens)
+        if len(tokens) - 1 - cached < BLOCK:
+            return
+        with kept_until_return():
+            # What is cached of another text goes now, as it would in any case.
+            llm._ctx.kv_cache_seq_rm(-1, cached, -1)
+            found = self.store.restore(llm.ctx, tokens, exact=self._exact)
+            if found != llm.n_tokens:
+                llm._requires_eval = True
+            llm.input_ids[cached:found] = tokens[cached:found]
+            llm._computed[min(cached, found) : found] = llm._table(len(tokens)) if self._exact else -1
+            llm.n_tokens = found
+            self._saved = found // BLOCK
+            self.restored = max(0, found - cached)
+        if llm.verbose and self.restored:
+            print(f"clex_local: {self.restored:,} tokens from the document store", file=sys.stderr)
+
+    def save(self) -> None:
+        """Hand over the blocks that the sequence has got since the last time."""
+        llm = self._llm
+        blocks = llm.n_tokens // BLOCK
+        if blocks > self._saved:
+            with kept_until_return():
+                self.store.save(llm.ctx, llm.input_ids[: llm.n_tokens])
+            if not self._stopped and self.store.stats.stopped:
+                self._stopped = True
+                print(
+                    f"clex_local: {self.store.folder}: a file could not be written, no more is stored", file=sys.stderr
+                )
+        self._saved = blocks
+
+    def close(self) -> None:
+        """Write what waits."""
+        self.store.close()
+
+
+def common_prefix(cached: np.ndarray, tokens: Sequence[int]) -> int:
+    """How many tokens two texts have in common at their beginning."""
+    count = min(len(cached), len(tokens))
+    different = np.flatnonzero(cached[:count] != np.asarray(tokens[:count], dtype=cached.dtype))
+    return int(different[0]) if len(different) else count

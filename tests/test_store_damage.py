@@ -1,0 +1,321 @@
+"""A document store whose files are damaged, foreign, gone, or written by several at once: the answer is the same."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from clex_local.store import DocumentStore, StoreError
+from helpers.low_level import F16, Context, Model
+from helpers.random_gguf import make_model, random_tokens
+from helpers.stored_texts import BLOCK, block_files, read, stored
+
+pytestmark = [pytest.mark.native, pytest.mark.sanitize]
+
+IDS = random_tokens(1100)
+OPTIONS = {"n_ctx": 2048, "n_ubatch": BLOCK, "type_k": F16, "type_v": F16}
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory):
+    return make_model(tmp_path_factory.mktemp("damage") / "tiny.gguf", original=2048)
+
+
+@pytest.fixture(scope="module")
+def model(path):
+    model = Model(path)
+    yield model
+    model.close()
+
+
+@pytest.fixture(scope="module")
+def expected(model):
+    with Context(model, **OPTIONS) as context:
+        return read(context, IDS)
+
+
+@pytest.fixture
+def folder(tmp_path, model):
+    """A store that has the text."""
+    with DocumentStore(tmp_path / "documents") as store, Context(model, **OPTIONS) as context:
+        read(context, IDS)
+        assert stored(store, context, IDS) == 1024
+    return tmp_path / "documents"
+
+
+def take(folder, model, expected):
+    """Restore the text, and read the rest: how many tokens came from the store. The logits are what they should be."""
+    with DocumentStore(folder) as store, Context(model, **OPTIONS) as context:
+        count = store.restore(context.pointer, IDS)
+        assert np.array_equal(read(context, IDS, count), expected)
+        return count
+
+
+def test_every_cut_is_as_if_the_block_were_not_there(folder, model, expected):
+    rng = random.Random(0)
+    for number in range(4):
+        target = block_files(folder)[number]
+        whole = target.read_bytes()
+        for size in (0, 7, 100, 4000, rng.randrange(len(whole)), len(whole) - 1):
+            target.write_bytes(whole[:size])
+            target.chmod(0o600)
+            assert take(folder, model, expected) == number * BLOCK
+            assert not target.exists()
+        target.write_bytes(whole + b"\0")
+        assert take(folder, model, expected) == number * BLOCK
+        target.write_bytes(whole)
+        target.chmod(0o600)
+    assert take(folder, model, expected) == 1024
+
+
+def test_every_flipped_bit_is_noticed(folder, model, expected):
+    rng = random.Random(1)
+    files = block_files(folder)
+    for step in range(40):
+        number = rng.randrange(4)
+        whole = files[number].read_bytes()
+        # every other one in the header, where words have a meaning
+        place = rng.randrange(5000 if step % 2 else len(whole))
+        files[number].write_bytes(whole[:place] + bytes([whole[place] ^ 1 << rng.randrange(8)]) + whole[place + 1 :])
+        assert take(folder, model, expected) == number * BLOCK
+        files[number].write_bytes(whole)
+        files[number].chmod(0o600)
+    assert take(folder, model, expected) == 1024
+
+
+def test_swapped_names_are_noticed(folder, model, expected):
+    files = block_files(folder)
+    first, second = files[1].read_bytes(), files[2].read_bytes()
+    files[1].write_bytes(second)
+    files[2].write_bytes(first)
+    assert take(folder, model, expected) == 256
+    assert not files[1].exists()
+
+
+def test_blocks_of_another_model_are_noticed(folder, model, expected, tmp_path):
+    other = Model(make_model(tmp_path / "other.gguf", original=2048, seed=5))
+    with DocumentStore(tmp_path / "others") as store, Context(other, **OPTIONS) as context:
+        read(context, IDS)
+        assert stored(store, context, IDS) == 1024
+    other.close()
+    for ours, theirs in zip(block_files(folder), block_files(tmp_path / "others"), strict=True):
+        ours.write_bytes(theirs.read_bytes())
+    assert take(folder, model, expected) == 0
+
+
+def test_what_others_could_have_written_is_not_taken(folder, model, expected):
+    second = block_files(folder)[1]
+    second.chmod(0o622)
+    assert take(folder, model, expected) == 256
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root gives files away")
+def test_files_and_folders_of_another_user_are_not_taken(folder, model, expected):
+    second = block_files(folder)[1]
+    os.chown(second, 12345, -1)
+    assert take(folder, model, expected) == 256
+    assert second.exists()
+    os.chown(folder, 12345, -1)
+    with pytest.raises(StoreError, match="belongs to another user"):
+        DocumentStore(folder)
+
+
+def test_links_and_folders_in_place_of_files(folder, model, expected, tmp_path):
+    files = block_files(folder)
+    moved = tmp_path / "elsewhere"
+    files[2].rename(moved)
+    files[2].symlink_to(moved)
+    assert take(folder, model, expected) == 512
+    assert moved.exists()
+    files[0].unlink()
+    files[0].mkdir()
+    assert take(folder, model, expected) == 0
+
+
+def test_folder_that_cannot_be_used(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(StoreError, match=r"file: it is no folder"):
+        DocumentStore(tmp_path / "file")
+    shared = tmp_path / "shared"
+    shared.mkdir()
+    shared.chmod(0o777)
+    with pytest.raises(StoreError, match="others may write to it"):
+        DocumentStore(shared)
+
+
+def test_all_is_private(folder):
+    for found in folder.rglob("*"):
+        assert found.stat().st_mode & 0o777 == (0o700 if found.is_dir() else 0o600)
+
+
+def test_check_finds_what_is_damaged_and_what_nothing_leads_to(folder):
+    files = block_files(folder)
+    whole = files[1].read_bytes()
+    files[1].write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    with DocumentStore(folder) as store:
+        check = store.check()
+        assert (check.files, check.damaged, check.orphans) == (4, 1, 2)
+        assert block_files(folder) == files[:1]
+        assert store.check() == type(check)(1, files[0].stat().st_size, 0, 0)
+
+
+def test_documents_are_listed_and_removed(folder, model):
+    other = [*IDS[:600], *random_tokens(500, seed=3)]
+    with DocumentStore(folder) as store, Context(model, **OPTIONS) as context:
+        read(context, other)
+        stored(store, context, other)
+        first, second = store.documents()
+        assert (first.tokens, second.tokens) == (1024, 1024)
+        assert first.size == second.size == 2 * first.own_size
+        assert (first.model, first.type_k, first.type_v) == ("tiny", "f16", "f16")
+        assert store.remove("no such") is None
+        assert store.remove(first.name) == first.own_size
+        assert [document.name for document in store.documents()] == [second.name]
+        assert store.clear() == second.size
+        assert not block_files(folder)
+
+
+def test_limit_lets_the_oldest_go_from_its_end(tmp_path, model, path):
+    def text(seed):
+        return random_tokens(1100, seed=seed)
+
+    with DocumentStore(tmp_path / "documents") as store, Context(model, **OPTIONS) as context:
+        read(context, text(0))
+        stored(store, context, text(0))
+        size = store.stats.size
+    assert size
+    with DocumentStore(tmp_path / "documents", limit=int(size * 2.6)) as store:
+        for seed in (1, 2, 3):
+            with Context(model, **OPTIONS) as context:
+                read(context, text(seed))
+                stored(store, context, text(seed))
+        assert sum(file.stat().st_size for file in block_files(store.folder)) <= size * 2.6
+        assert store.stats.evicted
+        restored = []
+        for seed in range(4):
+            with Context(model, **OPTIONS) as context:
+                restored.append(store.restore(context.pointer, text(seed)))
+        assert restored[0] == 0
+        assert restored[3] == 1024
+        assert store.check().orphans == 0
+
+
+def run(code: str, *arguments: object, **options: object) -> subprocess.Popen[str]:
+    """Python in a process of its own, which can import the helpers."""
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent)}
+    command = [sys.executable, "-c", code, *map(str, arguments)]
+    return subprocess.Popen(command, env=environment, text=True, stdout=subprocess.PIPE, **options)
+
+
+WRITER = """
+import sys
+from clex_local.store import DocumentStore
+from helpers.low_level import Context, Model
+from helpers.random_gguf import random_tokens
+from test_store_damage import IDS, OPTIONS
+model = Model(sys.argv[1])
+store = DocumentStore(sys.argv[2])
+for ids in (IDS, random_tokens(1100, seed=int(sys.argv[3]))):
+    with Context(model, **OPTIONS) as context:
+        for begin in range(0, len(ids), 64):
+            context.feed(ids[begin : begin + 64], begin)
+            store.save(context.pointer, ids[: begin + 64])
+            print(begin + 64, flush=True)
+store.close()
+"""
+
+
+def test_several_writers_at_once(tmp_path, path, model, expected):
+    folder = tmp_path / "documents"
+    writers = [run(WRITER, path, folder, seed) for seed in (7, 8, 7)]
+    assert [writer.wait(120) for writer in writers] == [0, 0, 0]
+    for writer in writers:
+        writer.communicate()
+    assert len(block_files(folder)) == 3 * 4
+    with DocumentStore(folder) as store:
+        assert store.check().damaged == 0
+    assert take(folder, model, expected) == 1024
+    assert not list(folder.rglob("*.clexpart"))
+
+
+def test_killed_at_any_moment(tmp_path, path, model, expected):
+    folder = tmp_path / "documents"
+    rng = random.Random(2)
+    for _ in range(6):
+        process = run(WRITER, path, folder, 9)
+        assert process.stdout is not None
+        done = 0
+        for _ in range(rng.randrange(1, 17)):
+            done = int(process.stdout.readline())
+        time.sleep(rng.random() * 0.01)
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+        count = take(folder, model, expected)
+        assert count >= (done // BLOCK - 1) * BLOCK
+        with DocumentStore(folder) as store:
+            assert store.check().damaged == 0
+            store.clear()
+
+
+FORKED = """
+import os, sys
+from clex_local.store import DocumentStore
+from helpers.low_level import Context, Model
+from test_store_damage import IDS, OPTIONS
+model = Model(sys.argv[1])
+store = DocumentStore(sys.argv[2])
+context = Context(model, **OPTIONS)
+context.feed(IDS[:300], 0)
+assert store.save(context.pointer, IDS[:300]) == 256
+child = os.fork()
+if child == 0:
+    assert store.save(context.pointer, IDS[:300]) == 0
+    assert not store.flush()
+    store.close()
+    sys.exit(7)
+assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
+assert store.flush()
+context.close()
+model.close()
+"""
+
+
+def test_forked_process_ends(tmp_path, path):
+    process = run(FORKED, path, tmp_path / "documents")
+    assert process.wait(60) == 0
+    process.communicate()
+    assert len(block_files(tmp_path / "documents")) == 1
+
+
+FULL = """
+import resource, signal, sys
+from clex_local.store import DocumentStore
+from helpers.low_level import Context, Model
+from test_store_damage import IDS, OPTIONS
+model = Model(sys.argv[1])
+store = DocumentStore(sys.argv[2])
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, 10_000))
+with Context(model, **OPTIONS) as context:
+    for begin in range(0, 1024, 256):
+        context.feed(IDS[begin : begin + 256], begin)
+        store.save(context.pointer, IDS[: begin + 256])
+        store.flush()
+assert store.stats.stopped and store.stats.stored == 0
+store.close()
+"""
+
+
+def test_full_disk_stops_the_store_and_nothing_else(tmp_path, path):
+    process = run(FULL, path, tmp_path / "documents")
+    assert process.wait(60) == 0
+    process.communicate()
+    assert not [found for found in (tmp_path / "documents").rglob("*.clex*")]
