@@ -62,7 +62,7 @@ def meter(page: Any) -> str:
 
 
 def test_question_is_answered(page):
-    ask(page, "What is the capital of France?")
+    ask(page, "Name the capital of France.")
     page.get_by_text("Paris").first.wait_for()
     page.locator("[data-context-gauge-table]").or_(page.locator("[data-context-gauge-trigger]")).first.wait_for()
     said = meter(page)

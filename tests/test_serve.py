@@ -510,7 +510,7 @@ def anthropic_client(chat):
         yield client
 
 
-QUESTION: list[Any] = [{"role": "user", "content": "What is the capital of France?"}]
+QUESTION: list[Any] = [{"role": "user", "content": "Name the capital of France."}]
 TOOL_NAME = "get_weather"
 
 
@@ -563,7 +563,7 @@ def test_openai_tool_call(openai_client):
 
 def test_openai_responses(openai_client):
     answer = openai_client.responses.create(
-        model="any", input="What is the capital of France?", max_output_tokens=12, temperature=0
+        model="any", input="Name the capital of France.", max_output_tokens=12, temperature=0
     )
     assert "Paris" in answer.output_text
 

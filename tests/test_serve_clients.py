@@ -19,7 +19,7 @@ from clex_local import Server, ServerError, serve
 
 pytestmark = pytest.mark.serve
 
-QUESTION = "What is the capital of France?"
+QUESTION = "Name the capital of France."
 PAGE = Path(__file__).parent.parent / "docs" / "serve.md"
 
 
