@@ -25,7 +25,8 @@ ARCHITECTURE, ARCHITECTURES = ROOT / "docs" / "architecture.md", ROOT / "docs" /
 HEAD = """# Commands
 
 Made from the commands themselves by `python -m docs.generate`. What they are for: [converting](convert.md),
-[chatting](chat.md), [serving](serve.md), [inspecting](inspect.md), [evaluating](clex-eval.md), [training](train.md).
+[chatting](chat.md), [serving](serve.md), [what is kept](store.md), [inspecting](inspect.md),
+[evaluating](clex-eval.md), [training](train.md).
 """
 TREE = re.compile(r"(?<=<!-- tree -->\n).*?(?=<!-- end of tree -->)", re.DOTALL)
 LIST = re.compile(r"(?<=<!-- architectures -->\n).*?(?=\n<!-- end of architectures -->)", re.DOTALL)

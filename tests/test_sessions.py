@@ -425,3 +425,39 @@ def test_sessions_in_a_terminal(small_buckets, folder, tmp_path):
     assert answers(folder, "sea") == answers(folder, "ocean")
     assert len(answers(folder, "sea")) == 2
     assert os.listdir(folder)
+
+
+# With the document store
+
+
+def test_session_goes_on_from_what_is_kept_on_disk(small_buckets, folder, tmp_path, monkeypatch):
+    monkeypatch.setenv("CLEX_CACHE", str(tmp_path / "cache"))
+    document = tmp_path / "report.txt"
+    document.write_text("".join(f"Line {i} of the report.\n" for i in range(90)))
+    options = ["--ctx", "2048", "--batch", "128", "--temp", "0", "--max-tokens", "8"]
+    with closing(open_model(small_buckets, ctx=2048, batch=128, threads=1, store=False)) as llm:
+        session = Session(llm, sampling=Sampling(temp=0))
+        asked = [f"{document.read_text()}\nWhat is this?", *QUESTIONS[1:]]
+        expected = ["".join(session.send(text, 8)) for text in asked]
+    first = ["-f", str(document), "-p", "What is this?", str(small_buckets), *options]
+    reports = []
+    for arguments in (first, ["-p", QUESTIONS[1], "--max-tokens", 8], ["-p", QUESTIONS[2], "--max-tokens", 8]):
+        result = run(*arguments, "--session", "report", "--batch", 128, "--json")
+        assert result.returncode == 0, result.stderr
+        reports.append(json.loads(result.stdout))
+    assert [report["text"] for report in reports] == expected
+    assert [report["restored_tokens"] > 0 for report in reports] == [False, True, True]
+    for report in reports[1:]:
+        assert report["prefill_tokens"] + report["restored_tokens"] == report["prompt_tokens"]
+        assert report["restored_tokens"] >= 512
+        assert report["prefill_tokens"] < 256 + 128
+
+
+def test_session_goes_on_without_the_store(small_buckets, folder, tmp_path, monkeypatch):
+    """It may be deleted, or turned off, at any time."""
+    monkeypatch.setenv("CLEX_CACHE", str(tmp_path / "cache"))
+    options = [*OPTIONS, "--no-store"]
+    assert run(small_buckets, "--session", "s", "-p", QUESTIONS[0], *options).returncode == 0
+    report = json.loads(run("--session", "s", "-p", QUESTIONS[1], "--max-tokens", 3, "--json").stdout)
+    assert report["restored_tokens"] == 0
+    assert report["prefill_tokens"] == report["prompt_tokens"]
