@@ -9,8 +9,10 @@ import llama_cpp
 import numpy as np
 import pytest
 
+from clex_local import llama_clex
 from clex_local.store import DocumentStore
 from helpers.low_level import F16, F32, Q4_0, Q8_0, Context, Model
+from helpers.random_architectures import make_architecture
 from helpers.random_gguf import make_model, random_tokens
 from helpers.stored_texts import BLOCK, block_files, go_on, read, stored
 
@@ -266,4 +268,71 @@ def test_model_whose_file_was_changed_is_not_stored(store, tmp_path):
     with Context(model, **F32_CACHE) as context:
         read(context, IDS[:600])
         assert stored(store, context, IDS[:600]) == 0
+    model.close()
+
+
+#
+# other architectures
+#
+
+
+@pytest.mark.parametrize("cache", ["f32", "f16", "f16 flash"])
+@pytest.mark.parametrize("window", [32, 300])
+@pytest.mark.parametrize("name", ["gemma2", "olmo2"])
+def test_layers_with_a_sliding_window(store, folder, name, window, cache):
+    if name == "gemma2" and cache == "f16 flash":
+        pytest.skip("llama.cpp: the soft cap of its logits has another path there")
+    path = make_architecture(
+        folder / f"{name}-{window}.gguf",
+        name,
+        original=512,
+        more={f"{name}.attention.sliding_window": np.uint32(window)},
+    )
+    model = Model(path)
+    expected = fill(store, model, IDS[:1100], **CACHES[cache])
+    assert np.array_equal(take(store, model, IDS[:1100], expected=1024, **CACHES[cache]), expected)
+    # a text that leaves it in the middle, where the window's part of the last blocks is there too
+    other = [*IDS[:800], *random_tokens(300, seed=4)]
+    with Context(model, **F32_CACHE | CACHES[cache]) as context:
+        expected = read(context, other)
+    with Context(model, **F32_CACHE | CACHES[cache]) as context:
+        count = store.restore(context.pointer, other)
+        assert count in (0, 768)
+        assert np.array_equal(read(context, other, count), expected)
+    model.close()
+
+
+@pytest.mark.parametrize("name", ["smollm3", "qwen2vl", "deepseek2", "talkie"])
+def test_other_architectures(store, folder, name):
+    model = Model(make_architecture(folder / f"{name}.gguf", name, original=512, tables=name != "deepseek2"))
+    expected = fill(store, model, IDS[:500])
+    assert np.array_equal(take(store, model, IDS[:500], expected=256), expected)
+    model.close()
+
+
+def test_partial_rotary(store, golden_gguf):
+    model = Model(golden_gguf("phi2"))
+    ids = np.random.default_rng(0).integers(3, model.n_vocab, 300).tolist()
+
+    def context():
+        opened = Context(model, n_ctx=512, n_ubatch=BLOCK)
+        llama_clex.set_policy(opened.pointer, llama_clex.Policy.BY_LENGTH, True)  # its tables end where a block does
+        return opened
+
+    with context() as first:
+        expected = [read(first, ids), *go_on(first, ids, 3)]
+        assert stored(store, first, ids) == 256
+    with context() as second:
+        assert store.restore(second.pointer, ids) == 256
+        assert np.array_equal([read(second, ids, 256), *go_on(second, ids, 3)], expected)
+    model.close()
+
+
+def test_recurrent_models_are_not_stored(store, folder):
+    model = Model(make_architecture(folder / "lfm2.gguf", "lfm2", original=512))
+    with Context(model, **F32_CACHE) as context:
+        assert store.refusal(context.pointer) == "its memory is more than a KV cache"
+        read(context, IDS[:600])
+        assert stored(store, context, IDS[:600]) == 0
+        assert store.restore(context.pointer, IDS[:700]) == 600
     model.close()
