@@ -8,11 +8,11 @@ import subprocess
 import sys
 
 import pytest
-from clex_local.store import store_folder
 from click.testing import CliRunner
 
 from clex_local import Llama
 from clex_local.cache_command import main, short_names
+from clex_local.store import store_folder
 from helpers.random_gguf import make_model
 
 pytestmark = pytest.mark.chat
