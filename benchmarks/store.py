@@ -18,6 +18,7 @@ from benchmarks.markdown import row
 from benchmarks.turns import in_turns
 from clex_local.command import SETTINGS, Command
 from clex_local.command_options import options_from
+from clex_local.log import ERROR, logged
 from clex_local.low_level import Context, Model, context_params
 from clex_local.options import option
 from clex_local.store import BLOCK, DocumentStore
@@ -62,6 +63,7 @@ class Bench:
         with closing(Context(self.model, self.params)) as context:
             self._declare(context)
             start = time.perf_counter()
+            begin = end = 0
             for begin in range(0, len(self.tokens) - 1, self.options.batch):
                 end = min(begin + self.options.batch, len(self.tokens) - 1)
                 context.decode((int(self.tokens[i]), i, [0], i == end - 1) for i in range(begin, end))
@@ -160,6 +162,7 @@ def main(model: Path, options: StoreOptions) -> None:
     """Measure the document store with MODEL, a GGUF file."""
     with (
         tempfile.TemporaryDirectory(prefix="clex-store-", dir=options.folder) as folder,
+        logged(ERROR),
         closing(Model(model)) as opened,
     ):
         bench = Bench(opened, options, Path(folder) / "documents")
