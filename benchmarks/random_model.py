@@ -9,8 +9,13 @@ import numpy as np
 N_VOCAB, WIDTH, FEED_FORWARD = 4096, 2048, 8192  # beside the vocabulary, those of Llama 3.2 1B
 
 
-def random_model(path: Path, *, n_head: int = 32, n_head_kv: int = 8, head: int = 128, n_layer: int = 4) -> Path:
-    """Write the model; its layers have the same numbers."""
+def random_model(
+    path: Path, *, n_head: int = 32, n_head_kv: int = 8, head: int = 128, n_layer: int = 4, n_expert: int = 0
+) -> Path:
+    """Write the model; its layers have the same numbers.
+
+    Experts have a quarter of the width of the feed-forward, and two of them are used.
+    """
     from clex_convert.llama_cpp_scripts import conversion_scripts
 
     rng = np.random.default_rng(0)
@@ -30,8 +35,12 @@ def random_model(path: Path, *, n_head: int = 32, n_head_kv: int = 8, head: int 
         writer.add_vocab_size(N_VOCAB)
         writer.add_tokenizer_model("none")
 
-        def matrix(rows: int, columns: int) -> np.ndarray:
-            values = rng.standard_normal((rows, columns), np.float32) / np.sqrt(columns, dtype=np.float32)
+        if n_expert:
+            writer.add_expert_count(n_expert)
+            writer.add_expert_used_count(2)
+
+        def matrix(*shape: int) -> np.ndarray:
+            values = rng.standard_normal(shape, np.float32) / np.sqrt(shape[-1], dtype=np.float32)
             return gguf.quants.quantize(values, gguf.GGMLQuantizationType.Q8_0)
 
         def add(name: str, data: np.ndarray) -> None:
@@ -45,10 +54,17 @@ def random_model(path: Path, *, n_head: int = 32, n_head_kv: int = 8, head: int 
             "attn_v": matrix(n_head_kv * head, WIDTH),
             "attn_output": matrix(WIDTH, n_head * head),
             "ffn_norm": np.ones(WIDTH, np.float32),
-            "ffn_gate": matrix(FEED_FORWARD, WIDTH),
-            "ffn_up": matrix(FEED_FORWARD, WIDTH),
-            "ffn_down": matrix(WIDTH, FEED_FORWARD),
         }
+        if n_expert:
+            size = FEED_FORWARD // 4
+            layer["ffn_gate_inp"] = rng.standard_normal((n_expert, WIDTH), np.float32)
+            layer["ffn_gate_exps"] = matrix(n_expert, size, WIDTH)
+            layer["ffn_up_exps"] = matrix(n_expert, size, WIDTH)
+            layer["ffn_down_exps"] = matrix(n_expert, WIDTH, size)
+        else:
+            layer["ffn_gate"] = matrix(FEED_FORWARD, WIDTH)
+            layer["ffn_up"] = matrix(FEED_FORWARD, WIDTH)
+            layer["ffn_down"] = matrix(WIDTH, FEED_FORWARD)
         add("token_embd.weight", matrix(N_VOCAB, WIDTH))
         add("output_norm.weight", np.ones(WIDTH, np.float32))
         for i in range(n_layer):

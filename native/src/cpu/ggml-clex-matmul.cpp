@@ -537,9 +537,18 @@ static void run_unit(const matmul_plan & plan, const matmul_groups & groups, cha
 
 // Tokens from which on unpacking pays, by measurement; ggml's products are for fewer. n_terms: of a sum.
 static int64_t tokens_min(ggml_type type, int64_t n_terms) {
-#if !defined(GGML_CLEX_PANEL_UNITS)
-    switch (type) { // what ggml computes in tiles of its own
+#if !defined(__AVX512F__)
+    switch (type) { // with shorter vectors ggml's products of floats are faster, or nothing is known
+        case GGML_TYPE_F32:
+        case GGML_TYPE_F16:
         case GGML_TYPE_BF16:
+            return INT64_MAX;
+        default:
+            break;
+    }
+#endif
+#if !defined(GGML_CLEX_PANEL_UNITS)
+    switch (type) { // what ggml computes in tiles of its own, as fast
         case GGML_TYPE_Q2_K: case GGML_TYPE_Q3_K: case GGML_TYPE_Q4_K: case GGML_TYPE_Q5_K: case GGML_TYPE_Q6_K:
         case GGML_TYPE_IQ1_S: case GGML_TYPE_IQ1_M: case GGML_TYPE_IQ2_XXS: case GGML_TYPE_IQ2_XS: case GGML_TYPE_IQ2_S:
         case GGML_TYPE_IQ3_XXS: case GGML_TYPE_IQ3_S: case GGML_TYPE_IQ4_XS:
