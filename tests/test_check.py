@@ -48,7 +48,9 @@ def test_a_full_check_measures_the_divergence(tmp_path: Path, golden_gguf: Calla
         found = log_probabilities(tmp_path / outtype, tokens)
         assert result.divergence is not None
         assert result.divergence.tokens == 64
-        assert result.divergence.agreement == (wanted.argmax(axis=1) == found.argmax(axis=1)).mean()
+        agreement = (wanted.argmax(axis=1) == found.argmax(axis=1)).mean()
+        # Batches of another size are rounded otherwise, which may decide between two tokens that are as likely.
+        assert result.divergence.agreement == pytest.approx(agreement, abs=1 / 64)
         kl = (np.exp(wanted) * (wanted - found)).sum(axis=1).mean()
         np.testing.assert_allclose(result.divergence.kl, kl, rtol=0.1)
     assert made["q8_0"].divergence.kl < made["q4_0"].divergence.kl / 10
