@@ -190,14 +190,15 @@ class SessionKeeper:
 
     def listing(self) -> str:
         """Every session, a line each."""
-        lines = []
-        for item in listed_sessions():
-            mark = "*" if self.name == item.name else " "
+        lines, items = [], list(listed_sessions())
+        width = max((len(item.name) for item in items), default=0)
+        for item in items:
+            name = f"{'*' if self.name == item.name else ' '} {item.name:{width}}"
             if (session := item.session) is None:
-                lines.append(f"{mark} {item.name}  ({item.fault})")
+                lines.append(f"{name}  ({item.fault})")
             else:
                 turns = f"{len(session.turns):,} turn{'s' if len(session.turns) != 1 else ''}"
-                lines.append(f"{mark} {item.name}  {local_time(session.saved)}  {turns}  {session.model.name}")
+                lines.append(f"{name}  {local_time(session.saved)}  {turns:8}  {session.model.name}")
         return "\n".join(lines) or f"no sessions in {sessions_folder()}; /save NAME makes one"
 
     def forget(self) -> str:

@@ -381,6 +381,20 @@ def test_sampling_and_system_message_come_with_a_session(llm, folder, capsys):
     capsys.readouterr()
 
 
+def test_listed_sessions_stand_in_columns(session, folder):
+    keeper, _ = keep(session)
+    for name in ("a", "a-long-name"):
+        keeper.save(name)
+        say(keeper, QUESTIONS[0], 2)
+    (folder / "torn.json").write_text("{")
+    lines = sorted(keeper.listing().splitlines(), key=lambda line: line[2:])
+    assert [line[:15] for line in lines] == ["  a            ", "* a-long-name  ", "  torn         "]
+    assert "  1 turn    Smollm2" in lines[0]
+    assert "  2 turns   Smollm2" in lines[1]
+    assert lines[2].startswith("(", 15)
+    keeper.close()
+
+
 @needs_terminal
 def test_sessions_in_a_terminal(small_buckets, folder, tmp_path):
     def start(*arguments):
@@ -393,7 +407,7 @@ def test_sessions_in_a_terminal(small_buckets, folder, tmp_path):
     pty.prompt(r" sea  ·  [1-9]\d* of 1,024 tokens")
     assert "open in another process" in error_of("--session", "SEA", "-p", "x")
     pty.chat.send("/sessions\r")
-    pty.expect(r"\* sea  \d{4}-\d\d-\d\d \d\d:\d\d  1 turn  Smollm2")
+    pty.expect(r"\* sea  \d{4}-\d\d-\d\d \d\d:\d\d  1 turn    Smollm2")
     pty.prompt(" sea ")
     # Killed in the middle of an answer.
     pty.chat.send("Write a long story.\r")
