@@ -49,7 +49,7 @@ class StoredPrompt:
         except StoreError as error:
             if store is not True:
                 raise
-            print(f"clex_local: {error}", file=sys.stderr)  # nobody asked for this folder
+            print(f"clex_local: {error}; what is read is not kept", file=sys.stderr)  # nobody asked for this folder
             return None
         refusal = opened.refusal(llm.ctx)
         if llm.verbose:

@@ -150,6 +150,16 @@ def test_size_of_the_environment(folder, monkeypatch):
         size_limit()
 
 
+def test_size_that_is_none_turns_the_default_store_off_and_says_so(path, tmp_path, monkeypatch, capfd):
+    monkeypatch.setenv("CLEX_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("CLEX_CACHE_SIZE", "much")
+    with open_llama(path, True) as llm:
+        llm.create_completion([1, 2, 3], max_tokens=1)
+    said = "CLEX_CACHE_SIZE=much: must be a size such as 20GB; what is read is not kept\n"
+    assert capfd.readouterr().err.endswith(said)
+    assert not (tmp_path / "cache" / "documents").exists()
+
+
 def test_models_that_cannot_be_stored_run_as_without(path, folder, capfd):
     with open_llama(path, folder, embedding=True, verbose=True) as llm:
         assert llm.restored_tokens == 0
