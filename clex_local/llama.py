@@ -199,7 +199,7 @@ class Llama(Completions, ChatFormats):
         self._exact = prefix_reuse == "exact" and self._has_tables
         # of each cached token, the _table() that it was computed with
         self._computed = np.full(len(self.input_ids), -1, np.int64)
-        self._stored = StoredPrompt.of(self, store, exact=self._exact)
+        self._stored = StoredPrompt.of(self, store, exact=self._exact or self._fixed)
         if self.verbose:
             print(f"clex_local: {self.settings}", file=sys.stderr)
 

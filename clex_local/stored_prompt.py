@@ -64,7 +64,8 @@ class StoredPrompt:
         self.restored = 0
         llm = self._llm
         cached = common_prefix(llm.input_ids[: llm.n_tokens], tokens)
-        if len(tokens) - 1 - cached < BLOCK:
+        # Logits of all tokens, where they are kept, are not in the store.
+        if llm._logits_all or len(tokens) - 1 - cached < BLOCK:
             return
         with kept_until_return():
             # What is cached of another text goes now, as it would in any case.

@@ -30,16 +30,41 @@ def folder(tmp_path):
 
 
 def open_llama(path, folder, **options):
-    settings = {"n_ctx": 2048, "n_batch": 256, "n_ubatch": 256, "n_threads": 1, "logits_all": True}
+    settings = {"n_ctx": 2048, "n_batch": 256, "n_ubatch": 256, "n_threads": 1}
     return Llama(path, store=folder, **{**settings, **options})
 
 
 def answer(llm, ids, count=5):
     """Tokens that follow a text, and the logits of its last token."""
     stream = llm.generate(ids, temp=0.0)
-    tokens = [next(stream) for _ in range(count)]
+    tokens = [next(stream)]
+    logits = np.ctypeslib.as_array(llm._ctx.get_logits_ith(-1), shape=(llm.n_vocab(),)).copy()
+    tokens += [next(stream) for _ in range(count - 1)]
     stream.close()
-    return tokens, llm.scores[len(ids) - 1].copy()
+    return tokens, logits
+
+
+def test_logits_of_all_tokens_are_there(path, folder):
+    with open_llama(path, folder) as llm:
+        answer(llm, IDS[:1000])
+    with open_llama(path, False, logits_all=True) as llm:
+        answer(llm, IDS[:1000])
+        expected = llm.scores[:1000].copy()
+    with open_llama(path, folder, logits_all=True) as llm:
+        answer(llm, IDS[:1000])
+        assert np.array_equal(llm.scores[:1000], expected)
+
+
+def test_fixed_table_is_the_only_one(path, folder):
+    with open_llama(path, folder) as llm:
+        answer(llm, IDS[:400])
+    with open_llama(path, False, policy="fixed") as llm:
+        expected = answer(llm, IDS[:800])
+    for restored in (0, 768):
+        with open_llama(path, folder, policy="fixed") as llm:
+            tokens, logits = answer(llm, IDS[:800])
+            assert llm.restored_tokens == restored
+            assert (tokens, list(logits)) == (expected[0], list(expected[1]))
 
 
 def test_next_process_has_it(path, folder):
