@@ -271,6 +271,23 @@ def test_model_whose_file_was_changed_is_not_stored(store, tmp_path):
     model.close()
 
 
+def test_model_in_memory_is_not_what_its_file_holds_now(store, tmp_path):
+    path = make_model(tmp_path / "model.gguf", original=512)
+    other = make_model(tmp_path / "other.gguf", original=512, seed=1)
+    before = Model(path)
+    path.write_bytes(other.read_bytes())
+    after = Model(path)
+    fill(store, after, IDS[:300])  # the file is known by its content from here on
+    with Context(before, **F32_CACHE) as context:
+        read(context, IDS[:600])
+        assert stored(store, context, IDS[:600]) == 0
+        assert store.restore(context.pointer, IDS[:700]) == 600
+    take(store, after, IDS[:300], expected=256)
+    take(store, after, IDS[:600], expected=256)
+    before.close()
+    after.close()
+
+
 #
 # other architectures
 #

@@ -265,6 +265,18 @@ def test_killed_at_any_moment(tmp_path, path, model, expected):
             store.clear()
 
 
+def test_what_a_killed_process_of_the_same_number_left(folder, model, expected):
+    first = block_files(folder)[0]
+    first.unlink()
+    for count in range(2000):  # as in a container, where numbers begin anew
+        first.with_name(f"{first.name}.{os.getpid()}-{count}.clexpart").touch()
+    with DocumentStore(folder) as store, Context(model, **OPTIONS) as context:
+        read(context, IDS)
+        assert stored(store, context, IDS) == 1024
+        assert not store.stats.stopped
+    assert take(folder, model, expected) == 1024
+
+
 FORKED = """
 import os, sys
 from clex_local.store import DocumentStore

@@ -68,6 +68,10 @@ std::string llama_clex_files::fingerprint() const {
     return res;
 }
 
+bool llama_clex_files::unchanged() const {
+    return !loaded.empty() && fingerprint() == loaded;
+}
+
 std::string llama_clex_files::digest() const {
     XXH3_state_t * state = XXH3_createState();
     XXH3_128bits_reset(state);
@@ -97,7 +101,7 @@ std::string llama_clex_files::digest() const {
     XXH3_freeState(state);
 
     // a copy that is only linked, renamed or made readable to others changes the last of the times: it is read again, no more
-    if (!ok || loaded.empty() || fingerprint() != loaded) {
+    if (!ok || !unchanged()) {
         return "";
     }
     return std::string(reinterpret_cast<const char *>(value.digest), sizeof(value.digest));
@@ -110,6 +114,8 @@ llama_clex_files::~llama_clex_files() {}
 void llama_clex_files::keep(const llama_model_loader & ml) { GGML_UNUSED(ml); }
 
 std::string llama_clex_files::fingerprint() const { return ""; }
+
+bool llama_clex_files::unchanged() const { return false; }
 
 std::string llama_clex_files::digest() const { return ""; }
 

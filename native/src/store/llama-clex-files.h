@@ -22,6 +22,9 @@ public:
     // of each file, what changes when its content does: device, number, size, times; empty where the system has none of it
     std::string fingerprint() const;
 
+    // whether they are as they were when they were loaded
+    bool unchanged() const;
+
     // hash of the content of all files, 16 bytes; empty where they cannot be read or have changed since they were loaded
     std::string digest() const;
 

@@ -82,6 +82,10 @@ private:
 std::string llama_clex_store::model_digest(const llama_clex_files & files) {
     const std::lock_guard<std::mutex> lock(mutex);
 
+    // of a file that was changed since, the process has what was in it before
+    if (!files.unchanged()) {
+        return "";
+    }
     const std::string fingerprint = files.fingerprint();
 
     auto it = digests.find(fingerprint);
@@ -122,8 +126,8 @@ namespace {
 // one call for one sequence of a context
 class store_call {
 public:
-    store_call(llama_clex_store & store, llama_context & lctx, llama_seq_id seq_id) :
-        store(store), lctx(lctx), context(lctx), seq_id(seq_id), digest(store.model_digest(lctx.get_model().clex_files)),
+    store_call(llama_clex_store & store, llama_context & lctx, llama_seq_id seq_id, const std::string & digest) :
+        store(store), lctx(lctx), context(lctx), seq_id(seq_id), digest(digest),
         model_id(clex_hex(reinterpret_cast<const uint8_t *>(digest.data()), digest.size())),
         config(context.config(digest, seq_id)), cache(*context.caches()[0], seq_id), sizes(cache.section_sizes()) {
         if (context.caches().size() > 1) {
@@ -573,10 +577,11 @@ static int32_t clex_store_call(llama_clex_store * store, llama_context * ctx, ll
         return otherwise;
     }
     try {
-        if (store->model_digest(ctx->get_model().clex_files).empty()) {
+        const std::string digest = store->model_digest(ctx->get_model().clex_files);
+        if (digest.empty()) {
             return otherwise;
         }
-        return f(store_call(*store, *ctx, seq_id));
+        return f(store_call(*store, *ctx, seq_id, digest));
     } catch (const std::exception & err) {
         LLAMA_LOG_WARN("%s: %s\n", __func__, err.what());
         return otherwise;

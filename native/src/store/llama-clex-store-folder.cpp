@@ -143,9 +143,14 @@ void clex_store_folder::write(const std::string & path, const std::vector<uint8_
     clex_make_folder(folder.substr(0, folder.rfind('/')));
     clex_make_folder(folder);
 
-    const std::string part = path + "." + std::to_string(getpid()) + "-" + std::to_string(n_written++) + CLEX_PART;
+    // a process that was killed, or one on another machine or in another container, may have had the same number
+    std::string part;
+    file_closer file = { -1 };
+    do {
+        part = path + "." + std::to_string(getpid()) + "-" + std::to_string(n_written++) + CLEX_PART;
+        file.fd = open(part.c_str(), O_WRONLY | O_CREAT | O_EXCL | O_NOFOLLOW | O_CLOEXEC, 0600);
+    } while (file.fd < 0 && errno == EEXIST);
 
-    const file_closer file = { open(part.c_str(), O_WRONLY | O_CREAT | O_EXCL | O_NOFOLLOW | O_CLOEXEC, 0600) };
     if (file.fd < 0) {
         throw std::runtime_error(part + ": " + strerror(errno));
     }
