@@ -302,6 +302,10 @@ def main(
     question = Question.read(prompt, files)
     if as_json and question is None:
         raise click.UsageError("--json needs -p, -f or input from a pipe")
+    from clex_local.store import store_wanted  # with the library
+
+    store = store_wanted(options.store)
+    makes_store = store is not None and not store.exists()
     with closing(_open(model, options, quiet=question is not None)) as llm:
         from clex_local.session import CHATML, PLAIN, Session
         from clex_local.templates import TemplateError
@@ -322,6 +326,10 @@ def main(
         if question is not None:
             keeper.describe(changes_only=True)
             return answer_once(terminal, question.text(), as_json, keeper, question.files)
+        if makes_store and store and store.exists():
+            terminal.note(
+                f"what is read is kept in {escaped(str(store))}: clex-cache shows it, --no-store keeps nothing"
+            )
         converse(terminal, keeper, model, fitted=options.ctx is None)
     return 0
 

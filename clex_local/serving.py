@@ -80,7 +80,7 @@ def start_service(plans: Sequence[ServePlan], options: ServeOptions) -> Server:
 def _store(options: ServeOptions) -> dict[str, str]:
     """What the server is told of the document store."""
     folder = store_wanted(options.store)
-    return {"LLAMA_CLEX_STORE": str(folder or ""), "LLAMA_CLEX_STORE_SIZE": str(size_limit())}
+    return {"LLAMA_CLEX_STORE": str(folder or ""), "LLAMA_CLEX_STORE_SIZE": str(size_limit() if folder else 0)}
 
 
 def _files(model: Path) -> list[Path]:

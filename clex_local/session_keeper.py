@@ -41,6 +41,7 @@ class SessionKeeper:
     unanswered: Exchange | None = None
     failure: SessionError | None = None
     _model: SessionModel | None = None
+    _answered: bool = False  # since the session was opened
 
     @property
     def name(self) -> str | None:
@@ -74,6 +75,7 @@ class SessionKeeper:
             self.unanswered = None
             if len(self.session.exchanges) > before:
                 self.session.exchanges[-1].files = list(files)
+                self._answered = True
             try:
                 self._save()
             except SessionError as error:
@@ -85,13 +87,15 @@ class SessionKeeper:
         if self.kept is None:
             return
         created = {"created": self.kept.saved.created} if self.kept.saved else {}
+        # Options that let nothing be answered, such as a context that is too small, are not those to go on with.
+        run = self.run if self._answered or not self.kept.saved else self.kept.saved.run
         saved = SavedSession(
             name=self.kept.name,
             model=self.model,
             system=self.session.system,
             chat_template=self.chat_template,
             sampling=self.session.sampling,
-            run=self.run,
+            run=run,
             turns=self.session.exchanges,
             unanswered=self.unanswered,
             began=self.session.began,

@@ -25,6 +25,7 @@ import clex_local  # noqa: F401, before any test imports llama_cpp
 # Nobody's own cache is touched, and none from another run is found.
 _CACHE = tempfile.TemporaryDirectory(prefix="clex-cache-", ignore_cleanup_errors=True)
 os.environ["CLEX_CACHE"] = _CACHE.name
+(Path(_CACHE.name) / "documents").mkdir(mode=0o700)  # what makes it says so
 os.environ["CLEX_SESSIONS"] = str(Path(_CACHE.name) / "sessions")
 
 DATA = Path(__file__).parent / "data"

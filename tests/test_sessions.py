@@ -237,6 +237,13 @@ def test_options_that_are_given_count_and_others_are_as_before(small_buckets, fo
     assert saved(folder, "t")["chat_template"] == "plain"
 
 
+def test_options_with_which_nothing_was_answered_are_not_kept(small_buckets, folder):
+    assert run(small_buckets, "--session", "s", "-p", "Hi", "--ctx", 512, "--max-tokens", 2).returncode == 0
+    assert "the context holds 8" in error_of("--session", "s", "-p", "Go on.", "--ctx", 8)
+    assert saved(folder, "s")["run"]["ctx"] == 512
+    assert run("--session", "s", "-p", "Go on.", "--max-tokens", 2).returncode == 0
+
+
 # What is refused
 
 
@@ -442,6 +449,16 @@ def test_sessions_in_a_terminal(small_buckets, folder, tmp_path):
 
 
 # With the document store
+
+
+def test_who_makes_the_store_is_told_where_it_is(small_buckets, tmp_path):
+    for expected in ("what is read is kept in .*documents", "/help"):  # the second time there is one
+        pty = Pty(small_buckets, "--ctx", "512", CLEX_CACHE=str(tmp_path / "cache"))
+        pty.expect(expected)
+        pty.prompt(" 0 of 512")
+        pty.chat.sendeof()
+        assert pty.close() == 0
+    assert (tmp_path / "cache" / "documents").is_dir()
 
 
 def test_session_goes_on_from_what_is_kept_on_disk(small_buckets, folder, tmp_path, monkeypatch):
