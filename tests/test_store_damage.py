@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import resource
 import signal
 import subprocess
 import sys
@@ -138,6 +139,26 @@ def test_links_and_folders_in_place_of_files(folder, model, expected, tmp_path):
     files[0].unlink()
     files[0].mkdir()
     assert take(folder, model, expected) == 0
+
+
+def test_blocks_that_the_system_does_not_open_stay(folder, model, expected):
+    """As where too many files are open."""
+    files = block_files(folder)
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with DocumentStore(folder) as store, Context(model, **OPTIONS) as context:
+        free = os.open(os.devnull, os.O_RDONLY)
+        os.close(free)
+        try:
+            for more in (2, 1, 0):  # files that may be opened besides
+                resource.setrlimit(resource.RLIMIT_NOFILE, (free + more, hard))
+                context.clear()
+                count = store.restore(context.pointer, IDS)
+                assert count % BLOCK == 0
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+        assert np.array_equal(read(context, IDS, count), expected)
+    assert block_files(folder) == files
+    assert take(folder, model, expected) == 1024
 
 
 def test_folder_that_cannot_be_used(tmp_path):

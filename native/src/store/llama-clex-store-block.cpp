@@ -9,6 +9,7 @@
 #include <cerrno>
 #include <cstring>
 #include <stdexcept>
+#include <system_error>
 
 // a model has so many layers at most, with keys and values in two caches
 static constexpr uint32_t CLEX_SECTIONS_MAX = 1 << 14;
@@ -48,7 +49,10 @@ std::vector<uint8_t> clex_block::front() {
 
 clex_block_file::clex_block_file(const std::string & path) : fd(open(path.c_str(), O_RDONLY | O_NOFOLLOW | O_CLOEXEC | O_NONBLOCK)) {
     if (fd < 0) {
-        throw std::runtime_error(strerror(errno));
+        if (errno == ELOOP || errno == ENOENT) {
+            throw std::runtime_error(strerror(errno)); // a link, or removed
+        }
+        throw std::system_error(errno, std::generic_category());
     }
     try {
         check(path);
@@ -69,8 +73,11 @@ void clex_block_file::read_at(void * dst, size_t size) {
         if (n < 0 && errno == EINTR) {
             continue;
         }
-        if (n <= 0) {
-            throw std::runtime_error(n == 0 ? "it is incomplete" : strerror(errno));
+        if (n < 0) {
+            throw std::system_error(errno, std::generic_category());
+        }
+        if (n == 0) {
+            throw std::runtime_error("it is incomplete");
         }
         ptr    += n;
         size   -= n;

@@ -22,6 +22,7 @@
 #include <mutex>
 #include <numeric>
 #include <set>
+#include <system_error>
 #include <thread>
 
 #ifndef _WIN32
@@ -168,6 +169,8 @@ private:
     // find cells for all but the first i0 blocks
     bool place(const llama_token * tokens, size_t i0, size_t iw);
 
+    std::atomic<bool> unreadable = { false }; // the system did not let a block be read, which may be whole
+
     // one attempt; the tokens that the sequence has then. retry: a block was damaged, and what was found before is not there
     int32_t try_restore(const llama_token * tokens, int32_t n_tokens, bool exact, bool & retry);
 
@@ -263,6 +266,11 @@ bool store_call::load_block(
             window->set(i - iw, k, file.read(buffer));
         }
         return true;
+    } catch (const std::system_error & err) {
+        // too many open files, say: nothing is wrong with the block
+        LLAMA_LOG_DEBUG("%s: %s: %s\n", __func__, l.path.c_str(), err.what());
+        unreadable = true;
+        return false;
     } catch (const std::exception & err) {
         LLAMA_LOG_DEBUG("%s: %s: %s\n", __func__, l.path.c_str(), err.what());
         store.n_damaged += clex_store_folder::remove(l.path);
@@ -388,12 +396,22 @@ int32_t store_call::try_restore(const llama_token * tokens, int32_t n_tokens, bo
         return (int32_t) i0*CLEX_BLOCK;
     }
 
-    std::vector<clex_block_header> headers(best.size() - i0);
-    const size_t n_right = load(tokens, i0, iw, headers);
+    std::vector<clex_block_header> headers;
+    size_t n_right = 0;
+    try {
+        headers.resize(best.size() - i0);
+        n_right = load(tokens, i0, iw, headers);
+    } catch (const std::exception & err) {
+        // the cells that were placed have no data
+        LLAMA_LOG_WARN("%s: %s\n", __func__, err.what());
+        context.truncate(seq_id, (llama_pos) i0*CLEX_BLOCK);
+        return (int32_t) i0*CLEX_BLOCK;
+    }
 
     // with a window the end is what counts
-    retry = i0 + n_right < best.size();
-    best.resize(!retry ? best.size() : window ? 0 : std::max(i0, whole(i0 + n_right)));
+    const bool all = i0 + n_right == best.size();
+    retry = !all && !unreadable;
+    best.resize(all ? best.size() : window ? 0 : std::max(i0, whole(i0 + n_right)));
     context.truncate(seq_id, (llama_pos) best.size()*CLEX_BLOCK);
 
     std::vector<std::string> paths;
