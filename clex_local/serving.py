@@ -16,7 +16,6 @@ from clex_local.options import takes_options
 from clex_local.serve_options import ServeOptions
 from clex_local.serve_plan import ServePlan, plan_service, server_settings
 from clex_local.server import Server, server_program
-from clex_local.store import size_limit, store_wanted
 
 ModelPath: TypeAlias = "str | os.PathLike[str]"
 _KEYS = ("--api-key", "--api-key-file")
@@ -79,6 +78,8 @@ def start_service(plans: Sequence[ServePlan], options: ServeOptions) -> Server:
 
 def _store(options: ServeOptions) -> dict[str, str]:
     """What the server is told of the document store."""
+    from clex_local.store import size_limit, store_wanted  # with the library, which a build without the server may lack
+
     folder = store_wanted(options.store)
     return {"LLAMA_CLEX_STORE": str(folder or ""), "LLAMA_CLEX_STORE_SIZE": str(size_limit() if folder else 0)}
 

@@ -232,7 +232,7 @@ def test_texts_of_an_encoder(tmp_path, pooling):
     assert [len(row) for row in rows] == [3, 8, 62, 7, 102]
     with load(path, pooling, n_ctx=128, n_batch=128, n_ubatch=110) as llm:
         for row, reference in zip(llm.embed(texts), rows, strict=True):
-            np.testing.assert_allclose(row, POOLED[pooling](reference), atol=2e-4, rtol=0)
+            np.testing.assert_allclose(row, POOLED[pooling](reference), atol=1e-3, rtol=0)
         with pytest.raises(ContextError, match=r"122 tokens, a batch .* holds 110"):
             llm.embed("o" * 120)
         assert llm.embed("o" * 120, truncate=True, return_count=True)[1] == 110
