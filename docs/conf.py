@@ -35,7 +35,18 @@ napoleon_use_ivar = True
 
 # The side bar. It is not in README.md, where readers of the file would see its markup.
 CONTENTS = {
-    "Using it": ["install", "convert", "chat", "serve", "inspect", "clex-eval", "train", "frameworks", "threads"],
+    "Using it": [
+        "install",
+        "convert",
+        "chat",
+        "serve",
+        "store",
+        "inspect",
+        "clex-eval",
+        "train",
+        "frameworks",
+        "threads",
+    ],
     "Reference": ["cli", "api", "architectures", "environment", "limits"],
     "Figures": ["evaluation", "benchmarks", "quantization"],
     "Inside": ["how-it-works", "architecture", "../native/README", "../CONTRIBUTING", "../RELEASE", "../CHANGELOG"],
