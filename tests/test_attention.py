@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from helpers.flash_attention import QUANTIZED, TYPES, Case, Ggml, Library
+from helpers.kernel_libraries import libraries
 
 pytestmark = pytest.mark.native
 
@@ -19,38 +20,7 @@ EXAMPLES = 120
 FLOORS = {np.mean: 2e-6, np.max: 3e-5}
 
 
-@pytest.fixture(scope="module")
-def ours():
-    from clex_local._library import library_path
-
-    library = Library(library_path())
-    yield library
-    library.close()
-
-
-@pytest.fixture(scope="module")
-def disabled():
-    """Our library, told to compute as stock does."""
-    from clex_local._library import library_path
-
-    library = Library(library_path(), GGML_CLEX_ATTN_DISABLE="1")
-    yield library
-    library.close()
-
-
-@pytest.fixture(scope="module")
-def stock(stock_library):
-    library = Library(stock_library)
-    yield library
-    library.close()
-
-
-@pytest.fixture(scope="module")
-def ggml():
-    """Makes a case's numbers and the reference."""
-    from clex_local._library import library_path
-
-    return Ggml(library_path())
+ours, disabled, stock, ggml = libraries(Library, Ggml, GGML_CLEX_ATTN_DISABLE="1")
 
 
 @st.composite

@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from helpers.kernel_libraries import libraries
 from helpers.products import FLOATS, REPACKED, TYPES, Case, Ggml, Library, Tensors
 
 pytestmark = pytest.mark.native
@@ -22,38 +23,7 @@ WEIGHTS = 1 << 17  # which some types take long to quantize
 EXAMPLES = 150
 
 
-@pytest.fixture(scope="module")
-def ours():
-    from clex_local._library import library_path
-
-    library = Library(library_path())
-    yield library
-    library.close()
-
-
-@pytest.fixture(scope="module")
-def disabled():
-    """Our library, told to compute as ggml does."""
-    from clex_local._library import library_path
-
-    library = Library(library_path(), GGML_CLEX_MATMUL_DISABLE="1")
-    yield library
-    library.close()
-
-
-@pytest.fixture(scope="module")
-def stock(stock_library):
-    library = Library(stock_library)
-    yield library
-    library.close()
-
-
-@pytest.fixture(scope="module")
-def ggml():
-    """Makes a case's numbers and the reference."""
-    from clex_local._library import library_path
-
-    return Ggml(library_path())
+ours, disabled, stock, ggml = libraries(Library, Ggml, GGML_CLEX_MATMUL_DISABLE="1")
 
 
 TOKENS = st.one_of(st.integers(9, 70), st.sampled_from((9, 64, 128, 509, 700)))

@@ -60,6 +60,8 @@ class Tensors:
 class Ggml:
     """The functions of one build of ggml; a process can hold only one."""
 
+    types = TYPES
+
     class InitParams(ctypes.Structure):
         _fields_ = (("mem_size", ctypes.c_size_t), ("mem_buffer", ctypes.c_void_p), ("no_alloc", ctypes.c_bool))
 
@@ -104,12 +106,12 @@ class Ggml:
         found.restype, found.argtypes = result, arguments
         return found
 
-    def quantize(self, values: np.ndarray, kind: str) -> np.ndarray:
-        """Rows of float32 as uint8 [..., bytes of a row]."""
+    def quantize(self, values: np.ndarray, kind: str, importance: np.ndarray | None = None) -> np.ndarray:
+        """Rows of float32 as uint8 [..., bytes of a row]; some types ask for the importance of the columns, float32."""
         *shape, columns = values.shape
-        data = np.empty((*shape, self.row_size(TYPES[kind], columns)), np.uint8)
-        rows = values.size // columns
-        self.quantize_chunk(TYPES[kind], values.ctypes.data, data.ctypes.data, 0, rows, columns, None)
+        data = np.empty((*shape, self.row_size(self.types[kind], columns)), np.uint8)
+        rows, weights = values.size // columns, None if importance is None else importance.ctypes.data
+        self.quantize_chunk(self.types[kind], values.ctypes.data, data.ctypes.data, 0, rows, columns, weights)
         return data
 
     def dequantize(self, data: np.ndarray, kind: str, columns: int) -> np.ndarray:
@@ -117,7 +119,7 @@ class Ggml:
         if kind == "f32":
             return data.view(np.float32)
         values = np.empty((*data.shape[:-1], columns), np.float32)
-        self.type_traits(TYPES[kind])[0].to_float(data.ctypes.data, values.ctypes.data, values.size)
+        self.type_traits(self.types[kind])[0].to_float(data.ctypes.data, values.ctypes.data, values.size)
         return values
 
     def attend(self, tensors: Tensors) -> np.ndarray:

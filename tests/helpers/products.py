@@ -79,6 +79,8 @@ class Tensors:
 class Ggml(flash_attention.Ggml):
     """The functions that products need."""
 
+    types = TYPES
+
     def __init__(self, directory: Path) -> None:
         super().__init__(directory)
         pointer, size, integer = ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int
@@ -106,21 +108,6 @@ class Ggml(flash_attention.Ggml):
             i += 1
         return None
 
-    def quantize(self, values: np.ndarray, kind: str) -> np.ndarray:
-        *shape, columns = values.shape
-        data = np.empty((*shape, self.row_size(TYPES[kind], columns)), np.uint8)
-        importance = np.ones(columns, np.float32)  # some types ask for it
-        rows = values.size // columns
-        self.quantize_chunk(TYPES[kind], values.ctypes.data, data.ctypes.data, 0, rows, columns, importance.ctypes.data)
-        return data
-
-    def dequantize(self, data: np.ndarray, kind: str, columns: int) -> np.ndarray:
-        if kind == "f32":
-            return data.view(np.float32)
-        values = np.empty((*data.shape[:-1], columns), np.float32)
-        self.type_traits(TYPES[kind])[0].to_float(data.ctypes.data, values.ctypes.data, values.size)
-        return values
-
     def make(self, case: Case) -> Tensors:
         """The numbers of a case."""
         rng = np.random.default_rng(case.seed)
@@ -133,7 +120,7 @@ class Ggml(flash_attention.Ggml):
         experts = None
         if case.used:
             experts = np.argsort(rng.random((case.tokens, case.matrices)), axis=1)[:, : case.used].astype(np.int32)
-        return Tensors(case, self.quantize(weights, case.kind), x, experts)
+        return Tensors(case, self.quantize(weights, case.kind, np.ones(case.columns, np.float32)), x, experts)
 
     def reference(self, tensors: Tensors, weights: np.ndarray | None = None, x: np.ndarray | None = None) -> np.ndarray:
         """What multiply computes, in float64, or the same with other numbers."""
