@@ -27,7 +27,7 @@ from clex_local.errors import ClexError
 from clex_local.grammar import GrammarError, grammar_of_response_format, grammar_of_schema
 from clex_local.sampler import RANDOM_SEED, LogitsProcessor, Sampler, SamplerOptions, SamplingError
 from clex_local.tables import ContextError
-from clex_local.vocabulary import check_tokens
+from clex_local.vocabulary import check_tokens, common_prefix
 
 _GENERATE = inspect.signature(llama_cpp.Llama.generate)
 _SAMPLE = inspect.signature(llama_cpp.Llama.sample)
@@ -169,9 +169,7 @@ class Completions(llama_cpp.Llama):
 
     def _reuse(self, tokens: list[int]) -> list[int]:
         """Keep what the cache holds of a prompt; the tokens that are left to evaluate."""
-        length = min(self.n_tokens, len(tokens))
-        differs = np.flatnonzero(self.input_ids[:length] != np.asarray(tokens[:length]))
-        same = int(differs[0]) if len(differs) else length
+        same = common_prefix(self.input_ids[: self.n_tokens], tokens)
         if same == len(tokens) == self.n_tokens and not self._requires_eval:
             return []
         same = min(same, len(tokens) - 1)  # one at least, for its logits

@@ -383,8 +383,7 @@ class Llama(Completions, ChatFormats):
         if _GENERATE.bind(self, tokens, *args, **kwargs).arguments.get("reset", True):
             if self._exact:
                 self._drop_inexact(tokens)
-            if self._stored is not None:
-                self._stored.restore(tokens)
+            self._restore(tokens)
         return (yield from super().generate(tokens, *args, **kwargs))
 
     @_in_turn
@@ -444,6 +443,18 @@ class Llama(Completions, ChatFormats):
         if other.size:
             self.n_tokens = int(other[0])
             self._requires_eval = True
+
+    def _restore(self, tokens: Sequence[int]) -> None:
+        """Take from the store what a prompt begins with."""
+        if self._stored is None:
+            return
+        if self._logits_all:  # those of all tokens are not in the store
+            self._stored.restored = 0
+            return
+        with kept_until_return():
+            begin = self._stored.restore(tokens)
+            table = self._table(len(tokens)) if self._exact or self._fixed else -1
+            self._computed[begin : self.n_tokens] = table
 
     @property
     def restored_tokens(self) -> int:

@@ -12,6 +12,8 @@ import numpy as np
 import numpy.typing as npt
 from llama_cpp.llama_speculative import LlamaDraftModel
 
+from clex_local.vocabulary import common_prefix
+
 # The attention of a batch of up to 8 tokens gives each the bits that it has alone (ggml-clex-attn.cpp), as long as all
 # of them see as many blocks of 64 positions: the threads share out whole blocks.
 _BATCH, _BLOCK = 8, 64
@@ -74,9 +76,7 @@ class PromptLookup(LlamaDraftModel):
 
     def _follow(self, input_ids: npt.NDArray[np.intc]) -> None:
         """Take in the text, which mostly is that of the last call and a few tokens more."""
-        known = min(len(self._text), len(input_ids))
-        differs = np.flatnonzero(self._ids[:known] != input_ids[:known])
-        same = int(differs[0]) if len(differs) else known
+        same = common_prefix(self._ids[: len(self._text)], input_ids)
         if same < len(self._text):
             self._forget(same)
         if len(input_ids) > len(self._ids):

@@ -10,13 +10,13 @@ from datetime import datetime
 from typing import TYPE_CHECKING
 
 import llama_cpp
-import numpy as np
 
 from clex_local.chat_formats import chat_template
 from clex_local.errors import ClexError
 from clex_local.exchange import Exchange
 from clex_local.sampling import Sampling
 from clex_local.templates import ChatTemplate, TemplateError
+from clex_local.vocabulary import common_prefix
 
 if TYPE_CHECKING:
     from clex_local.llama import Llama
@@ -311,11 +311,7 @@ class Session:
 
     def _cached(self, tokens: list[int]) -> int:
         """Leading tokens that ``Llama.generate`` finds in its cache."""
-        cached = self.llm.input_ids[: self.llm.n_tokens]
-        n = min(len(cached), len(tokens))
-        different = np.flatnonzero(cached[:n] != np.asarray(tokens[:n], dtype=cached.dtype))
-        same = int(different[0]) if len(different) else n
-        return min(same, len(tokens) - 1)
+        return min(common_prefix(self.llm.input_ids[: self.llm.n_tokens], tokens), len(tokens) - 1)
 
     def _prompt(self, messages: list[dict[str, str]]) -> tuple[str, list[int]]:
         """The conversation as the template writes it, and as tokens.

@@ -7,15 +7,14 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-import numpy as np
-
 from clex_local.interrupt import kept_until_return
 from clex_local.store import BLOCK, DocumentStore, StoreError, store_wanted
+from clex_local.vocabulary import common_prefix
 
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-    from clex_local.llama import Llama
+    from clex_local.completion import Completions
 
 
 class StoredPrompt:
@@ -26,7 +25,7 @@ class StoredPrompt:
         restored: tokens of the last prompt that came from it.
     """
 
-    def __init__(self, llm: Llama, store: DocumentStore, exact: bool) -> None:
+    def __init__(self, llm: Completions, store: DocumentStore, exact: bool) -> None:
         self.store = store
         self.restored = 0
         self._llm = llm
@@ -35,7 +34,7 @@ class StoredPrompt:
         self._saved = 0  # blocks of the sequence that were handed to the store
 
     @classmethod
-    def of(cls, llm: Llama, store: bool | str | os.PathLike[str] | None, *, exact: bool) -> Self | None:
+    def of(cls, llm: Completions, store: bool | str | os.PathLike[str] | None, *, exact: bool) -> Self | None:
         """One for an argument ``store``, None where there is to be none or the model's texts cannot be stored.
 
         Raises:
@@ -59,27 +58,29 @@ class StoredPrompt:
             return None
         return cls(llm, opened, exact)
 
-    def restore(self, tokens: Sequence[int]) -> None:
-        """Take what a prompt begins with, where that is more than what is in the cache already."""
+    def restore(self, tokens: Sequence[int]) -> int:
+        """Take what a prompt begins with, where that is more than what is in the cache already.
+
+        Returns:
+            Tokens that the cache has as it had them; those behind them came from the store.
+        """
         self.restored = 0
         llm = self._llm
         cached = common_prefix(llm.input_ids[: llm.n_tokens], tokens)
-        # Logits of all tokens, where they are kept, are not in the store.
-        if llm._logits_all or len(tokens) - 1 - cached < BLOCK:
-            return
-        with kept_until_return():
-            # What is cached of another text goes now, as it would in any case.
-            llm._ctx.kv_cache_seq_rm(-1, cached, -1)
-            found = self.store.restore(llm.ctx, tokens, exact=self._exact)
-            if found != llm.n_tokens:
-                llm._requires_eval = True
-            llm.input_ids[cached:found] = tokens[cached:found]
-            llm._computed[min(cached, found) : found] = llm._table(len(tokens)) if self._exact else -1
-            llm.n_tokens = found
-            self._saved = found // BLOCK
-            self.restored = max(0, found - cached)
+        if len(tokens) - 1 - cached < BLOCK:
+            return llm.n_tokens
+        # What is cached of another text goes now, as it would in any case.
+        llm._ctx.kv_cache_seq_rm(-1, cached, -1)
+        found = self.store.restore(llm.ctx, tokens, exact=self._exact)
+        if found != llm.n_tokens:
+            llm._requires_eval = True
+        llm.input_ids[cached:found] = tokens[cached:found]
+        llm.n_tokens = found
+        self._saved = found // BLOCK
+        self.restored = max(0, found - cached)
         if llm.verbose and self.restored:
             print(f"clex_local: {self.restored:,} tokens from the document store", file=sys.stderr)
+        return min(cached, found)
 
     def save(self) -> None:
         """Hand over the blocks that the sequence has got since the last time."""
@@ -98,10 +99,3 @@ class StoredPrompt:
     def close(self) -> None:
         """Write what waits."""
         self.store.close()
-
-
-def common_prefix(cached: np.ndarray, tokens: Sequence[int]) -> int:
-    """How many tokens two texts have in common at their beginning."""
-    count = min(len(cached), len(tokens))
-    different = np.flatnonzero(cached[:count] != np.asarray(tokens[:count], dtype=cached.dtype))
-    return int(different[0]) if len(different) else count

@@ -8,6 +8,7 @@ from typing import Any
 
 import llama_cpp
 import numpy as np
+import numpy.typing as npt
 from llama_cpp.llama_tokenizer import LlamaTokenizer
 
 from clex_local.errors import ClexError, ModelError
@@ -33,6 +34,13 @@ def check_tokens(tokens: Iterable[int], n_vocab: int, path: str) -> None:
         wrong = [token for token in tokens if not isinstance(token, int) or not 0 <= token < n_vocab]
     if len(wrong):
         raise TokenError(f"{path}: {wrong[0]!s} is no token; its vocabulary has the numbers 0 to {n_vocab - 1:,}")
+
+
+def common_prefix(text: npt.NDArray[np.intc], other: Sequence[int] | npt.NDArray[np.intc]) -> int:
+    """How many tokens two texts have in common at their beginning."""
+    count = min(len(text), len(other))
+    different = np.flatnonzero(text[:count] != np.asarray(other[:count], dtype=text.dtype))
+    return int(different[0]) if len(different) else count
 
 
 class Tokenizer(LlamaTokenizer):
