@@ -79,8 +79,6 @@ struct llama_clex_cache {
 
     llama_clex_kept kept;
 
-    const bool windowed;
-
     llama_clex_texts texts; // of the cache of layers that see everything
 
     bool adapted = false; // what is computed now is changed by adapters: no text says what it is

@@ -74,7 +74,7 @@ static void clex_join_sharers(const llama_kv_cells & cells, clex_groups & groups
 static const llama_clex_tables LLAMA_CLEX_NO_TABLES;
 
 llama_clex_cache::llama_clex_cache(const llama_model & model, bool windowed) :
-    tables(windowed ? LLAMA_CLEX_NO_TABLES : model.clex), seqs(LLAMA_MAX_SEQ), windowed(windowed) {}
+    tables(windowed ? LLAMA_CLEX_NO_TABLES : model.clex), seqs(LLAMA_MAX_SEQ) {}
 
 void llama_clex_cache::clear() {
     std::fill(seqs.begin(), seqs.end(), seq_state {});
