@@ -690,7 +690,7 @@ def test_command_errors_are_one_line(tiny, tmp_path):
         assert result.stderr.startswith("clex-serve: error: ")
         return result.stderr
 
-    assert "no GGUF" in error(tmp_path) or True
+    assert "there are no GGUF files in this folder" in error(tmp_path)
     assert "covers 256 tokens" in error(tiny, "--ctx", 1000)
     assert "pass --api-key" in error(tiny, "--host", "0.0.0.0")
     assert "--log-disable: the log says" in error(tiny, "--port", 0, "--", "--log-disable")
