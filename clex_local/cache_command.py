@@ -44,6 +44,8 @@ def main(context: click.Context, show: bool, as_json: bool) -> None:
         if show or as_json:
             raise click.UsageError("options come after the command")
         return
+    from clex_local.settings import cache_name  # with the library
+
     with _store() as store:
         found = store.documents() if store else []
     names = short_names(document.name for document in found)
@@ -56,7 +58,7 @@ def main(context: click.Context, show: bool, as_json: bool) -> None:
         say(title)
         skipped = _common_beginning([item.begin for item in documents])
         for item in documents:
-            cache = item.type_k if item.type_k == item.type_v else f"{item.type_k}/{item.type_v}"
+            cache = cache_name(item.type_k, item.type_v)
             used = datetime.fromtimestamp(item.used).strftime("%Y-%m-%d %H:%M")
             size = readable_size(item.size)
             say(f"  {names[item.name]}  {item.tokens:>9,} tokens  {size:>8}  {used}  {cache}")
@@ -85,11 +87,7 @@ def rm(names: tuple[str, ...], model: str | None, as_json: bool) -> None:
             chosen += of_model
         # Removed by another process meanwhile is removed too.
         freed = sum((store and store.remove(name)) or 0 for name in dict.fromkeys(item.name for item in chosen))
-    number = len({item.name for item in chosen})
-    if as_json:
-        sys.stdout.write(json_line({"removed": number, "freed": freed}))
-    else:
-        say(f"{number} document{'s' * (number != 1)} removed, {readable_size(freed)} freed")
+    _say_removed(len({item.name for item in chosen}), freed, as_json)
 
 
 @main.command("clear", cls=Command)
@@ -102,12 +100,9 @@ def clear(yes: bool, as_json: bool) -> None:
         if not yes and number:
             if not sys.stdin.isatty():
                 raise click.UsageError("nobody is there to be asked: --yes removes all documents")
-            click.confirm(f"Remove {number} document{'s' * (number != 1)}?", abort=True, err=True)
+            click.confirm(f"Remove {_documents(number)}?", abort=True, err=True)
         freed = store.clear() if store else 0
-    if as_json:
-        sys.stdout.write(json_line({"removed": number, "freed": freed}))
-    else:
-        say(f"{number} document{'s' * (number != 1)} removed, {readable_size(freed)} freed")
+    _say_removed(number, freed, as_json)
 
 
 @main.command("check", cls=Command)
@@ -153,6 +148,17 @@ def stats(as_json: bool) -> None:
     say(f"size       {readable_size(facts['size'])}" + (f" of at most {readable_size(limit)}" if limit else ""))
     if facts["free"] is not None:
         say(f"free       {readable_size(facts['free'])} on this disk")
+
+
+def _documents(number: int) -> str:
+    return f"{number} document{'s' * (number != 1)}"
+
+
+def _say_removed(number: int, freed: int, as_json: bool) -> None:
+    if as_json:
+        sys.stdout.write(json_line({"removed": number, "freed": freed}))
+    else:
+        say(f"{_documents(number)} removed, {readable_size(freed)} freed")
 
 
 def short_names(names: Iterable[str]) -> dict[str, str]:

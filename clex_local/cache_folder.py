@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from clex_local.private_files import make_private
+
 
 def cache_folder() -> Path:
     """Where it is: what the environment's ``CLEX_CACHE`` says, or a folder among the user's caches.
@@ -25,6 +27,5 @@ def make_cache_folder() -> Path:
         OSError: it cannot be made.
     """
     folder = cache_folder()
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    folder.mkdir(mode=0o700, exist_ok=True)
+    make_private(folder)
     return folder

@@ -105,13 +105,13 @@ def reading_time(llm: Llama) -> ReadingTime | None:
 def speed_key(llm: Llama) -> str:
     """What the speed of a model depends on, in a line."""
     from clex_local.prompt_cache import model_number
+    from clex_local.settings import cache_name
 
     settings = llm.settings
-    cache = settings.type_k if settings.type_k == settings.type_v else f"{settings.type_k}/{settings.type_v}"
     parts = [
         f"{model_number(llm, llm._options):016x}",
         f"threads {settings.n_threads_batch}",
-        f"cache {cache}",
+        f"cache {cache_name(settings.type_k, settings.type_v)}",
         f"flash attention {'on' if settings.flash_attn else 'off'}",
         f"batch {settings.n_ubatch}",
         f"gpu layers {llm.model_params.n_gpu_layers}",

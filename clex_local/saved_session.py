@@ -16,6 +16,7 @@ from clex_local.run_options import RunOptions
 from clex_local.sampling import Sampling
 
 FORMAT, VERSION = "clex-local session", 1
+_RUN: dict[str, type] = {"ctx": int, "kv_type": str, "flash_attn": bool}  # options of the run that are kept
 _NUMBERS = re.compile(r"\[\s+(\d+(?:,\s+\d+)*)\s+\]")
 
 
@@ -70,7 +71,7 @@ class SavedSession:
     @staticmethod
     def run_of(options: RunOptions) -> dict[str, Any]:
         """The options that are kept."""
-        return {"ctx": options.ctx, "kv_type": options.kv_type, "flash_attn": options.flash_attn}
+        return {name: getattr(options, name) for name in _RUN}
 
     @property
     def files(self) -> list[AttachedFile]:
@@ -187,8 +188,7 @@ def _time(value: _Object, name: str) -> str:
 
 
 def _run(value: _Object) -> dict[str, Any]:
-    kinds = {"ctx": int, "kv_type": str, "flash_attn": bool}
-    run = {name: value.get(name, kind, type(None), default=None) for name, kind in kinds.items()}
+    run = {name: value.get(name, kind, type(None), default=None) for name, kind in _RUN.items()}
     if run["kv_type"] not in (None, *KV_TYPES) or (run["ctx"] or 0) < 0:
         raise _Wrong("a setting of the run is not known")
     return run

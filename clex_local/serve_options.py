@@ -43,7 +43,4 @@ class ServeOptions(RunOptions):
         "nothing, so that answers are those of the prompt alone (exact).",
         choices=["fast", "exact"],
     )
-    prompt_lookup: bool = option(
-        False, "Guess tokens that repeat the text so far, and compute them together: faster where answers quote it."
-    )
     server_args: tuple[str, ...] = option((), "Other options of llama-server; the last one counts.", command=False)

@@ -11,6 +11,16 @@ from clex_local.memory import KV_TYPES
 TYPE_NAMES = {code: name for name, (code, _, _) in KV_TYPES.items()}
 
 
+def type_name(code: int) -> str:
+    """The name of a ggml type, as far as caches have names for it."""
+    return TYPE_NAMES.get(code, f"ggml type {code}")
+
+
+def cache_name(type_k: str, type_v: str) -> str:
+    """The types of keys and values in a word."""
+    return type_k if type_k == type_v else f"{type_k}/{type_v}"
+
+
 @dataclass(frozen=True)
 class Settings:
     """What a context computes with, chosen or given.
@@ -37,8 +47,8 @@ class Settings:
         """Those of a context."""
         return cls(
             flash_attn=params.flash_attn_type == llama_cpp.LLAMA_FLASH_ATTN_TYPE_ENABLED,
-            type_k=TYPE_NAMES.get(params.type_k, f"ggml type {params.type_k}"),
-            type_v=TYPE_NAMES.get(params.type_v, f"ggml type {params.type_v}"),
+            type_k=type_name(params.type_k),
+            type_v=type_name(params.type_v),
             n_threads=params.n_threads,
             n_threads_batch=params.n_threads_batch,
             n_batch=params.n_batch,

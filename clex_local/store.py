@@ -17,7 +17,7 @@ from clex_local import llama_clex_store
 from clex_local.cache_folder import cache_folder
 from clex_local.errors import ClexError
 from clex_local.log import ERROR, logged
-from clex_local.settings import TYPE_NAMES
+from clex_local.settings import type_name
 from clex_local.sizes import size_in_bytes
 
 BLOCK = llama_clex_store.BLOCK
@@ -256,8 +256,8 @@ def _document(item: llama_clex_store.Document) -> Document:
         model=item.model.decode("utf-8", errors="replace"),
         model_id=item.model_id.decode(),
         begin=item.begin.decode("utf-8", errors="replace"),
-        type_k=TYPE_NAMES.get(item.type_k, f"ggml type {item.type_k}"),
-        type_v=TYPE_NAMES.get(item.type_v, f"ggml type {item.type_v}"),
+        type_k=type_name(item.type_k),
+        type_v=type_name(item.type_v),
         tokens=item.n_tokens,
         size=item.n_bytes,
         own_size=item.n_bytes_own,
