@@ -222,7 +222,7 @@ def _folder() -> Path:
 
 @contextmanager
 def _store() -> Iterator[DocumentStore | None]:
-    """The store, for a block; None where there is none: looking at it makes none."""
+    """The store, for a block; None where there is none: looking at it makes none. Folders left empty by it go."""
     if not _folder().exists():
         yield None
         return
@@ -230,6 +230,15 @@ def _store() -> Iterator[DocumentStore | None]:
 
     with DocumentStore() as store:
         yield store
+    _remove_empty(store.folder)
+
+
+def _remove_empty(folder: Path) -> None:
+    """Remove folders of models that have no document any more; those of other things stay."""
+    for model in folder.glob("[0-9a-f]" * 16):
+        for path in [*model.glob("[0-9a-f]" * 2), model]:
+            with suppress(OSError):  # not empty, or no folder
+                path.rmdir()
 
 
 def _bytes_in(folder: Path) -> int:

@@ -99,6 +99,16 @@ def test_removing_keeps_what_another_text_begins_with(models):
     assert sorted(read(models[0], A, other)) == [512, 1024]
 
 
+def test_removing_leaves_no_empty_folders(models, folder):
+    read(models[0], A)
+    read(models[1], B)
+    (folder / "others").mkdir()
+    run("rm", "--model", "tiny")
+    assert sorted(path.name for path in folder.iterdir()) == ["models", "others"]
+    read(models[0], A)
+    assert listed()
+
+
 def test_removing_by_model_and_at_once(models):
     read(models[0], A, B)
     read(models[1], A, B)

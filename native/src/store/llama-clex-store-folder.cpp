@@ -140,16 +140,18 @@ void clex_store_folder::write(const std::string & path, const std::vector<uint8_
     static std::atomic<uint64_t> n_written = { 0 };
 
     const std::string folder = path.substr(0, path.rfind('/'));
-    clex_make_folder(folder.substr(0, folder.rfind('/')));
-    clex_make_folder(folder);
 
-    // a process that was killed, or one on another machine or in another container, may have had the same number
+    // a process that was killed, or one on another machine or in another container, may have had the same number; and
+    // clex-cache removes folders that are empty
     std::string part;
     file_closer file = { -1 };
+    int n_tries = 0;
     do {
+        clex_make_folder(folder.substr(0, folder.rfind('/')));
+        clex_make_folder(folder);
         part = path + "." + std::to_string(getpid()) + "-" + std::to_string(n_written++) + CLEX_PART;
         file.fd = open(part.c_str(), O_WRONLY | O_CREAT | O_EXCL | O_NOFOLLOW | O_CLOEXEC, 0600);
-    } while (file.fd < 0 && errno == EEXIST);
+    } while (file.fd < 0 && (errno == EEXIST || (errno == ENOENT && ++n_tries < 10)));
 
     if (file.fd < 0) {
         throw std::runtime_error(part + ": " + strerror(errno));
