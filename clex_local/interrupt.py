@@ -1,4 +1,4 @@
-"""Ctrl-C while llama.cpp computes.
+"""Ctrl-C while llama.cpp loads, computes or frees.
 
 Python runs the handler of a signal as soon as it runs anything, and in a callback from C that is where ctypes prints
 the exception and drops it. So handlers run as ever, and what they raise is kept until C has returned. In ``__del__``
@@ -35,7 +35,7 @@ class _Keeper:
 
 def _handlers() -> Iterator[tuple[signal.Signals | int, Callable[[int, Any], Any]]]:
     """Python's handlers of signals, with their signals; none in a thread that runs no handlers."""
-    if threading.current_thread() is threading.main_thread():
+    if is_main_thread():
         for number in signal.valid_signals():
             handler = signal.getsignal(number)
             if callable(handler):
@@ -82,7 +82,18 @@ def handled_later() -> Iterator[None]:
             _thread.start_new_thread(signal.raise_signal, (number,))
 
 
+def is_main_thread() -> bool:
+    """Whether this thread is the one that runs handlers."""
+    return threading.current_thread() is threading.main_thread()
+
+
+@ctypes.CFUNCTYPE(ctypes.c_bool, ctypes.c_void_p)
+def aborts(data: int | None) -> bool:
+    """A ``ggml_abort_callback`` that ends a computation when a handler has raised something."""
+    return bool(_kept) and is_main_thread()
+
+
 @ctypes.CFUNCTYPE(ctypes.c_bool, ctypes.c_float, ctypes.c_void_p)
 def progress(part: float, data: int | None) -> bool:
     """A ``llama_progress_callback`` that ends the loading of a model when a handler has raised something."""
-    return not (_kept and threading.current_thread() is threading.main_thread())
+    return not (_kept and is_main_thread())

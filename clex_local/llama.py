@@ -8,8 +8,8 @@ import inspect
 import os
 import sys
 import warnings
-from collections.abc import Callable, Generator, Sequence
-from contextlib import ExitStack, nullcontext
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Concatenate, Literal, ParamSpec, TypeVar
 
@@ -39,7 +39,7 @@ from clex_local.completion import Completions
 from clex_local.decoding import NOT_FINITE, DecodeError, decode_errors
 from clex_local.embedding import embeddings
 from clex_local.errors import ClexError, ModelError
-from clex_local.interrupt import handled_later, kept_until_return, progress
+from clex_local.interrupt import aborts, handled_later, is_main_thread, kept_until_return, progress
 from clex_local.lifetime import Closed, close_at_exit
 from clex_local.log import ERROR, logged
 from clex_local.lora import check_adapter
@@ -58,6 +58,9 @@ if TYPE_CHECKING:
     from clex_local.bindings_arguments import BindingsArguments
 
 _GENERATE = inspect.signature(llama_cpp.Llama.generate)
+
+_LONG_BATCH = 32  # tokens
+_NEVER = llama_cpp.ggml_abort_callback()
 
 Arguments = ParamSpec("Arguments")
 Result = TypeVar("Result")
@@ -347,7 +350,7 @@ class Llama(Completions, ChatFormats):
         end = self.n_tokens + len(tokens)
         self._batch.set_batch(batch=tokens, n_past=self.n_tokens, logits_all=self._logits_all or guesses)
         try:
-            with decode_errors(self.model_path):
+            with decode_errors(self.model_path), self._stoppable(len(tokens)):
                 self._ctx.decode(self._batch)
         except DecodeError as error:
             if error.status == NOT_FINITE:  # it would reach whatever is computed next
@@ -360,6 +363,22 @@ class Llama(Completions, ChatFormats):
             self.scores[self.n_tokens : end] = logits
         self.n_tokens, self._guessed = end, 0
         self._requires_eval = False
+
+    @contextmanager
+    def _stoppable(self, n_tokens: int) -> Iterator[None]:
+        """Let Ctrl-C end a batch that takes long: what was computed of it is forgotten."""
+        # What cannot be taken back, or has been taken by a part of the batch, would be missed.
+        takes_back = n_tokens <= self.context_params.n_ubatch and self._takes_back
+        if n_tokens < _LONG_BATCH or not takes_back or not is_main_thread():
+            yield
+            return
+        with kept_until_return():
+            # Not for good: it is asked at each step of a computation, which costs a token more than a batch.
+            llama_cpp.llama_set_abort_callback(self.ctx, aborts, ctypes.c_void_p())
+            try:
+                yield
+            finally:
+                llama_cpp.llama_set_abort_callback(self.ctx, _NEVER, ctypes.c_void_p())
 
     @_reading
     @with_arguments_of(llama_cpp.Llama.sample)
@@ -460,6 +479,11 @@ class Llama(Completions, ChatFormats):
     def restored_tokens(self) -> int:
         """Tokens of the last prompt of ``generate`` that came from the store."""
         return 0 if self._stored is None else self._stored.restored
+
+    @property
+    def stored_tokens(self) -> int | None:
+        """Tokens of the cached text that are in the store or on their way; None where nothing is stored."""
+        return None if self._stored is None else self._stored.saved
 
     def _table(self, n_tokens: int) -> int:
         """What decides the values computed for a token of a sequence of n_tokens: its bucket, or its length too."""

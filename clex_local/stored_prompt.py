@@ -82,6 +82,11 @@ class StoredPrompt:
             print(f"clex_local: {self.restored:,} tokens from the document store", file=sys.stderr)
         return min(cached, found)
 
+    @property
+    def saved(self) -> int:
+        """Tokens of the sequence that are in the store, or on their way."""
+        return 0 if self._stopped else min(self._saved * BLOCK, self._llm.n_tokens)
+
     def save(self) -> None:
         """Hand over the blocks that the sequence has got since the last time."""
         llm = self._llm
