@@ -12,6 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from clex_local.answer_view import PlainView
+from clex_local.chat_commands import completions, do, path_in
+from clex_local.chat_options import SCRIPT_TOKENS, ChatOptions
 from clex_local.command import INTERRUPTED, SETTINGS, Command, say
 from clex_local.command_options import given_options, options_from
 from clex_local.conversation import Chat
@@ -27,7 +30,7 @@ from clex_local.saved_session import SavedSession, SessionError
 from clex_local.session_folder import KeptSession, sessions_folder
 from clex_local.session_keeper import SessionKeeper
 from clex_local.sizes import readable_size
-from clex_local.terminal import Terminal, json_line, printable, with_advice
+from clex_local.terminal import Terminal, json_line, with_advice
 from clex_local.text_input import Piped, join, read_text
 
 if TYPE_CHECKING:
@@ -109,7 +112,9 @@ def converse(terminal: Terminal, keeper: SessionKeeper, model: Path, fitted: boo
     keeper.describe()
     chat.welcome()
     edit = sys.stdout.isatty() and os.environ.get("TERM") != "dumb"
-    chat.run(line_editor(chat.commands, chat.status) if edit else plain_lines)
+    chat.edits = edit
+    read = line_editor(lambda line: completions(chat, line), path_in, chat.status) if edit else plain_lines
+    chat.run(read, do)
 
 
 def answer_once(
@@ -132,28 +137,24 @@ def answer_once(
         ClexError: the prompt cannot be answered, or what was said cannot be saved.
         BrokenPipeError: nobody reads stdout any more.
     """
-    code = 0
-
-    def write(piece: str) -> None:
-        if not as_json:
-            sys.stdout.write(printable(piece))
-            sys.stdout.flush()
-
+    code, view = 0, PlainView(lambda piece: None) if as_json else terminal.view()
     keeper = keeper or SessionKeeper(terminal.session, terminal.tell)
     try:
         with keeper.turn(text, files):
-            terminal.answer(text, write)
+            terminal.answer(text, view.write)
     except KeyboardInterrupt:
         code = INTERRUPTED
+    finally:
+        view.end()
     answer = terminal.session.last
     if answer is None:  # interrupted before anything began
         return code
     if as_json:
         sys.stdout.write(json_line(report(terminal.session, answer) | {"session": keeper.name}))
-    elif answer.text and not answer.text.endswith("\n"):
-        sys.stdout.write("\n")
     sys.stdout.flush()
     terminal.end_of_answer(answer)
+    if answer.finish_reason == "interrupted" and not answer.completion_tokens:
+        terminal.note(f"[stopped while reading{terminal.read_so_far(answer)}]")
     if keeper.failure:
         raise keeper.failure
     return code
@@ -193,9 +194,6 @@ def report(session: Session, answer: Answer) -> dict[str, Any]:
     }
 
 
-TEMPLATES = ["model", "chatml", "plain"]
-
-
 def _open_session(name: str, context: click.Context, model: Path | None) -> tuple[KeptSession, Path]:
     """The conversation of a name, which is ours from now on, and the model to go on with.
 
@@ -215,23 +213,24 @@ def _open_session(name: str, context: click.Context, model: Path | None) -> tupl
 
 
 def _as_before(
-    saved: SavedSession, context: click.Context, sampling: Sampling, options: RunOptions
-) -> tuple[Sampling, RunOptions, str, str | None]:
-    """Sampling, options, chat template and system message of a conversation, but for those that were given.
+    saved: SavedSession, context: click.Context, sampling: Sampling, options: RunOptions, answering: ChatOptions
+) -> tuple[Sampling, RunOptions, ChatOptions]:
+    """The options of a conversation, but for those that were given.
 
     Raises:
         ClexError: another system message was given.
     """
-    if context.params["system"] not in (None, saved.system):
+    if answering.system not in (None, saved.system):
         raise ClexError(f"the session {saved.name} has another system message: leave out `system`")
     given = given_options(context, RunOptions)
     run = {name: value for name, value in saved.run.items() if name not in given and value is not None}
-    template_given = context.get_parameter_source("chat_template") is not click.core.ParameterSource.DEFAULT
+    template = (
+        answering.chat_template if "chat_template" in given_options(context, ChatOptions) else saved.chat_template
+    )
     return (
         replace(saved.sampling, **given_options(context, Sampling)),
         replace(options, **run),
-        context.params["chat_template"] if template_given else saved.chat_template,
-        saved.system,
+        replace(answering, chat_template=template, system=saved.system),
     )
 
 
@@ -253,23 +252,9 @@ def _as_before(
     help="Go on with the conversation NAME, or begin it, and save it after every answer. Its model, system message, "
     "template and options are taken where none are given.",
 )
-@click.option("--system", metavar="TEXT", help="System message.")
-@click.option(
-    "--max-tokens",
-    type=click.IntRange(min=1),
-    metavar="N",
-    show_default="when the model ends it",
-    help="End an answer after N tokens.",
-)
+@options_from(ChatOptions, name="answering")
 @options_from(Sampling, name="sampling")
 @options_from(RunOptions)
-@click.option(
-    "--chat-template",
-    metavar="NAME",
-    type=click.Choice(TEMPLATES),
-    default="model",
-    help="How messages become a prompt: model (its own template), chatml, or plain (the text is continued).",
-)
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object with the answer, tokens and speed.")
 @click.version_option(package_name="clex-local")
 def main(
@@ -277,11 +262,9 @@ def main(
     prompt: str | None,
     files: tuple[str, ...],
     session_name: str | None,
-    system: str | None,
-    max_tokens: int | None,
+    answering: ChatOptions,
     sampling: Sampling,
     options: RunOptions,
-    chat_template: str,
     as_json: bool,
 ) -> int:
     """Chat with MODEL, a GGUF file, over contexts longer than it was trained for.
@@ -295,9 +278,9 @@ def main(
     # Read before the model is loaded, so that a wrong name costs no time.
     kept, model = _open_session(session_name, context, model) if session_name is not None else (None, model)
     if kept and kept.saved:
-        sampling, options, chat_template, system = _as_before(kept.saved, context, sampling, options)
+        sampling, options, answering = _as_before(kept.saved, context, sampling, options, answering)
     assert model is not None
-    if chat_template == "plain" and system is not None:
+    if answering.chat_template == "plain" and answering.system is not None:
         raise click.UsageError("--system needs a chat template, --chat-template plain has none")
     question = Question.read(prompt, files)
     if as_json and question is None:
@@ -307,22 +290,16 @@ def main(
     store = store_wanted(options.store)
     makes_store = store is not None and not store.exists()
     with closing(_open(model, options, quiet=question is not None)) as llm:
-        from clex_local.session import CHATML, PLAIN, Session
         from clex_local.templates import TemplateError
 
-        template = {"chatml": CHATML, "plain": PLAIN}.get(chat_template)
         try:
-            session = Session(llm, system=system, template=template, sampling=sampling)
-            terminal = Terminal(session, max_tokens, quiet=as_json)
-            keeper = SessionKeeper(session, terminal.tell, chat_template, SavedSession.run_of(options), kept)
+            terminal = _terminal(llm, answering, sampling, question, as_json)
+            run = SavedSession.run_of(options)
+            keeper = SessionKeeper(terminal.session, terminal.tell, answering.chat_template, run, kept)
             context.call_on_close(keeper.close)
             keeper.resume()
         except TemplateError as error:
             raise with_advice(error) from error
-        if chat_template == "model" and not session.has_own_template:
-            terminal.note(
-                "this model has no chat template: it continues your text (--chat-template chatml tries ChatML)"
-            )
         if question is not None:
             keeper.describe(changes_only=True)
             return answer_once(terminal, question.text(), as_json, keeper, question.files)
@@ -332,6 +309,30 @@ def main(
             )
         converse(terminal, keeper, model, fitted=options.ctx is None)
     return 0
+
+
+def _terminal(
+    llm: Llama, answering: ChatOptions, sampling: Sampling, question: Question | None, as_json: bool
+) -> Terminal:
+    """A conversation with a model, at a terminal or as a script asks.
+
+    Raises:
+        ClexError: the template is broken or refuses the system message.
+    """
+    from clex_local.session import CHATML, PLAIN, Session
+
+    template = {"chatml": CHATML, "plain": PLAIN}.get(answering.chat_template)
+    session = Session(llm, system=answering.system, template=template, sampling=sampling, stops_repetition=True)
+    max_tokens = answering.max_tokens
+    if max_tokens is None and question is not None:
+        max_tokens = SCRIPT_TOKENS
+    terminal = Terminal(
+        session, max_tokens or None, quiet=as_json, plain=answering.plain, on_full=answering.on_full,
+        talks=question is None,
+    )  # fmt: skip
+    if answering.chat_template == "model" and not session.has_own_template:
+        terminal.note("this model has no chat template: it continues your text (--chat-template chatml tries ChatML)")
+    return terminal
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The conversation at a terminal: its commands, the files that wait for a message, its state in words."""
+"""The conversation at a terminal: messages and answers, the files that wait for a message, its state in words."""
 
 from __future__ import annotations
 
@@ -12,22 +12,15 @@ from clex_local.errors import ClexError, escaped
 from clex_local.exchange import AttachedFile
 from clex_local.line_editor import no_echo
 from clex_local.session_keeper import SessionKeeper
-from clex_local.terminal import Terminal, describe_bucket, printable
+from clex_local.terminal import Terminal, describe_bucket
 from clex_local.text_input import join, read_text
 
 if TYPE_CHECKING:
-    from clex_local.session import Session
+    from clex_local.answer_view import AnswerView
+    from clex_local.session import Answer, Session
 
-HELP = """\
-/file PATH   put a text file in front of your next message
-/reset       forget the conversation; a saved one stays as it was saved
-/save [NAME] save the conversation, and go on saving it after every answer
-/load NAME   go on with a saved conversation
-/sessions    the conversations that are saved
-/stats       tokens, buckets, speed, memory, settings
-/quit        leave (Ctrl-D too)
-Enter sends. Alt-Enter, or a backslash at the end of a line, starts a new line.
-Ctrl-C stops an answer and keeps what was written. A space before a slash makes it text."""
+_NEARLY_FULL = 0.8  # of the context, from which on the status line warns
+_LONG = 512  # tokens of a file that is worth finding on disk
 
 
 @dataclass
@@ -57,36 +50,47 @@ class Chat:
         self.name = name
         self.memory = memory
         self.attachments: list[Attachment] = []
-        self.commands: dict[str, Callable[[str], None]] = {
-            "/help": lambda _: self.terminal.note(HELP),
-            "/file": self.attach,
-            "/reset": self.reset,
-            "/save": self.keeper.save,
-            "/load": self.load,
-            "/sessions": lambda _: self.terminal.note(self.keeper.listing()),
-            "/stats": lambda _: self.terminal.note(self.stats()),
-            "/quit": self.quit,
-        }
+        self.edits = False  # there is a line editor
+        self.editing = False  # what comes next replaces the last message
+        self.draft = ""  # what the line editor begins with
+        self.thoughts = ""  # of the last answer
 
-    def run(self, read: Callable[[], str]) -> None:
-        """Read lines and answer them until the end of input or ``/quit``."""
+    @property
+    def seed(self) -> int:
+        """Of the sampler; -1 for a new one each time."""
+        seed = self.session.llm._seed
+        return -1 if seed == 2**32 - 1 else seed
+
+    def run(self, read: Callable[[str], str], do: Callable[[Chat, str], bool]) -> None:
+        """Read lines and answer them until the end of input or ``/quit``.
+
+        Args:
+            read: gives a line, which begins with a text that can be edited; raises EOFError at the end, and
+                KeyboardInterrupt for Ctrl-C.
+            do: does what a line says, if it is a command; whether it is one.
+        """
         while True:
+            draft, self.draft = self.draft, ""
+            editing, self.editing = self.editing, False
             try:
-                line = read()
+                line = read(draft)
             except KeyboardInterrupt:
-                self.terminal.note("/quit or Ctrl-D leaves")
+                self.terminal.note("your message stays as it was" if editing else "/quit or Ctrl-D leaves")
                 continue
             except EOFError:
                 return
             try:
-                if line.startswith("/"):
-                    self.command(line)
+                if do(self, line):
+                    continue
+                if editing:
+                    self.replace(line)
                 elif line.strip():
                     self.turn(line)
                 elif self.attachments:
                     self.terminal.note("type a message to send with the file")
                 elif self.keeper.unanswered:
-                    self.answer(self.keeper.unanswered.message, self.keeper.unanswered.files)
+                    waiting = self.keeper.unanswered
+                    self.answer(waiting.message, waiting.files, waiting.typed_from)
             except EOFError:
                 return
             except ClexError as error:
@@ -94,45 +98,63 @@ class Chat:
             except KeyboardInterrupt:
                 self.terminal.note("[stopped]")
 
-    def command(self, line: str) -> None:
-        """Do what a line with a slash says."""
-        name, _, rest = line.strip().partition(" ")
-        if name in self.commands:
-            self.commands[name](rest.strip())
-        else:
-            raise ClexError(f"unknown command {name}; /help lists them, a space before the slash makes it text")
-
     def turn(self, text: str) -> None:
         """Send a message, with the files that wait for it."""
         message = join([file.text for file in self.attachments] + [text])
-        self.answer(message, [waiting.file for waiting in self.attachments if waiting.file])
+        files = [waiting.file for waiting in self.attachments if waiting.file]
+        self.answer(message, files, len(message) - len(join([text])))
 
-    def answer(self, message: str, files: list[AttachedFile]) -> None:
-        """Answer a message that was made of these files."""
+    def replace(self, text: str) -> None:
+        """Send a text in place of what was typed last, with the files that were part of that."""
+        last = self.session.exchanges[-1]
+        if text.strip() and text.strip("\n") != last.typed:
+            self.answer(last.message[: last.typed_from] + text.strip("\n"), last.files, last.typed_from, replaces=True)
+        else:
+            self.terminal.note("your message stays as it was; /regenerate has it answered once more")
+
+    def answer(self, message: str, files: list[AttachedFile], typed_from: int = 0, replaces: bool = False) -> None:
+        """Answer a message that was made of these files.
+
+        Args:
+            message: with the texts of the files.
+            files: what is remembered of them.
+            typed_from: where in the message what was typed begins.
+            replaces: it takes the place of the last one, which is kept should there be no answer.
+        """
+        view = self.terminal.view()
         try:
-            with no_echo(), self.keeper.turn(message, files):
-                answer = self.terminal.answer(message, self.write)
+            with no_echo(), self.keeper.turn(message, files, typed_from, replaces):
+                answer = self._answered(message, view, replaces)
         except KeyboardInterrupt:
             answer = self.session.last
+        finally:
+            view.end()
+        self.thoughts = view.thoughts
         if answer is None:  # interrupted before anything began
+            self.terminal.note("[stopped]")
             return
-        if answer.text and not answer.text.endswith("\n"):
-            self.write("\n")
         self.terminal.end_of_answer(answer)
         if self.keeper.failure:
             self.terminal.tell(str(self.keeper.failure), failed=True)
         if answer.finish_reason == "interrupted" and not answer.completion_tokens:
-            waiting = "; the file still waits for your next message" if self.attachments else ""
-            self.terminal.note(f"[stopped while reading: the message was not sent{waiting}]")
-        else:
+            waiting = "; the file still waits for your next message" if self.attachments and not replaces else ""
+            kept = self.terminal.read_so_far(answer)
+            said = "what was said stays as it was" if replaces else "the message was not sent"
+            self.terminal.note(f"[stopped while reading: {said}{waiting}{kept}]")
+        elif not replaces:
             self.attachments.clear()
-        self.write("\n")
-
-    @staticmethod
-    def write(piece: str) -> None:
-        """Write a piece of an answer."""
-        sys.stdout.write(printable(piece))
+        sys.stdout.write("\n")
         sys.stdout.flush()
+
+    def _answered(self, message: str, view: AnswerView, replaces: bool) -> Answer:
+        before = self.session.exchanges
+        try:
+            if replaces:
+                self.session.undo()
+            return self.terminal.answer(message, view.write)
+        finally:
+            if replaces and len(self.session.exchanges) < len(before):
+                self.session.change(exchanges=before)
 
     def attach(self, path: str) -> None:
         """Put a file in front of the next message."""
@@ -146,12 +168,33 @@ class Chat:
             raise ClexError(f"{path}: an empty file")
         name = escaped(file.name, 60)
         self.attachments.append(Attachment(name, text, self.session.count(text), AttachedFile.of(file)))
+        tokens = self.attachments[-1].tokens
         waiting = sum(attachment.tokens for attachment in self.attachments)
         left = self.session.capacity - self.session.used
-        line = f"{name}: {self.attachments[-1].tokens:,} tokens, sent with your next message"
+        line = f"{name}: {tokens:,} tokens, sent with your next message"
         if waiting >= left:
             line += f"; that will not fit: {waiting:,} tokens of files, {left:,} left in the context"
+            line += f"; /drop {name} takes it back"
+        elif self.session.exchanges and tokens >= _LONG and self.session.llm.stored_tokens is not None:
+            # A document is found again by all that is in front of it, and here that is a conversation.
+            line += "; behind this conversation it is read anew, also if it was read before: /reset first finds it"
         self.terminal.note(line)
+
+    def drop(self, name: str) -> None:
+        """Take back a file that waits for the next message, or all of them."""
+        if not self.attachments:
+            raise ClexError("no file waits for your next message; what was sent stays in the conversation")
+        names = [attachment.name for attachment in self.attachments]
+        if not name and len(names) > 1:
+            raise ClexError(f"/drop needs a name, or all: {', '.join(names)}")
+        if name and name != "all" and name not in names:
+            raise ClexError(f"no file {escaped(name, 60)} waits; there are {', '.join(names)}")
+        # Of several with one name, the last is the one that was attached by mistake.
+        last = len(names) - 1 - names[::-1].index(name) if name in names else 0
+        dropped = names if name in ("", "all") else [self.attachments[last].name]
+        kept = [] if name in ("", "all") else self.attachments[:last] + self.attachments[last + 1 :]
+        self.attachments[:] = kept
+        self.terminal.note(f"{', '.join(dropped)}: not sent")
 
     def reset(self, _: str) -> None:
         """Forget the conversation and the files that wait."""
@@ -177,9 +220,10 @@ class Chat:
     def stats(self) -> str:
         """The state in a few lines."""
         session, totals, clex = self.session, self.session.totals, self.session.llm.clex
+        left_out = f", the oldest {session.left_out:,} turns left out" if session.left_out else ""
         lines = [
             f"model      {self.name}",
-            f"context    {session.used:,} of {session.capacity:,} tokens",
+            f"context    {session.used:,} of {session.capacity:,} tokens{left_out}",
             f"cache      {self.memory}",
             f"settings   {session.llm.settings}",
         ]
@@ -209,6 +253,8 @@ class Chat:
         """The state in one line."""
         session, clex = self.session, self.session.llm.clex
         parts = [f"{session.used:,} of {session.capacity:,} tokens"]
+        if session.used > _NEARLY_FULL * session.capacity:
+            parts.append(f"nearly full: {session.capacity - session.used:,} left")
         if self.keeper.name:
             parts.insert(0, self.keeper.name)
         if clex:

@@ -52,6 +52,7 @@ class Exchange:
 
     Attributes:
         message: of the user, with the text of the files.
+        typed_from: where in it what was typed begins, behind the texts of files.
         answer: of the model.
         tokens: the answer as it was generated, without what ended it.
         finish_reason: why it ended, see ``Answer``.
@@ -63,3 +64,9 @@ class Exchange:
     tokens: list[int] = field(default_factory=list)
     finish_reason: str = "interrupted"
     files: list[AttachedFile] = field(default_factory=list)
+    typed_from: int = 0
+
+    @property
+    def typed(self) -> str:
+        """The message without the texts of files."""
+        return self.message[self.typed_from :]

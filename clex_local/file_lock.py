@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import errno
+import itertools
 import os
 import sys
 from contextlib import suppress
 from pathlib import Path
+
+_ATTEMPTS = 100  # file systems that number a file anew each time have it then
 
 
 class InUse(Exception):
@@ -18,7 +21,9 @@ class InUse(Exception):
 
 
 class FileLock:
-    """Holds a lock until it is closed. On a file system without locks nothing is held, and nothing is refused.
+    """Holds a lock until it is closed, which removes the file.
+
+    On a file system without locks nothing is held, and nothing is refused.
 
     Raises:
         InUse: somebody else has it.
@@ -26,23 +31,50 @@ class FileLock:
     """
 
     def __init__(self, path: Path) -> None:
-        self._descriptor: int | None = os.open(path, os.O_CREAT | os.O_RDWR, 0o600)
-        try:
-            if not _taken(self._descriptor):
-                raise InUse(_number(self._descriptor))
-            if sys.platform != "win32":  # where nobody can read what is locked
-                with suppress(OSError):
-                    os.ftruncate(self._descriptor, 0)
-                    os.pwrite(self._descriptor, f"{os.getpid()}\n".encode(), 0)
-        except BaseException:
-            self.close()
-            raise
+        self._path = path
+        self._descriptor = _opened(path)
+        if sys.platform != "win32":  # where nobody can read what is locked
+            with suppress(OSError):
+                os.ftruncate(self._descriptor, 0)
+                os.pwrite(self._descriptor, f"{os.getpid()}\n".encode(), 0)
 
     def close(self) -> None:
-        """Give it back. The file stays: another process may be about to lock it."""
-        if self._descriptor is not None:
-            os.close(self._descriptor)
-            self._descriptor = None
+        """Give it back, and remove the file."""
+        descriptor, self._descriptor = self._descriptor, None
+        if descriptor is None:
+            return
+        if sys.platform != "win32":  # while it is held: nobody else's is removed
+            with suppress(OSError):
+                os.unlink(self._path)
+        os.close(descriptor)
+        if sys.platform == "win32":  # which removes nothing that somebody has open
+            with suppress(OSError):
+                os.unlink(self._path)
+
+
+def _opened(path: Path) -> int:
+    """A descriptor of the file that has this name, locked."""
+    for attempt in itertools.count():
+        descriptor = os.open(path, os.O_CREAT | os.O_RDWR, 0o600)
+        try:
+            if not _taken(descriptor):
+                raise InUse(_number(descriptor))
+            if _is_named(descriptor, path) or attempt == _ATTEMPTS:
+                return descriptor
+        except BaseException:
+            os.close(descriptor)
+            raise
+        os.close(descriptor)  # who held it has removed it before we had it
+    raise AssertionError("not reached")
+
+
+def _is_named(descriptor: int, path: Path) -> bool:
+    if sys.platform == "win32":
+        return True
+    try:
+        return os.path.samestat(os.fstat(descriptor), os.stat(path))
+    except FileNotFoundError:
+        return False
 
 
 def _taken(descriptor: int) -> bool:

@@ -15,13 +15,16 @@ if TYPE_CHECKING:
     from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent
 
 
-def line_editor(commands: Iterable[str], status: Callable[[], str]) -> Callable[[], str]:
-    """A function that lets the user edit one message: history, several lines, completion, a status line.
+def line_editor(
+    words: Callable[[str], Iterable[str]], path: Callable[[str], str | None], status: Callable[[], str]
+) -> Callable[[str], str]:
+    """A function that lets the user edit a text to one message: history, several lines, completion, a status line.
 
     It raises EOFError for Ctrl-D and KeyboardInterrupt for Ctrl-C, each where nothing was typed.
 
     Args:
-        commands: names that begin with a slash, to complete.
+        words: gives what the first word of a line can become, or where a space follows it, all that stands behind that.
+        path: gives the beginning of a path that a line ends with, None where it ends with none.
         status: what the line below says.
     """
     from prompt_toolkit import PromptSession
@@ -33,12 +36,13 @@ def line_editor(commands: Iterable[str], status: Callable[[], str]) -> Callable[
         multiline=True,
         prompt_continuation="  ",
         key_bindings=_keys(),
-        completer=_completer(list(commands)),
+        completer=_completer(words, path),
         complete_while_typing=False,
         bottom_toolbar=status,
+        enable_suspend=True,
         style=Style.from_dict({"bottom-toolbar": "noreverse ansibrightblack"}),
     )
-    return editor.prompt
+    return lambda text: editor.prompt(default=text)
 
 
 def _history(file: Path) -> History:
@@ -61,8 +65,7 @@ def _history(file: Path) -> History:
     return History(file)
 
 
-def _completer(commands: list[str]) -> Completer:
-    """Completes the commands, and paths after ``/file``."""
+def _completer(words: Callable[[str], Iterable[str]], path: Callable[[str], str | None]) -> Completer:
     from prompt_toolkit.completion import CompleteEvent, Completer, Completion, PathCompleter
     from prompt_toolkit.document import Document
 
@@ -71,12 +74,13 @@ def _completer(commands: list[str]) -> Completer:
 
         def get_completions(self, document: Document, complete_event: CompleteEvent) -> Iterable[Completion]:
             line = document.text_before_cursor
-            if line.startswith("/file "):
-                yield from self.paths.get_completions(Document(line[len("/file ") :].lstrip()), complete_event)
-            elif line.startswith("/") and " " not in line:
-                for name in commands:
-                    if name.startswith(line):
-                        yield Completion(name, start_position=-len(line))
+            if "\n" in line:
+                return
+            if (begun := path(line)) is not None:
+                yield from self.paths.get_completions(Document(begun), complete_event)
+            last = line.partition(" ")[2] if " " in line else line
+            for word in words(line):
+                yield Completion(word, start_position=-len(last))
 
     return Commands()
 
@@ -135,8 +139,8 @@ def no_echo() -> Iterator[None]:
         termios.tcsetattr(sys.stdin, termios.TCSANOW, before)
 
 
-def plain_lines() -> str:
-    """Read one line without an editor, for terminals that cannot have one."""
+def plain_lines(text: str = "") -> str:
+    """Read one line without an editor, for terminals that cannot have one; there is no text to begin with then."""
     sys.stderr.write("> ")
     sys.stderr.flush()
     line = sys.stdin.readline()

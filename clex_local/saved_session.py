@@ -52,6 +52,7 @@ class SavedSession:
         run: of the options of the run, those that were given and decide how the cache is laid out.
         turns: what was said.
         unanswered: a message whose answer was under way.
+        left_out, summary, template_arguments: see ``Session``.
         began: when the conversation began, by the person's clock; see ``Session.began``.
         created, saved: times of the file, all of them ISO 8601.
     """
@@ -64,6 +65,9 @@ class SavedSession:
     run: dict[str, Any] = field(default_factory=dict)
     turns: list[Exchange] = field(default_factory=list)
     unanswered: Exchange | None = None
+    left_out: int = 0
+    summary: str = ""
+    template_arguments: dict[str, Any] = field(default_factory=dict)
     began: str = ""
     created: str = field(default_factory=lambda: now())
     saved: str = ""
@@ -159,6 +163,9 @@ def _session(value: _Object) -> SavedSession:
         run=_run(_Object(value.get("run", dict), "the run")),
         turns=[_exchange(turn) for turn in value.objects("turns")],
         unanswered=None if unanswered is None else _exchange(_Object(unanswered, "the unanswered message")),
+        left_out=_number(value, "left_out", len(value.get("turns", list))),
+        summary=value.get("summary", str, default=""),
+        template_arguments=value.get("template_arguments", dict, default={}),
         began=_time(value, "began"),
         created=value.get("created", str),
         saved=value.get("saved", str),
@@ -172,11 +179,19 @@ def _exchange(value: _Object) -> Exchange:
     files = value.objects("files")
     return Exchange(
         message=value.get("message", str),
+        typed_from=_number(value, "typed_from", len(value.get("message", str))),
         answer=value.get("answer", str),
         tokens=tokens,
         finish_reason=value.get("finish_reason", str),
         files=[AttachedFile(file.get("path", str), file.get("size", int), file.get("sha256", str)) for file in files],
     )
+
+
+def _number(value: _Object, name: str, most: int) -> int:
+    number = value.get(name, int, default=0)
+    if not 0 <= number <= most:
+        raise _Wrong(f"{name!r} of {value.where} is {number}")
+    return number
 
 
 def _time(value: _Object, name: str) -> str:

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import codecs
+import re
 import time
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from datetime import datetime
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import llama_cpp
 
 from clex_local.chat_formats import chat_template
 from clex_local.errors import ClexError
 from clex_local.exchange import Exchange
+from clex_local.repetition import is_stuck
 from clex_local.sampling import Sampling
 from clex_local.templates import ChatTemplate, TemplateError
+from clex_local.thoughts import OPEN
 from clex_local.vocabulary import common_prefix
 
 if TYPE_CHECKING:
@@ -30,6 +33,10 @@ PLAIN = (
     "{% for message in messages %}{% if message.role == 'user' and not loop.first %}{{ '\\n' }}{% endif %}"
     "{{ message.content }}{% endfor %}"
 )
+
+SUMMARY = "What was said before, in short:"
+# What `Session.resume` replaces.
+_CONVERSATION = ("system", "exchanges", "left_out", "summary", "messages", "_text", "_tokens")
 
 
 class PromptTooLong(ClexError):
@@ -46,9 +53,9 @@ class Answer:
     """What one turn produced and what it cost. Times are seconds.
 
     ``finish_reason`` is ``stop`` (the model ended), ``length`` (the caller's limit), ``context`` (the context is
-    full) or ``interrupted``. ``prefill_tokens`` of the ``prompt_tokens`` were computed, ``restored_tokens`` came from
-    the document store; the rest was in the cache. Prompt lookup guessed ``drafted_tokens`` of the answer,
-    ``accepted_tokens`` of them rightly.
+    full), ``repetition`` (it said the same again and again) or ``interrupted``. ``prefill_tokens`` of the
+    ``prompt_tokens`` were computed, ``restored_tokens`` came from the document store; the rest was in the cache. Prompt
+    lookup guessed ``drafted_tokens`` of the answer, ``accepted_tokens`` of them rightly.
     """
 
     text: str = ""
@@ -85,10 +92,14 @@ class Session:
         system: the system message, if any.
         template: a Jinja chat template in place of the one in the model's file, such as ``CHATML`` or ``PLAIN``.
         sampling: how tokens are drawn.
+        stops_repetition: end an answer that repeats itself without end.
 
     Attributes:
         messages: the conversation as templates take it.
         exchanges: the same, each message with its answer.
+        left_out: of the exchanges, how many at the beginning are no part of prompts any more.
+        summary: what stands for them.
+        template_arguments: what the template is told beside the messages, such as ``enable_thinking``.
         began: when it began, ISO 8601. Templates that write a date write this one: were it to change, everything
             behind it would be computed again.
         last: how the last turn went.
@@ -98,14 +109,23 @@ class Session:
     """
 
     def __init__(
-        self, llm: Llama, *, system: str | None = None, template: str | None = None, sampling: Sampling | None = None
+        self,
+        llm: Llama,
+        *,
+        system: str | None = None,
+        template: str | None = None,
+        sampling: Sampling | None = None,
+        stops_repetition: bool = False,
     ):
         self.llm = llm
+        self.stops_repetition = stops_repetition
         self.system = system
         self.sampling = sampling or Sampling()
         self.has_own_template = own_template(llm) is not None
+        self.template_arguments: dict[str, Any] = {}
         self.last: Answer | None = None
         self.totals = Answer()
+        self._opens_thought = False
         vocab = self._vocab = llm._model.vocab
         bos = llm.token_bos()
         self._bos = bos if llama_cpp.llama_vocab_get_add_bos(vocab) and bos >= 0 else None
@@ -137,6 +157,7 @@ class Session:
     def reset(self) -> None:
         """Start over. The system message stays, and so does what the cache holds of it."""
         self.exchanges: list[Exchange] = []
+        self.left_out, self.summary = 0, ""
         self._begin(datetime.now().isoformat(timespec="seconds"))
         self.messages: list[dict[str, str]] = []
         if self.system is not None:
@@ -147,7 +168,14 @@ class Session:
     def _begin(self, time: str) -> None:
         self.began = self._template.now = time
 
-    def resume(self, exchanges: Sequence[Exchange], system: str | None = None, began: str = "") -> None:
+    def resume(
+        self,
+        exchanges: Sequence[Exchange],
+        system: str | None = None,
+        began: str = "",
+        left_out: int = 0,
+        summary: str = "",
+    ) -> None:
         """Go on with another conversation; nothing is computed before the next message.
 
         The tokens of an answer count where they are this text in this model's vocabulary. Where they are not, the text
@@ -157,23 +185,74 @@ class Session:
             exchanges: what was said in it.
             system: its system message.
             began: when it began, ISO 8601; now, where that is not known.
+            left_out: of the exchanges, how many at the beginning are no part of prompts.
+            summary: what stands for them.
 
         Raises:
             ClexError: the template refuses it; the conversation is what it was.
         """
-        before = (self.system, self.exchanges, self.messages, self._text, self._tokens)
+        before = {name: vars(self)[name] for name in _CONVERSATION}
         time = self.began
         self.system = system
         try:
             self.reset()
             self._begin(began or self.began)
-            for exchange in exchanges:
-                messages = [*self.messages, {"role": "user", "content": exchange.message}]
+            self.exchanges, self.left_out, self.summary = list(exchanges[:left_out]), left_out, summary
+            for exchange in exchanges[left_out:]:
+                messages = self._with_message(exchange.message)
                 self._take(messages, *self._prompt(messages), replace(exchange, tokens=self._answer_tokens(exchange)))
         except BaseException:
-            self.system, self.exchanges, self.messages, self._text, self._tokens = before
+            vars(self).update(before)
             self._begin(time)
             raise
+
+    def change(self, **changes: Any) -> None:
+        """Go on with the same conversation, but for what is changed.
+
+        Args:
+            changes: arguments of `resume`.
+
+        Raises:
+            ClexError: the template refuses it; the conversation is what it was.
+        """
+        now = {"exchanges": self.exchanges, "system": self.system, "began": self.began,
+               "left_out": self.left_out, "summary": self.summary}  # fmt: skip
+        wanted = now | changes
+        if len(wanted["exchanges"]) < wanted["left_out"]:
+            wanted |= {"left_out": len(wanted["exchanges"])}
+        self.resume(**wanted)
+
+    def undo(self) -> Exchange | None:
+        """Take back the last message and its answer, and return them; None where nothing was said."""
+        if not self.exchanges:
+            return None
+        last = self.exchanges[-1]
+        self.change(exchanges=self.exchanges[:-1])
+        return last
+
+    def set_template_arguments(self, arguments: dict[str, Any]) -> None:
+        """Tell the template other things than until now.
+
+        Raises:
+            ClexError: it refuses them, or the conversation with them; all is what it was.
+        """
+        before, self.template_arguments = self.template_arguments, dict(arguments)
+        try:
+            self._template.render(self._with_message("."), **self.template_arguments)
+            self.change()
+        except BaseException:
+            self.template_arguments = before
+            raise
+
+    def reads_argument(self, name: str) -> bool:
+        """Whether the template has this name in it."""
+        return bool(re.search(rf"\b{re.escape(name)}\b", self._template.source))
+
+    def _with_message(self, text: str) -> list[dict[str, str]]:
+        """The messages with one more of the user, which has the summary in front of it where it is the first."""
+        if self.summary and len(self.exchanges) == self.left_out:
+            text = f"{SUMMARY}\n{self.summary}\n\n{text}"
+        return [*self.messages, {"role": "user", "content": text}]
 
     def _answer_tokens(self, exchange: Exchange) -> list[int]:
         """Tokens of an answer: as they were generated, if they still stand for it."""
@@ -206,7 +285,7 @@ class Session:
             ClexError: the template refuses the message, or the text is not Unicode.
         """
         start = [{"role": "system", "content": self.system}] if self.system is not None else []
-        text = self._template.render([*start, {"role": "user", "content": message}])
+        text = self._template.render([*start, {"role": "user", "content": message}], **self.template_arguments)
         if not self.has_own_template:
             return self._whole(f"{text}\n{self.llm.control_tokens.guard(answer)}" if answer else text)
         return self._whole(text) + self._tokenize(answer, special=False)
@@ -227,14 +306,49 @@ class Session:
             ClexError: the template refuses the conversation, or the text is not Unicode.
         """
         self.last = None
-        messages = [*self.messages, {"role": "user", "content": text}]
+        messages = self._with_message(text)
         prompt, tokens = self._prompt(messages)
         if len(tokens) >= self.capacity:
             raise PromptTooLong(len(tokens), self.capacity)
-        return self._answer(messages, prompt, tokens, max_tokens)
+
+        self._opens_thought = prompt.rstrip().endswith(OPEN)
+
+        def take(answer: str, generated: list[int], reason: str) -> None:
+            self._take(messages, prompt, tokens, Exchange(text, answer, generated, reason))
+
+        return self._answer(tokens, max_tokens, take)
+
+    @property
+    def opens_thought(self) -> bool:
+        """Whether the last prompt ends with the beginning of a thought, as some templates write it."""
+        return self._opens_thought
+
+    def size_with(self, text: str) -> int:
+        """Tokens of the prompt that a message would make.
+
+        Raises:
+            ClexError: the template refuses the conversation, or the text is not Unicode.
+        """
+        return len(self._prompt(self._with_message(text))[1])
+
+    def aside(self, exchanges: Sequence[Exchange], text: str, max_tokens: int) -> Generator[str, None, None]:
+        """Answer a message that does not become part of the conversation, which begins with these exchanges.
+
+        Raises:
+            PromptTooLong: they do not fit.
+            ClexError: the template refuses them.
+        """
+        messages = [{"role": "system", "content": self.system}] if self.system is not None else []
+        for exchange in exchanges:
+            messages.append({"role": "user", "content": exchange.message})
+            messages.append({"role": "assistant", "content": exchange.answer})
+        tokens = self._prompt([*messages, {"role": "user", "content": text}])[1]
+        if len(tokens) + max_tokens > self.capacity:
+            raise PromptTooLong(len(tokens) + max_tokens, self.capacity)
+        return self._answer(tokens, max_tokens, lambda *_: None)
 
     def _answer(
-        self, messages: list[dict[str, str]], prompt: str, tokens: list[int], max_tokens: int | None
+        self, tokens: list[int], max_tokens: int | None, take: Callable[[str, list[int], str], None]
     ) -> Generator[str, None, None]:
         answer = self.last = Answer(prompt_tokens=len(tokens), prefill_tokens=len(tokens) - self._cached(tokens))
         decoder = codecs.getincrementaldecoder("utf-8")("replace")
@@ -260,6 +374,9 @@ class Session:
                 if len(generated) == max_tokens:
                     answer.finish_reason = "length"
                     break
+                if self.stops_repetition and is_stuck(generated):
+                    answer.finish_reason = "repetition"
+                    break
                 if len(tokens) + len(generated) >= self.capacity:
                     answer.finish_reason = "context"
                     break
@@ -272,9 +389,7 @@ class Session:
             answer.accepted_tokens = self.llm.accepted_tokens - accepted
             self._add_to_totals(answer)
             if generated or answer.finish_reason != "interrupted":
-                message = messages[-1]["content"]
-                said = Exchange(message, answer.text, generated[:whole], answer.finish_reason)
-                self._take(messages, prompt, tokens, said)
+                take(answer.text, generated[:whole], answer.finish_reason)
 
     def _count_restored(self, answer: Answer) -> None:
         answer.prefill_tokens += answer.restored_tokens - self.llm.restored_tokens
@@ -319,7 +434,7 @@ class Session:
         Raises:
             ClexError: the template refuses the conversation, or writes nothing.
         """
-        text = self._template.render(messages)
+        text = self._template.render(messages, **self.template_arguments)
         if not text.strip() and any(str(message["content"]).strip() for message in messages):
             raise TemplateError(f"{self._template.name} makes nothing of the conversation")
         if self._text and text.startswith(self._text):

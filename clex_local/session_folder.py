@@ -74,7 +74,7 @@ class KeptSession:
     Attributes:
         name: as it was given first.
         path: of the file.
-        saved: what was in the file when it was opened; None for a new one.
+        saved: what was in the file when it was opened or written last; None for a new one.
 
     Raises:
         SessionError: the name is none, another process has it open, or the file cannot be read or is not a session.
@@ -89,7 +89,7 @@ class KeptSession:
                 with suppress(OSError):
                     stale.unlink()
             self._seen, self._content = _state(self.path), b""
-            self.saved = None
+            self.saved: SavedSession | None = None
             if self._seen:
                 self.saved, self._content = read_session(self.path), _digest(self.path.read_bytes())
             self.name = self.saved.name if self.saved else name
@@ -114,7 +114,15 @@ class KeptSession:
             self._seen, self._content = _state(self.path), _digest(text.encode())
         except OSError as error:
             raise SessionError(f"{self.path}: not saved: {error.strerror or error}") from error
+        self.saved = session
         return note
+
+    def discard(self) -> None:
+        """Remove the file, if it is there as it was written last: there is nothing in it to go on with."""
+        if self._seen and not self._written_by_others():
+            with suppress(OSError):
+                self.path.unlink()
+        self._seen, self._content, self.saved = None, b"", None
 
     def _written_by_others(self) -> bool:
         now = _state(self.path)
@@ -142,6 +150,15 @@ class KeptSession:
     def close(self) -> None:
         """Let others have it."""
         self._lock.close()
+
+
+def is_session(folder: Path, name: str) -> bool:
+    """Whether there is a file for a session of this name; nothing is opened or made.
+
+    Raises:
+        SessionError: the name is none, or the folder cannot be looked at.
+    """
+    return _state(folder / f"{file_name(name)}{_ENDING}") is not None
 
 
 def _lock(folder: Path, file: str, name: str) -> FileLock:

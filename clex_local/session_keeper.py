@@ -13,7 +13,7 @@ from clex_local.errors import ClexError, escaped
 from clex_local.exchange import AttachedFile, Exchange
 from clex_local.interrupt import kept_until_return
 from clex_local.saved_session import SavedSession, SessionError, SessionModel
-from clex_local.session_folder import KeptSession, file_name, listed_sessions, sessions_folder
+from clex_local.session_folder import KeptSession, file_name, is_session, listed_sessions, sessions_folder
 
 if TYPE_CHECKING:
     from clex_local.session import Session
@@ -62,19 +62,35 @@ class SessionKeeper:
             self._model = SessionModel(str(Path(llm.model_path).absolute()), name, identity)
         return self._model
 
+    @property
+    def _is_new(self) -> bool:
+        """Whether the file never had an answer in it."""
+        return self.kept is None or self.kept.saved is None or not self.kept.saved.turns
+
     @contextmanager
-    def turn(self, message: str, files: Sequence[AttachedFile]) -> Iterator[None]:
-        """Save the message before the block answers it, and the answer after that, whole or not."""
-        before = len(self.session.exchanges)
-        self.unanswered = Exchange(message, files=list(files))
-        with suppress(SessionError):  # said when the answer cannot be saved either
-            self._save()
+    def turn(
+        self, message: str, files: Sequence[AttachedFile], typed_from: int = 0, replaces: bool = False
+    ) -> Iterator[None]:
+        """Save the message before the block answers it, and the answer after that, whole or not.
+
+        Args:
+            message: what is asked.
+            files: what the message was made of.
+            typed_from: where in it what was typed begins.
+            replaces: it takes the place of the last one, whose file is left alone until there is an answer.
+        """
+        before = len(self.session.exchanges) - replaces
+        if not replaces:
+            self.unanswered = Exchange(message, files=list(files), typed_from=typed_from)
+            with suppress(SessionError):  # said when the answer cannot be saved either
+                self._save()
         try:
             yield
         finally:
             self.unanswered = None
-            if len(self.session.exchanges) > before:
-                self.session.exchanges[-1].files = list(files)
+            if len(self.session.exchanges) > before and self.session.exchanges[-1].message == message:
+                last = self.session.exchanges[-1]
+                last.files, last.typed_from = list(files), typed_from
                 self._answered = True
             try:
                 self._save()
@@ -83,8 +99,19 @@ class SessionKeeper:
             else:
                 self.failure = None
 
+    def changed(self) -> None:
+        """Save a conversation that was changed otherwise than by a turn, and say where that fails."""
+        try:
+            self._save()
+        except SessionError as error:
+            self.failure = error
+            self.tell(str(error), True)
+
     def _save(self) -> None:
         if self.kept is None:
+            return
+        if not self.session.exchanges and self.unanswered is None and self._is_new:
+            self.kept.discard()  # of a first message that could not be answered
             return
         created = {"created": self.kept.saved.created} if self.kept.saved else {}
         # Options that let nothing be answered, such as a context that is too small, are not those to go on with.
@@ -98,12 +125,14 @@ class SessionKeeper:
             run=run,
             turns=self.session.exchanges,
             unanswered=self.unanswered,
+            left_out=self.session.left_out,
+            summary=self.session.summary,
+            template_arguments=self.session.template_arguments,
             began=self.session.began,
             **created,
         )
         with kept_until_return():  # a second Ctrl-C does not cost what the first one left
             note = self.kept.write(saved)
-        self.kept.saved = saved
         if note:
             self.tell(note, True)
 
@@ -130,7 +159,10 @@ class SessionKeeper:
             if old:
                 old.close()
         assert self.kept is not None
-        self.tell(f"saved as {self.kept.name}, and after every answer from now on", False)
+        if self.kept.saved is None:
+            self.tell(f"there is nothing to save yet: it will be {self.kept.name}, from the first message on", False)
+        else:
+            self.tell(f"saved as {self.kept.name}, and after every answer from now on", False)
 
     def load(self, name: str) -> None:
         """Go on with another session.
@@ -145,10 +177,13 @@ class SessionKeeper:
             raise SessionError(f"this is the session {self.kept.name}")
         if self.session.exchanges and (self.kept is None or self.failure):
             raise SessionError("this conversation is not saved: /save NAME keeps it, /reset forgets it")
+        missing = f"there is no session {escaped(name)}; /sessions lists them"
+        if not is_session(sessions_folder(), name):
+            raise SessionError(missing)
         kept = KeptSession(sessions_folder(), name)
         try:
-            if kept.saved is None:
-                raise SessionError(f"there is no session {escaped(name)}; /sessions lists them")
+            if kept.saved is None:  # removed in this moment
+                raise SessionError(missing)
             self._take(kept.saved)
         except BaseException:
             kept.close()
@@ -170,7 +205,12 @@ class SessionKeeper:
     def _take(self, saved: SavedSession) -> None:
         if saved.chat_template != self.chat_template:
             raise SessionError(f"the session {saved.name} needs --chat-template {saved.chat_template}")
-        self.session.resume(saved.turns, saved.system, saved.began)
+        before, self.session.template_arguments = self.session.template_arguments, saved.template_arguments
+        try:
+            self.session.resume(saved.turns, saved.system, saved.began, saved.left_out, saved.summary)
+        except BaseException:
+            self.session.template_arguments = before
+            raise
         self.unanswered = saved.unanswered
 
     def describe(self, changes_only: bool = False) -> None:

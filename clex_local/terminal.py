@@ -13,7 +13,9 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, ProgressColumn, Task, TaskID, TextColumn
 from rich.text import Text
 
+from clex_local.answer_view import AnswerView, answer_view
 from clex_local.errors import ClexError, shown
+from clex_local.full_context import make_room
 from clex_local.reading_time import ReadingTime, readable_time, reading_time
 
 if TYPE_CHECKING:
@@ -22,15 +24,8 @@ if TYPE_CHECKING:
     from clex_local.session import Answer, Session
 
 LONG = 60.0  # seconds of reading that are announced
-CONTROLS = {code: None for code in [*range(32), *range(127, 160)] if chr(code) not in "\n\t"}
-
-
-def printable(text: str) -> str:
-    """An answer without the characters that control a terminal, where one would see them; a pipe gets all of it.
-
-    They are taken out one by one, so that a sequence of them does nothing however it is cut into pieces.
-    """
-    return text.translate(CONTROLS) if sys.stdout.isatty() else text
+UNMEASURED = 4096  # tokens of a prompt that is announced where no speed is known
+MEASURED = 32  # tokens of a prompt whose speed says something
 
 
 def json_line(value: Any) -> str:
@@ -132,11 +127,31 @@ def describe_bucket(clex: ClexState, bucket: int) -> str:
 
 
 class Terminal:
-    """What both ways of use share: notes on stderr, and an answer as it comes on stdout."""
+    """What both ways of use share: notes on stderr, and an answer as it comes on stdout.
 
-    def __init__(self, session: Session, max_tokens: int | None = None, quiet: bool = False):
+    Args:
+        session: the conversation.
+        max_tokens: of an answer; None lets the model end it.
+        quiet: nothing but answers.
+        plain: answers as they are, and not as Markdown.
+        on_full: what to do where a message does not fit, see ``full_context``.
+        talks: somebody is there, who can give commands.
+    """
+
+    def __init__(
+        self,
+        session: Session,
+        max_tokens: int | None = None,
+        quiet: bool = False,
+        plain: bool = False,
+        on_full: str = "refuse",
+        talks: bool = False,
+    ):
         self.session = session
         self.max_tokens = max_tokens
+        self.plain = plain
+        self.on_full = on_full
+        self.talks = talks
         self.notes = Console(stderr=True, highlight=False, soft_wrap=True, quiet=quiet)
         self._buckets = BucketWatch(session.llm)
         self._reading: ReadingTime | None = None  # made for the first long prompt
@@ -150,6 +165,10 @@ class Terminal:
         """Say something that is not the answer; a failure in red."""
         self.note(text, "red" if failed else "dim")
 
+    def view(self) -> AnswerView:
+        """Where the next answer is shown."""
+        return answer_view(self.plain, lambda: self.session.opens_thought)
+
     def answer(self, text: str, write: Callable[[str], object]) -> Answer:
         """Send a message and write the answer piece by piece.
 
@@ -158,6 +177,8 @@ class Terminal:
             KeyboardInterrupt: Ctrl-C; ``session.last`` tells what there is.
         """
         try:
+            for line in make_room(self.session, self.on_full, text):
+                self.note(line)
             stream = self.session.send(text, self.max_tokens)
         except ClexError as error:
             raise self._advised(error) from error
@@ -184,9 +205,12 @@ class Terminal:
                     return
                 reading.update(done, total)
                 left = reading.left() if reading.known else None
+                if left is None and done == 0 and total >= UNMEASURED:
+                    self.note(f"{self._what_is_read(reading.start, total)}; how long that takes is measured first")
                 if not said and left is not None and left > LONG:
                     said = True
-                    self.note(self._estimate(reading.start, total, done, left))
+                    more = " more" if done else ""
+                    self.note(f"{self._what_is_read(reading.start, total)}: about {readable_time(left)}{more}")
 
             llm.on_prefill = update
             try:
@@ -196,15 +220,15 @@ class Terminal:
                 if self._reading:
                     self._reading.remember()
 
-    def _estimate(self, start: int, total: int, done: int, left: float) -> str:
-        """A line about a prompt that takes long."""
+    def _what_is_read(self, start: int, total: int) -> str:
+        """The beginning of a line about a prompt that takes long."""
         clex = self.session.llm.clex
         line = f"reading {total:,} tokens"
         if start:
             line += f" after {start:,}"
         if clex:
             line += f" in {describe_bucket(clex, clex.bucket_of(start + total))}"
-        return f"{line}: about {readable_time(left)}{' more' if done else ''}"
+        return line
 
     def end_of_answer(self, answer: Answer) -> None:
         """Say why an answer ended, if it was not the model that ended it."""
@@ -214,11 +238,40 @@ class Terminal:
             self.note(f"[stopped after {answer.completion_tokens:,} tokens, the limit of --max-tokens]")
         elif answer.finish_reason == "interrupted" and answer.completion_tokens:
             self.note(f"[stopped after {answer.completion_tokens:,} tokens]")
+        elif answer.finish_reason == "repetition":
+            self.note("[stopped: it says the same again and again; /set repeat_penalty 1.1 and /regenerate may help]")
         elif answer.finish_reason == "stop" and not answer.text:
             self.note("[the model had nothing to say]")
         elif answer.finish_reason == "context":
             total = answer.prompt_tokens + answer.completion_tokens
             self.note(f"[stopped: {total:,} tokens fill the context of {self.session.capacity:,}]")
+        if answer.completion_tokens and (self.notes.is_terminal or self.session.llm.verbose):
+            self.note(f"[{self.summary(answer)}]")
+
+    def read_so_far(self, answer: Answer) -> str:
+        """What is left of reading that was stopped, in words behind a semicolon; nothing where there is nothing."""
+        llm, stored = self.session.llm, self.session.llm.stored_tokens or 0
+        read = min(llm.n_tokens if self.talks else stored, answer.prompt_tokens)
+        if read <= answer.prompt_tokens - answer.prefill_tokens:
+            return ""
+        where = " on disk" if not self.talks else " on disk too" if stored else ""
+        return f"; {read:,} of its {answer.prompt_tokens:,} tokens are read and kept{where}"
+
+    def summary(self, answer: Answer) -> str:
+        """A line about what an answer cost, and what the context has left."""
+        parts = []
+        if answer.prefill_seconds:
+            parts.append(f"read {answer.prefill_tokens:,} tokens")
+            if answer.prefill_tokens >= MEASURED:
+                parts[-1] += f" at {answer.prefill_speed:,.0f} tok/s"
+        if answer.restored_tokens:
+            parts.append(f"{answer.restored_tokens:,} from disk")
+        if answer.completion_tokens:
+            parts.append(f"wrote {answer.completion_tokens:,}")
+            if answer.decode_steps:
+                parts[-1] += f" at {answer.decode_speed:,.1f} tok/s"
+        parts.append(f"{self.session.used:,} of {self.session.capacity:,} in the context")
+        return " · ".join(parts)
 
     def _note_bucket(self) -> None:
         if line := self._buckets.change():
@@ -235,10 +288,12 @@ class Terminal:
         llm = self.session.llm
         covered = llm._model.n_ctx_train()
         wanted = -(-(error.tokens + 512) // 1024) * 1024  # with room for an answer
+        room = "/set on_full" if self.talks else "--on-full"
+        room += " drop-oldest, or summarize, makes room"
         if error.tokens >= covered:
-            rest = "/reset starts over" if self.session.used else f"the model covers {covered:,}: shorten it"
+            rest = room if self.session.used else f"the model covers {covered:,}: shorten it"
         elif self.session.used:
-            rest = f"/reset starts over, --ctx {min(wanted, covered)} holds it"
+            rest = f"{room}, --ctx {min(wanted, covered)} holds it"
         else:
             rest = f"pass --ctx {min(wanted, covered)} or shorten it"
         return ClexError(f"{error}; {rest}")

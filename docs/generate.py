@@ -17,9 +17,11 @@ from pathlib import Path
 import click
 
 from clex_local.architectures import families, table
+from clex_local.chat_commands import page_table
 
 ROOT = Path(__file__).parent.parent
 README, CLI = ROOT / "README.md", ROOT / "docs" / "cli.md"
+CHAT = ROOT / "docs" / "chat.md"
 ARCHITECTURE, ARCHITECTURES = ROOT / "docs" / "architecture.md", ROOT / "docs" / "architectures.md"
 
 HEAD = """# Commands
@@ -30,6 +32,7 @@ Made from the commands themselves by `python -m docs.generate`. What they are fo
 """
 TREE = re.compile(r"(?<=<!-- tree -->\n).*?(?=<!-- end of tree -->)", re.DOTALL)
 LIST = re.compile(r"(?<=<!-- architectures -->\n).*?(?=\n<!-- end of architectures -->)", re.DOTALL)
+CHAT_COMMANDS = re.compile(r"(?<=<!-- commands -->\n).*?(?=\n<!-- end of commands -->)", re.DOTALL)
 
 # Folders that hold one thing in many files, and files that have no comment to take a line from.
 FOLDERS = {
@@ -104,6 +107,11 @@ def architectures() -> str:
     return LIST.sub(lambda _: table(), ARCHITECTURES.read_text(encoding="utf-8"))
 
 
+def chat() -> str:
+    """The text of `docs/chat.md`, with the commands of a conversation."""
+    return CHAT_COMMANDS.sub(lambda _: page_table(), CHAT.read_text(encoding="utf-8"))
+
+
 def tree() -> str:
     """Every file of the repository but for data, by folder, with a line about each."""
     folders: dict[str, list[str]] = {}
@@ -167,7 +175,7 @@ def architecture() -> str:
     return TREE.sub(lambda _: tree(), ARCHITECTURE.read_text(encoding="utf-8"))
 
 
-PAGES = {README: readme, CLI: cli, ARCHITECTURE: architecture, ARCHITECTURES: architectures}
+PAGES = {README: readme, CLI: cli, CHAT: chat, ARCHITECTURE: architecture, ARCHITECTURES: architectures}
 
 
 def main() -> None:

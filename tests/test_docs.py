@@ -34,6 +34,12 @@ def test_the_options_are_those_of_the_commands() -> None:
     assert {"clex-chat", "clex-convert", "clex-eval ppl", "clex-inspect", "clex-train"} <= COMMANDS.keys()
 
 
+def test_the_commands_of_a_conversation_are_those_there_are() -> None:
+    text = generate.CHAT.read_text(encoding="utf-8")
+    assert text == generate.chat(), "run make docs"
+    assert "| `/file PATH` |" in text
+
+
 @pytest.mark.skipif(shutil.which("git") is None or not (ROOT / ".git").exists(), reason="needs the git repository")
 def test_every_file_has_its_line() -> None:
     assert generate.ARCHITECTURE.read_text(encoding="utf-8") == generate.architecture(), "run make docs"

@@ -123,6 +123,11 @@ DAMAGED = {
     "cache": changed("run.kv_type", "q9"),
     "context": changed("run.ctx", -5),
     "time": changed("began", "yesterday"),
+    "left out": changed("left_out", 99),
+    "nothing left out": changed("left_out", -1),
+    "typed": changed("turns.0.typed_from", 10**6),
+    "summary": changed("summary", None),
+    "arguments": changed("template_arguments", []),
 }
 
 
@@ -225,7 +230,7 @@ def test_what_a_killed_process_left_is_removed(tmp_path):
     (tmp_path / ".report.json.0123456789abcdef.tmp").touch()
     (tmp_path / ".other.json.0123456789abcdef.tmp").touch()
     KeptSession(tmp_path, "report").close()
-    assert sorted(file.name for file in tmp_path.iterdir()) == [".other.json.0123456789abcdef.tmp", ".report.lock"]
+    assert sorted(file.name for file in tmp_path.iterdir()) == [".other.json.0123456789abcdef.tmp"]
 
 
 def test_a_session_that_cannot_be_written_says_so(tmp_path):

@@ -8,12 +8,14 @@ import re
 import signal
 import subprocess
 import sys
+import time
 from contextlib import closing
 from pathlib import Path
 
 import pytest
 
 from clex_local import ClexError, Sampling, Session, SessionError, open_model
+from clex_local.chat_commands import do
 from clex_local.conversation import Chat
 from clex_local.exchange import Exchange
 from clex_local.session import CHATML
@@ -270,16 +272,64 @@ def test_a_conversation_that_cannot_be_saved_is_answered_and_fails(small_buckets
         line = result.stderr.splitlines()[-1]
         assert re.fullmatch(r"clex-chat: error: .*s\.json: not saved: File too large", line)
         assert "Traceback" not in result.stderr
-    assert sorted(file.name for file in (tmp_path / "sessions").iterdir()) == [".s.lock"]
+    assert not list((tmp_path / "sessions").iterdir())
 
 
 def test_unanswerable_message_is_not_kept(session, folder):
     keeper, _ = keep(session)
     keeper.save("s")
+    say(keeper, "Hi", 2)
     with pytest.raises(ClexError, match="the prompt has"):
         say(keeper, "word " * 2000)
-    assert (saved(folder, "s")["turns"], saved(folder, "s")["unanswered"]) == ([], None)
+    assert (len(saved(folder, "s")["turns"]), saved(folder, "s")["unanswered"]) == (1, None)
     keeper.close()
+
+
+def test_nothing_is_left_of_what_was_not_there(session, folder, small_buckets):
+    keeper, told = keep(session)
+    with pytest.raises(SessionError, match="there is no session none"):
+        keeper.load("none")
+    assert not folder.exists()
+    keeper.save("s")
+    assert told == ["there is nothing to save yet: it will be s, from the first message on"]
+    assert [path.name for path in folder.iterdir()] == [".s.lock"]
+    with pytest.raises(ClexError, match="the prompt has"):
+        say(keeper, "word " * 2000)
+    assert [path.name for path in folder.iterdir()] == [".s.lock"]
+    say(keeper, "Hi", 2)
+    keeper.close()
+    assert [path.name for path in folder.iterdir()] == ["s.json"]
+    assert "the prompt has" in error_of(small_buckets, "--session", "t", "-p", "word " * 900, "--ctx", 256)
+    assert [path.name for path in folder.iterdir()] == ["s.json"]
+
+
+def test_lock_that_is_removed_is_still_one(folder):
+    """Who waited for it while it was removed has the file that everybody sees, and not the old one."""
+    folder.mkdir()
+    rounds = """
+import sys, time
+from pathlib import Path
+from clex_local.file_lock import FileLock, InUse
+folder, end, got = Path(sys.argv[1]), time.monotonic() + 1.5, 0
+while time.monotonic() < end:
+    try:
+        lock = FileLock(folder / "lock")
+    except InUse:
+        continue
+    mine = folder / "mine"
+    mine.touch(exist_ok=False)
+    mine.unlink()
+    lock.close()
+    got += 1
+print(got)
+"""
+    command = [sys.executable, "-c", rounds, str(folder)]
+    started = [subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for _ in range(3)]
+    for process in started:
+        output, errors = process.communicate(timeout=60)
+        assert (process.returncode, errors) == (0, "")
+        assert int(output) > 0
+    assert not list(folder.iterdir())
 
 
 # What a killed process loses
@@ -339,32 +389,32 @@ def test_nothing_is_lost_by_a_command(session, folder, capsys):
     chat = chat_of(session)
     chat.turn("Hello")
     with pytest.raises(SessionError, match="this conversation is not saved: /save NAME keeps it, /reset forgets it"):
-        chat.command("/load a")
-    chat.command("/save a")
+        do(chat, "/load a")
+    do(chat, "/save a")
     chat.turn("And now?")
     assert (len(answers(folder, "a")), chat.status().split("  ")[0]) == (2, " a")
     assert f"session    a, {folder}/a.json" in chat.stats()
-    chat.command("/save b")  # goes on as b
+    do(chat, "/save b")  # goes on as b
     chat.turn("Again?")
     assert (len(answers(folder, "a")), len(answers(folder, "b"))) == (2, 3)
     with pytest.raises(SessionError, match="there is a session a already: /load a goes on with it"):
-        chat.command("/save A")
+        do(chat, "/save A")
     (folder / "c.json").write_text("damaged")
     for command in ("/save c", "/load c"):
         with pytest.raises(SessionError, match="a damaged session"):
-            chat.command(command)
+            do(chat, command)
     assert (folder / "c.json").read_text() == "damaged"
     for command, reason in [("/load", "needs the name"), ("/load none", "no session none"), ("/load B", "this is the")]:
         with pytest.raises(SessionError, match=reason):
-            chat.command(command)
+            do(chat, command)
     assert chat.keeper.name == "b"
-    chat.command("/load a")
+    do(chat, "/load a")
     assert (chat.keeper.name, len(session.exchanges)) == ("a", 2)
-    chat.command("/reset")
+    do(chat, "/reset")
     assert (chat.keeper.name, session.exchanges, len(answers(folder, "a"))) == (None, [], 2)
     chat.turn("Hello")
     assert len(answers(folder, "a")) == 2
-    chat.command("/save")  # a name is made
+    do(chat, "/save")  # a name is made
     assert len(list(folder.glob("2*.json"))) == 1
     chat.keeper.close()
     capsys.readouterr()
@@ -375,11 +425,11 @@ def test_sampling_and_system_message_come_with_a_session(llm, folder, capsys):
     session = Session(llm, system="Be brief.", sampling=Sampling(temp=0, top_k=3))
     chat = chat_of(session)
     chat.turn("Hello")
-    chat.command("/save a")
+    do(chat, "/save a")
     chat.keeper.close()
     fresh = Session(llm, sampling=Sampling(temp=1))
     chat = chat_of(fresh)
-    chat.command("/load a")
+    do(chat, "/load a")
     assert (fresh.system, fresh.sampling) == ("Be brief.", Sampling(temp=0, top_k=3))
     assert (fresh.messages, fresh._tokens) == (session.messages, session._tokens)
     chat.turn("Go on.")
@@ -448,6 +498,30 @@ def test_sessions_in_a_terminal(small_buckets, folder, tmp_path):
     assert os.listdir(folder)
 
 
+@needs_terminal
+def test_file_that_does_not_fit_is_dropped(small_buckets, tmp_path):
+    for name, words in [("a.txt", 20), ("big file.txt", 900)]:
+        (tmp_path / name).write_text("word " * words)
+    pty = Pty(small_buckets, "--ctx", "512", "--max-tokens", "3", XDG_STATE_HOME=str(tmp_path))
+    pty.prompt(" 0 of 512")
+    for command, answer, status in [
+        ("/drop", "no file waits for your next message", " 0 of 512"),
+        (f"/file {tmp_path}/a.txt", "a.txt: 21 tokens, sent with", r"a.txt \(21 tokens\)"),
+        (f"/file {tmp_path}/big file.txt", "that will not fit: 922 tokens of files, 512 left in the context; "
+         "/drop big file.txt takes it back", r"a.txt \+ big file.txt \(922 tokens\)"),
+        ("Well?", "tokens but the context holds 512", r"a.txt \+ big file.txt \(922 tokens\)"),
+        ("/drop", "/drop needs a name, or all: a.txt, big file.txt", "big file.txt"),
+        ("/drop c", "no file c waits; there are a.txt, big file.txt", "big file.txt"),
+        ("/drop big file.txt", "big file.txt: not sent", r"a.txt \(21 tokens\)"),
+        ("/drop all", "a.txt: not sent", r" 0 of 512 tokens  ·  bucket 1 of 8 \(t = 1, up to 256 tokens\)"),
+    ]:  # fmt: skip
+        pty.chat.send(f"{command}\r")
+        pty.expect(answer)
+        pty.prompt(status)
+    pty.chat.sendeof()
+    assert pty.close() == 0
+
+
 # With the document store
 
 
@@ -492,3 +566,50 @@ def test_session_goes_on_without_the_store(small_buckets, folder, tmp_path, monk
     report = json.loads(run("--session", "s", "-p", QUESTIONS[1], "--max-tokens", 3, "--json").stdout)
     assert report["restored_tokens"] == 0
     assert report["prefill_tokens"] == report["prompt_tokens"]
+
+
+@needs_terminal
+def test_it_is_said_what_comes_from_disk_and_what_is_kept(small_buckets, tmp_path, monkeypatch):
+    monkeypatch.setenv("CLEX_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "report.txt").write_text("".join(f"Line {i} of the report.\n" for i in range(150)))
+    options = ["--ctx", "2048", "--batch", "128", "--max-tokens", "3", "-f", str(tmp_path / "report.txt")]
+    pty = Pty(small_buckets, *options, "-p", "What is this?")
+    pty.expect(r"reading 1,\d+ tokens")
+    while not list((tmp_path / "cache" / "documents").glob("*/??/*")):
+        time.sleep(0.01)
+    pty.chat.sendintr()
+    pty.expect(r"stopped while reading; [1-9][\d,]* of its 1,\d+ tokens are read and kept on disk")
+    assert pty.close() == 130
+    pty = Pty(small_buckets, *options, "-p", "What is this?")
+    pty.expect(
+        r"\[read [\d,]+ tokens at [\d,]+ tok/s · [1-9][\d,]* from disk · wrote 3 at .* of 2,048 in the context\]"
+    )
+    assert pty.close() == 0
+    # A pipe is told only where it asks for that.
+    arguments = [small_buckets, *options, "-p", "What is this?"]
+    assert "from disk" not in run(*arguments).stderr
+    assert re.search(r"\n\[read \d+ tokens .* from disk · wrote 3 ", run(*arguments, "--verbose").stderr)
+
+
+@needs_terminal
+def test_file_behind_a_conversation_is_read_anew_and_says_so(small_buckets, tmp_path, monkeypatch):
+    monkeypatch.setenv("CLEX_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "report.txt").write_text("word " * 600)
+    for store, line in [
+        ([], "it is read anew, also if it was read before: /reset first finds it"),
+        (["--no-store"], r"next message\S*\r"),
+    ]:
+        pty = Pty(small_buckets, "--ctx", "2048", "--max-tokens", "3", *store, XDG_STATE_HOME=str(tmp_path))
+        pty.prompt(" 0 of 2,048")
+        pty.chat.send(f"/file {tmp_path}/report.txt\r")
+        pty.expect(r"601 tokens, sent with your next message\S*\r")
+        pty.prompt("report.txt")
+        pty.chat.send("/drop\r")
+        pty.prompt(" 0 of 2,048")
+        pty.chat.send("Hello\r")
+        pty.prompt(r" [1-9]\d* of 2,048")
+        pty.chat.send(f"/file {tmp_path}/report.txt\r")
+        pty.expect(line)
+        pty.prompt("report.txt")
+        pty.chat.sendeof()
+        assert pty.close() == 0

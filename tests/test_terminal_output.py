@@ -9,8 +9,9 @@ import sys
 import numpy as np
 import pytest
 
+from clex_local.answer_view import printable
 from clex_local.errors import shown
-from clex_local.terminal import json_line, printable
+from clex_local.terminal import json_line
 from helpers.gguf_maker import MODEL, gguf_bytes, rewrite
 
 pytestmark = [

@@ -19,7 +19,7 @@ def run(*arguments: object, stdin: str | None = None) -> subprocess.CompletedPro
 class Pty:
     """clex-chat in a pseudo-terminal that, as real ones do, tells where its cursor is."""
 
-    def __init__(self, model, *options: str, **environment: str):
+    def __init__(self, model, *options: str, width: int = 120, **environment: str):
         import pexpect
 
         self.chat = pexpect.spawn(
@@ -28,7 +28,7 @@ class Pty:
             env=os.environ | {"TERM": "xterm"} | environment,
             encoding="utf-8",
             timeout=60,
-            dimensions=(40, 120),
+            dimensions=(40, width),
         )
         self.end = pexpect.EOF
         self.expect = self.chat.expect

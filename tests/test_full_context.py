@@ -1,0 +1,162 @@
+"""A conversation that fills its context goes on, by what is left out or summed up, and none that was said is lost."""
+
+from __future__ import annotations
+
+import json
+from contextlib import closing
+
+import pytest
+
+from clex_local import ClexError, Sampling, Session, open_model
+from clex_local.chat_commands import do
+from clex_local.conversation import Chat
+from clex_local.exchange import AttachedFile, Exchange
+from clex_local.repetition import is_stuck
+from clex_local.session import SUMMARY
+from clex_local.terminal import Terminal
+from helpers.chat_command import run
+
+pytestmark = pytest.mark.chat
+
+
+@pytest.fixture(scope="module")
+def llm(small_buckets):
+    with closing(open_model(small_buckets, ctx=512, batch=64, threads=1, seed=0)) as llm:
+        yield llm
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("CLEX_SESSIONS", str(tmp_path / "sessions"))
+    return tmp_path / "sessions"
+
+
+def talk(llm, monkeypatch, policy: str) -> tuple[Chat, list[str]]:
+    """A conversation of four turns that has no room for a fifth."""
+    llm.reset()
+    terminal = Terminal(Session(llm, system="Be brief.", sampling=Sampling(temp=0)), max_tokens=8, on_full=policy)
+    told: list[str] = []
+    monkeypatch.setattr(terminal, "note", lambda text, style="dim": told.append(text))
+    chat = Chat(terminal, "name", "cache")
+    turns = [Exchange(f"Question {i}: " + "word " * 85, f"Answer {i}.", [], "stop") for i in range(4)]
+    turns[0].files.append(AttachedFile("/tmp/report.txt", 5, "0" * 64))
+    chat.session.resume(turns, "Be brief.")
+    assert chat.session.used > 400
+    return chat, told
+
+
+LONG = "And now? " + "word " * 110
+
+
+def test_refused_by_default_with_the_ways_out(llm, monkeypatch, capsys):
+    chat, _ = talk(llm, monkeypatch, "refuse")
+    chat.terminal.talks = True
+    used = chat.session.used
+    with pytest.raises(ClexError, match=r"/set on_full drop-oldest, or summarize, makes room, --ctx \d+ holds it"):
+        chat.turn(LONG)
+    assert (chat.session.used, len(chat.session.exchanges)) == (used, 4)
+    assert "nearly full: " in chat.status()
+    chat.terminal.talks = False
+    with pytest.raises(ClexError, match=r"; --on-full drop-oldest, or summarize, makes room"):
+        chat.turn(LONG)
+
+
+def test_oldest_turns_are_left_out_and_named(llm, monkeypatch, folder, capsys):
+    chat, told = talk(llm, monkeypatch, "drop-oldest")
+    do(chat, "/save s")
+    chat.turn(LONG)
+    assert any(line.startswith("[left out to make room: the oldest ") and "from “Question 0: word" in line
+               and "and with that report.txt]" in line for line in told)  # fmt: skip
+    session = chat.session
+    assert len(session.exchanges) == 5
+    assert 1 <= session.left_out <= 2
+    assert "Question 0" not in session._text
+    assert "Question 3" in session._text
+    assert session.messages[0]["content"] == "Be brief."
+    assert session.used <= 512 - 512 // 8 + 8
+    saved = json.loads((folder / "s.json").read_text())
+    assert (len(saved["turns"]), saved["left_out"]) == (5, session.left_out)
+    assert "turns left out" in chat.stats()
+    # It goes on so in another process, and what was left out can come back to a larger context.
+    before = (session.messages, session._text, session._tokens, session.left_out)
+    do(chat, "/reset")
+    do(chat, "/load s")
+    assert (session.messages, session._text, session._tokens, session.left_out) == before
+    for _ in range(5):
+        do(chat, "/undo")
+    assert (session.exchanges, session.left_out) == ([], 0)
+    chat.keeper.close()
+
+
+def test_oldest_turns_are_summed_up(llm, monkeypatch, capsys):
+    chat, told = talk(llm, monkeypatch, "summarize")
+    chat.turn(LONG)
+    session = chat.session
+    assert any("summing up the oldest" in line for line in told)
+    assert any(line.endswith("; a summary stands for it]") for line in told)
+    assert session.summary
+    first = session.messages[1]["content"]
+    assert first.startswith(f"{SUMMARY}\n{session.summary}\n\n")
+    assert session.exchanges[-1].message.startswith("And now?")  # as it was said
+    assert session.last.completion_tokens
+    chat.turn("Go on.")
+    assert session.last.prefill_tokens < 40
+
+
+def test_message_that_fits_nowhere_changes_nothing(llm, monkeypatch, capsys):
+    for policy in ("drop-oldest", "summarize"):
+        chat, _ = talk(llm, monkeypatch, policy)
+        with pytest.raises(ClexError, match="tokens but the context holds 512"):
+            chat.turn("word " * 600)
+        assert len(chat.session.exchanges) == 4
+
+
+def test_script_with_a_session_drops_the_oldest(small_buckets, folder):
+    options = ["--session", "s", "--ctx", 256, "--max-tokens", 4, "--temp", 0]
+    for i in range(4):
+        result = run(small_buckets, *options, "-p", f"Question {i}: " + "word " * 60, "--on-full", "drop-oldest")
+        assert result.returncode == 0, result.stderr
+    assert "[left out to make room: " in result.stderr
+    assert len(json.loads((folder / "s.json").read_text())["turns"]) == 4
+    result = run(small_buckets, *options, "-p", "word " * 120)
+    assert "--on-full drop-oldest, or summarize, makes room" in result.stderr
+    assert result.returncode == 1
+
+
+# Repetition
+
+
+def test_what_goes_nowhere_is_noticed():
+    for period in (1, 2, 7, 30, 128):
+        tokens = list(range(1000, 1100))
+        while not is_stuck(tokens):
+            tokens.append(len(tokens) % period)
+            assert len(tokens) < 1100
+        assert len(tokens) - 100 >= max(256, 6 * period) - period
+
+
+def test_lists_and_tables_are_no_repetition():
+    rows = [token for i in range(200) for token in (5, 6, 7, 8, 1000 + i, 9)]
+    for end in range(len(rows)):
+        assert not is_stuck(rows[:end])
+    assert not is_stuck([7] * 250)
+
+
+def test_answer_that_repeats_itself_is_stopped(llm, monkeypatch, capsys):
+    llm.reset()
+    session = Session(llm, sampling=Sampling(temp=0), stops_repetition=True)
+    token = llm.tokenize(b"sea", add_bos=False)[0]
+
+    def drawn(*_, **__):
+        while True:
+            yield token
+
+    monkeypatch.setattr(session.llm, "generate", drawn)
+    terminal, told = Terminal(session), []
+    monkeypatch.setattr(terminal, "note", lambda text, style="dim": told.append(text))
+    chat = Chat(terminal, "name", "cache")
+    chat.turn("Hi")
+    assert session.last.finish_reason == "repetition"
+    assert session.last.completion_tokens < 300
+    assert any("the same again and again" in line for line in told)
+    assert session.exchanges[0].finish_reason == "repetition"
