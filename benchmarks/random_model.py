@@ -6,15 +6,24 @@ from pathlib import Path
 
 import numpy as np
 
-N_VOCAB, WIDTH, FEED_FORWARD = 4096, 2048, 8192  # beside the vocabulary, those of Llama 3.2 1B
+N_VOCAB = 4096
 
 
 def random_model(
-    path: Path, *, n_head: int = 32, n_head_kv: int = 8, head: int = 128, n_layer: int = 4, n_expert: int = 0
+    path: Path,
+    *,
+    width: int = 2048,
+    feed_forward: int = 8192,
+    n_head: int = 32,
+    n_head_kv: int = 8,
+    head: int = 128,
+    n_layer: int = 4,
+    n_expert: int = 0,
 ) -> Path:
     """Write the model; its layers have the same numbers.
 
-    Experts have a quarter of the width of the feed-forward, and two of them are used.
+    Without sizes it is like Llama 3.2 1B, but for heads and vocabulary. Experts have a quarter of the
+    width of the feed-forward, and two of them are used.
     """
     from clex_convert.llama_cpp_scripts import conversion_scripts
 
@@ -23,8 +32,8 @@ def random_model(
         writer = gguf.GGUFWriter(path, "llama")
         writer.add_block_count(n_layer)
         writer.add_context_length(1 << 20)
-        writer.add_embedding_length(WIDTH)
-        writer.add_feed_forward_length(FEED_FORWARD)
+        writer.add_embedding_length(width)
+        writer.add_feed_forward_length(feed_forward)
         writer.add_head_count(n_head)
         writer.add_head_count_kv(n_head_kv)
         writer.add_key_length(head)
@@ -48,25 +57,25 @@ def random_model(
             writer.add_tensor(name, data, raw_dtype=raw)
 
         layer = {
-            "attn_norm": np.ones(WIDTH, np.float32),
-            "attn_q": matrix(n_head * head, WIDTH),
-            "attn_k": matrix(n_head_kv * head, WIDTH),
-            "attn_v": matrix(n_head_kv * head, WIDTH),
-            "attn_output": matrix(WIDTH, n_head * head),
-            "ffn_norm": np.ones(WIDTH, np.float32),
+            "attn_norm": np.ones(width, np.float32),
+            "attn_q": matrix(n_head * head, width),
+            "attn_k": matrix(n_head_kv * head, width),
+            "attn_v": matrix(n_head_kv * head, width),
+            "attn_output": matrix(width, n_head * head),
+            "ffn_norm": np.ones(width, np.float32),
         }
         if n_expert:
-            size = FEED_FORWARD // 4
-            layer["ffn_gate_inp"] = rng.standard_normal((n_expert, WIDTH), np.float32)
-            layer["ffn_gate_exps"] = matrix(n_expert, size, WIDTH)
-            layer["ffn_up_exps"] = matrix(n_expert, size, WIDTH)
-            layer["ffn_down_exps"] = matrix(n_expert, WIDTH, size)
+            size = feed_forward // 4
+            layer["ffn_gate_inp"] = rng.standard_normal((n_expert, width), np.float32)
+            layer["ffn_gate_exps"] = matrix(n_expert, size, width)
+            layer["ffn_up_exps"] = matrix(n_expert, size, width)
+            layer["ffn_down_exps"] = matrix(n_expert, width, size)
         else:
-            layer["ffn_gate"] = matrix(FEED_FORWARD, WIDTH)
-            layer["ffn_up"] = matrix(FEED_FORWARD, WIDTH)
-            layer["ffn_down"] = matrix(WIDTH, FEED_FORWARD)
-        add("token_embd.weight", matrix(N_VOCAB, WIDTH))
-        add("output_norm.weight", np.ones(WIDTH, np.float32))
+            layer["ffn_gate"] = matrix(feed_forward, width)
+            layer["ffn_up"] = matrix(feed_forward, width)
+            layer["ffn_down"] = matrix(width, feed_forward)
+        add("token_embd.weight", matrix(N_VOCAB, width))
+        add("output_norm.weight", np.ones(width, np.float32))
         for i in range(n_layer):
             for name, data in layer.items():
                 add(f"blk.{i}.{name}.weight", data)

@@ -46,6 +46,12 @@ class Server:
         self.cached = depth
         return seconds
 
+    def threads(self, count: int) -> None:
+        """Compute with so many threads from now on."""
+        import llama_cpp
+
+        llama_cpp.llama_set_n_threads(self.context.pointer, count, count)
+
     def prefill(self, depth: int, count: int) -> float:
         """Seconds to prefill count tokens after depth cached ones."""
         self.fill(depth)
