@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from helpers.flash_attention import QUANTIZED, TYPES, Case, Ggml, Library
-from helpers.kernel_libraries import libraries
+from helpers.kernel_libraries import libraries, tiles_in_software, tiles_of_processor
 
 pytestmark = pytest.mark.native
 
@@ -21,6 +23,8 @@ FLOORS = {np.mean: 2e-6, np.max: 3e-5}
 
 
 ours, disabled, stock, ggml = libraries(Library, Ggml, GGML_CLEX_ATTN_DISABLE="1")
+tiles = tiles_in_software(Library)
+amx = tiles_of_processor(Library)
 
 
 @st.composite
@@ -88,6 +92,32 @@ def test_prefill_is_as_exact_as_stock_and_as_f32(ggml, ours, stock, case):
     # Whatever stock does: an F16 somewhere in the sums would be a hundred times as far off.
     for measure, floor in FLOORS.items():
         assert measure(error) <= floor
+
+
+@given(case=cases(st.integers(9, 150)))
+@settings(max_examples=EXAMPLES, deadline=None)
+def test_prefill_in_tiles_is_as_exact_as_stock(ggml, tiles, stock, case):
+    error = check(ggml, tiles, stock, case)
+    # Both factors have 16 bits: a tenth of what an F16 would cost.
+    for measure, floor in FLOORS.items():
+        assert measure(error) <= 20 * floor
+
+
+@given(case=cases(st.integers(9, 150)))
+@settings(max_examples=EXAMPLES, deadline=None)
+def test_prefill_in_tiles_of_the_processor_is_that_in_software(ggml, amx, tiles, case):
+    tensors = ggml.make(case)
+    np.testing.assert_allclose(amx.attend(tensors), tiles.attend(tensors), rtol=1e-4, atol=1e-5)
+
+
+@given(case=cases(st.integers(9, 100)))
+@settings(max_examples=30, deadline=None)
+def test_prefill_in_tiles_does_not_depend_on_threads(ggml, tiles, case):
+    tensors = ggml.make(case)
+    found = tiles.attend(tensors)
+    for threads in (1, 2, 3):
+        again = replace(tensors, case=replace(case, threads=threads))
+        np.testing.assert_array_equal(tiles.attend(again), found, err_msg=str(threads))
 
 
 @given(case=cases(st.one_of(DECODE, PREFILL)))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import platform
 import subprocess
 import sys
 from pathlib import Path
@@ -137,3 +138,28 @@ print(any(b"print_info" in line for line in lines))
     done = run("import clex_local" + code, model)
     assert done.stdout == "True\n", done.stderr
     assert "print_info" not in done.stderr
+
+
+@pytest.mark.parametrize("environment", [{}, {"GGML_CLEX_TILES": "software"}, {"GGML_CLEX_MATMUL_DISABLE": "1"}])
+def test_verbose_says_once_what_computes_batches_with_each_type_of_weights(tmp_path, environment):
+    """That is what the library's information says of the units."""
+    from clex_convert import convert
+
+    path = tmp_path / "q8_0.gguf"
+    convert(make_model(tmp_path / "f32.gguf", head=128), path, outtype="q8_0")
+    code = """import sys, llama_cpp; from clex_local import Llama
+llm = Llama(sys.argv[1], n_ctx=512, n_threads=1, verbose=True)
+for _ in range(2):
+    llm.reset()
+    llm.eval([1 + i * 37 % 280 for i in range(100)])
+print(llama_cpp.llama_print_system_info().decode())"""
+    done = run(code, path, **environment)
+    features = dict(part.split(" = ") for part in done.stdout.partition(": ")[2].split(" | ") if " = " in part)
+    units = features["CLEX_PRODUCTS"]
+    said = [line for line in done.stderr.splitlines() if "batches with weights of type q8_0" in line]
+    if "GGML_CLEX_MATMUL_DISABLE" in environment:
+        assert (units, said) == ("ggml", [])
+    else:
+        assert said == [f"ggml_clex_matmul: batches with weights of type q8_0: {units}"]
+    if "GGML_CLEX_TILES" in environment and sys.platform == "linux" and platform.machine() == "x86_64":
+        assert units == "software tiles"

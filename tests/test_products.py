@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from helpers.kernel_libraries import libraries
+from helpers.kernel_libraries import libraries, tiles_in_software, tiles_of_processor
 from helpers.products import FLOATS, REPACKED, TYPES, Case, Ggml, Library, Tensors
 
 pytestmark = pytest.mark.native
@@ -24,7 +24,10 @@ EXAMPLES = 150
 
 
 ours, disabled, stock, ggml = libraries(Library, Ggml, GGML_CLEX_MATMUL_DISABLE="1")
-
+tiles = tiles_in_software(Library)
+amx = tiles_of_processor(Library)
+IN_TILES = tuple(kind for kind in TYPES if kind != "f32")
+TILE_TOKENS = st.one_of(st.integers(16, 100), st.sampled_from((16, 17, 32, 33, 64, 577)))
 
 TOKENS = st.one_of(st.integers(9, 70), st.sampled_from((9, 64, 128, 509, 700)))
 
@@ -43,9 +46,10 @@ def cases(draw: st.DrawFn, kinds: tuple[str, ...] = QUANTIZED, tokens: st.Search
     most = min(WORK // (columns * n_tokens * max(used, matrices * batches)), WEIGHTS // (columns * matrices))
     repacked = kind in REPACKED and draw(st.booleans())
     rows = draw(st.integers(1, max(1, min(300, most))))
+    together = draw(st.sampled_from((8, 32)))  # those of ggml's repacking, those of AMX
     return Case(
         kind=kind,
-        rows=-(-rows // 8) * 8 if repacked else rows,
+        rows=-(-rows // together) * together if repacked else rows,
         columns=columns,
         tokens=n_tokens,
         matrices=matrices,
@@ -72,12 +76,11 @@ def root_mean_square(x: np.ndarray) -> float:
     return float(np.sqrt(np.mean(np.square(x, dtype=np.float64))))
 
 
-@given(case=cases(tuple(TYPES)))
-@settings(max_examples=EXAMPLES, deadline=None)
-def test_batches_are_as_exact_as_with_ggml(ggml, ours, disabled, case):
+def check(ggml: Ggml, library: Library, disabled: Library, case: Case) -> None:
+    """The error of a library is no larger than that of ggml's own products, nor than rounding to 8 bits allows."""
     tensors = ggml.make(case)
     reference = ggml.reference(tensors)
-    found = ours.multiply(tensors)
+    found = library.multiply(tensors)
     floor = 2e-6 * root_mean_square(reference)  # of sums in F32
     # ggml's products with repacked weights take rows of activations that have gaps for rows without.
     plain = replace(tensors, case=replace(case, layout="plain"))
@@ -89,23 +92,54 @@ def test_batches_are_as_exact_as_with_ggml(ggml, ours, disabled, case):
         assert (np.abs(found - reference) <= 1.001 * rounding(ggml, tensors) + 20 * floor).all()
 
 
-@given(case=cases(QUANTIZED), fewer=st.integers(30, 60))
-@settings(max_examples=60, deadline=None)
-def test_results_depend_neither_on_threads_nor_on_other_tokens(ggml, ours, case, fewer):
+@given(case=cases(tuple(TYPES)))
+@settings(max_examples=EXAMPLES, deadline=None)
+def test_batches_are_as_exact_as_with_ggml(ggml, ours, disabled, case):
+    check(ggml, ours, disabled, case)
+
+
+@given(case=cases(IN_TILES, TILE_TOKENS))
+@settings(max_examples=EXAMPLES, deadline=None)
+def test_batches_in_tiles_are_as_exact_as_with_ggml(ggml, tiles, disabled, case):
+    check(ggml, tiles, disabled, case)
+
+
+@given(case=cases(IN_TILES, TILE_TOKENS))
+@settings(max_examples=EXAMPLES, deadline=None)
+def test_tiles_of_the_processor_compute_what_those_in_software_do(ggml, amx, tiles, case):
     tensors = ggml.make(case)
-    found = ours.multiply(tensors)
+    expected = tiles.multiply(tensors)
+    difference = np.abs(amx.multiply(tensors) - expected).max()
+    assert difference <= 1e-5 * np.abs(expected).max()
+
+
+def check_independence(library: Library, tensors: Tensors, fewer: int) -> None:
+    """Bit for bit the same with other numbers of threads, and for the last tokens alone."""
+    case = tensors.case
+    found = library.multiply(tensors)
     for threads in (1, 2, 3, 5):
-        again = ours.multiply(replace(tensors, case=replace(case, threads=threads)))
+        again = library.multiply(replace(tensors, case=replace(case, threads=threads)))
         np.testing.assert_array_equal(again, found, err_msg=str(threads))
-    fewer = min(fewer, case.tokens)
-    if case.used:
+    if tensors.experts is not None:
         part = replace(
             tensors, x=tensors.x[-fewer:], experts=tensors.experts[-fewer:], case=replace(case, tokens=fewer)
         )
-        np.testing.assert_array_equal(ours.multiply(part), found[-fewer:])
+        np.testing.assert_array_equal(library.multiply(part), found[-fewer:])
     else:
         part = replace(tensors, x=tensors.x[:, -fewer:], case=replace(case, tokens=fewer))
-        np.testing.assert_array_equal(ours.multiply(part), found[:, -fewer:])
+        np.testing.assert_array_equal(library.multiply(part), found[:, -fewer:])
+
+
+@given(case=cases(QUANTIZED), fewer=st.integers(30, 60))
+@settings(max_examples=60, deadline=None)
+def test_results_depend_neither_on_threads_nor_on_other_tokens(ggml, ours, case, fewer):
+    check_independence(ours, ggml.make(case), min(fewer, case.tokens))
+
+
+@given(case=cases(IN_TILES, st.integers(30, 200)), fewer=st.integers(30, 60))
+@settings(max_examples=60, deadline=None)
+def test_results_in_tiles_depend_neither_on_threads_nor_on_other_tokens(ggml, tiles, case, fewer):
+    check_independence(tiles, ggml.make(case), min(fewer, case.tokens))
 
 
 @given(case=cases(FLOATS, st.integers(64, 200)))
@@ -132,25 +166,30 @@ def test_the_variable_selects_the_code_of_stock(ggml, disabled, stock, case):
     np.testing.assert_array_equal(disabled.multiply(tensors), stock.multiply(tensors))
 
 
+@pytest.fixture(params=["ours", "tiles"])
+def either(request):
+    return request.getfixturevalue(request.param)
+
+
 @pytest.mark.parametrize("kind", QUANTIZED)
-def test_numbers_that_are_none_stay_with_their_token(ggml, ours, kind):
+def test_numbers_that_are_none_stay_with_their_token(ggml, either, kind):
     case = Case(kind=kind, rows=40, columns=512, tokens=30, threads=2)
     tensors = ggml.make(case)
-    expected = ours.multiply(tensors)
+    expected = either.multiply(tensors)
     for bad in (np.nan, np.inf, -np.inf):
         tensors.x[0, 7, 300] = bad
-        found = ours.multiply(tensors)
+        found = either.multiply(tensors)
         assert not np.isfinite(found[0, 7]).any()
         np.testing.assert_array_equal(np.delete(found, 7, axis=1), np.delete(expected, 7, axis=1))
 
 
 @pytest.mark.parametrize("kind", QUANTIZED)
-def test_tiny_activations_and_zeros(ggml, ours, kind):
+def test_tiny_activations_and_zeros(ggml, either, kind):
     case = Case(kind=kind, rows=40, columns=256, tokens=30)
     tensors = ggml.make(case)
     tensors.x[0, :8] *= 1e-42
     tensors.x[0, 8] = 0
-    found = ours.multiply(tensors)
+    found = either.multiply(tensors)
     assert np.isfinite(found).all()
     assert (np.abs(found[0, :9]) < 1e-30).all()
     assert found[0, 9:].any()

@@ -53,13 +53,22 @@ for options in ({}, dict(flash_attn=1, type_k=F16, type_v=F16), dict(flash_attn=
 """
 
 
-@pytest.mark.parametrize("environment", [{}, {"GGML_CLEX_ATTN_DISABLE": "1"}])
-def test_results_do_not_depend_on_how_many_of_the_planned_threads_compute(golden_dir, tmp_path, environment):
+@pytest.mark.parametrize(
+    ("outtype", "environment"),
+    [
+        ("f32", {}),
+        ("f32", {"GGML_CLEX_ATTN_DISABLE": "1"}),
+        ("q8_0", {"GGML_AMX_DISABLE": "1"}),
+        ("q8_0", {"GGML_CLEX_TILES": "software"}),
+        ("q8_0", {"GGML_CLEX_MATMUL_DISABLE": "1", "GGML_AMX_DISABLE": "1"}),
+    ],
+)
+def test_results_do_not_depend_on_how_many_of_the_planned_threads_compute(golden_dir, tmp_path, outtype, environment):
     """Bit for bit, also where the first thread computes the last nodes alone."""
     from clex_convert import convert
 
     model = tmp_path / "model.gguf"
-    convert(golden_dir("llama"), model, outtype="f32", method="ntk", max_factor=32)
+    convert(golden_dir("llama"), model, outtype=outtype, method="ntk", max_factor=32)
     command = [sys.executable, "-c", SCRIPT, str(model), str(CPU), str(Path(__file__).parent)]
     done = subprocess.run(command, env={**os.environ, **environment}, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

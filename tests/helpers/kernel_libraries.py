@@ -2,11 +2,46 @@
 
 from __future__ import annotations
 
+import platform
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from helpers.flash_attention import Ggml, Library
+
+CPUINFO = Path("/proc/cpuinfo")
+
+
+def tiles_in_software(library: type[Library]) -> Any:
+    """A fixture of a module: ours with tile registers (AMX) in software, on any x86-64."""
+    from clex_local._library import library_path
+
+    @pytest.fixture(scope="module")
+    def tiles():
+        if sys.platform != "linux" or platform.machine() != "x86_64":
+            pytest.skip("tile registers in software are for x86-64 and Linux")
+        opened = library(library_path(), GGML_CLEX_TILES="software")
+        yield opened
+        opened.close()
+
+    return tiles
+
+
+def tiles_of_processor(library: type[Library]) -> Any:
+    """A fixture of a module: ours where the processor has tile registers."""
+    from clex_local._library import library_path
+
+    @pytest.fixture(scope="module")
+    def amx():
+        if not CPUINFO.exists() or "amx_bf16" not in CPUINFO.read_text():
+            pytest.skip("this CPU has no AMX")
+        opened = library(library_path())
+        yield opened
+        opened.close()
+
+    return amx
 
 
 def libraries(library: type[Library], functions: type[Ggml], **switch: str) -> tuple[Any, Any, Any, Any]:
@@ -18,13 +53,13 @@ def libraries(library: type[Library], functions: type[Ggml], **switch: str) -> t
         switch: of the environment, with which ours computes as ggml does.
 
     Returns:
-        Ours, ours with the switch, stock, and the functions in this process.
+        Ours with vectors, ours with the switch, stock, and the functions in this process.
     """
     from clex_local._library import library_path
 
     @pytest.fixture(scope="module")
     def ours():
-        opened = library(library_path())
+        opened = library(library_path(), GGML_AMX_DISABLE="1")
         yield opened
         opened.close()
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ctypes
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -45,7 +45,8 @@ TYPES = {
     "q2_0": 42,
 }
 FLOATS = ("f32", "f16", "bf16")
-REPACKED = ("q4_0", "q4_K", "q2_K", "iq4_nl", "mxfp4", "q8_0", "q5_K", "q6_K")  # on some processor
+# On some processor.
+REPACKED = ("q4_0", "q4_1", "q4_K", "q2_K", "iq4_nl", "iq4_xs", "mxfp4", "q8_0", "q5_K", "q6_K", "f16")
 
 
 @dataclass(frozen=True)
@@ -96,17 +97,15 @@ class Ggml(flash_attention.Ggml):
         self.supports = self.function("ggml_backend_supports_op", ctypes.c_bool, pointer, pointer)
 
     @cached_property
-    def repack_buffer(self) -> int | None:
-        """The buffer type that repacks weights."""
+    def repack_buffers(self) -> list[int]:
+        """The buffer types that keep weights in another order, as ggml tries them."""
         address = self.procedure(self.registry(self.device(self.backend)), b"ggml_backend_dev_get_extra_bufts")
         get = ctypes.CFUNCTYPE(ctypes.POINTER(ctypes.c_void_p), ctypes.c_void_p)(address)
         types = get(self.device(self.backend))
-        i = 0
-        while types and types[i]:
-            if self.buffer_name(types[i]) == b"CPU_REPACK":
-                return types[i]
-            i += 1
-        return None
+        found = []
+        while types and types[len(found)]:
+            found.append(types[len(found)])
+        return [kind for kind in found if self.buffer_name(kind) in (b"AMX", b"CPU_REPACK")]
 
     def make(self, case: Case) -> Tensors:
         """The numbers of a case."""
@@ -136,8 +135,11 @@ class Ggml(flash_attention.Ggml):
             [[weights[e] @ v for e, v in zip(*row, strict=True)] for row in zip(tensors.experts, x, strict=True)]
         )
 
-    def multiply(self, tensors: Tensors) -> np.ndarray:
-        """Compute one graph: float32 [batches*matrices, tokens, rows], with experts [tokens, used, rows]."""
+    def multiply(self, tensors: Tensors, attempt: int = 0) -> np.ndarray:
+        """Compute one graph: float32 [batches*matrices, tokens, rows], with experts [tokens, used, rows].
+
+        Weights that are repacked lie in the first buffer type from `attempt` on that takes them, or are not.
+        """
         case = tensors.case
         # weights that are repacked lie in a buffer of their own
         contexts = [self.init(self.InitParams(1 << 20, None, True)) for _ in range(2)]
@@ -158,11 +160,10 @@ class Ggml(flash_attention.Ggml):
             out = self.mul_mat_id(contexts[1], weights, x, ids)
         buffers = []
         try:
-            if case.repacked and self.repack_buffer:
-                buffers.append(self.allocate_from(contexts[0], self.repack_buffer))
+            if case.repacked and len(self.repack_buffers) > attempt:
+                buffers.append(self.allocate_from(contexts[0], self.repack_buffers[attempt]))
                 if not self.supports(self.backend, out):
-                    self.release(buffers.pop())
-                    return self.multiply(replace(tensors, case=replace(case, repacked=False)))
+                    return self.multiply(tensors, attempt + 1)
             else:
                 buffers.append(self.allocate(contexts[0], self.backend))
             return self.compute_graph(contexts[1], out, values, buffers, tensors)

@@ -20,6 +20,9 @@ size_t ggml_clex_matmul_work_size(const struct ggml_tensor * dst, int n_threads)
 // of another kind.
 bool ggml_clex_matmul(const struct ggml_compute_params * params, struct ggml_tensor * dst);
 
+// Name of what computes batches with quantized weights where these functions do not decline; "ggml" where they always do.
+const char * ggml_clex_matmul_units(void);
+
 #ifdef __cplusplus
 }
 #endif

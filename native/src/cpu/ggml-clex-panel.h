@@ -58,6 +58,9 @@ static inline ivec w_load(const int8_t * p) { return _mm512_loadu_si512((const v
 static inline ivec a_load(const int8_t * p) { int32_t x; memcpy(&x, p, 4); return _mm512_set1_epi32(x); }
 static inline ivec dot(ivec sum, ivec w, ivec a) { return _mm512_dpbusd_epi32(sum, w, a); }
 
+#define GGML_CLEX_PANEL_FOLDED
+static inline ivec dot_pairs(ivec sum, ivec w, ivec a) { return _mm512_dpwssd_epi32(sum, w, a); } // of 16-bit numbers
+
 #if defined(__AVX512BF16__)
 #define GGML_CLEX_PANEL_BF16
 // pairs of bf16
@@ -98,12 +101,16 @@ static inline void transpose_square(const int8_t * rows, int64_t stride, int8_t 
     }
 }
 
-// the largest magnitude of 32 numbers, not a number where one of them is not
-static inline float largest(const float * x) {
+// the largest magnitude of n numbers, a multiple of 32; not a number where one of them is not
+static inline float largest(const float * x, int64_t n) {
     const __m512i magnitude = _mm512_set1_epi32(0x7fffffff);
-    const __m512i a = _mm512_and_si512(_mm512_loadu_si512((const void *) x), magnitude);
-    const __m512i b = _mm512_and_si512(_mm512_loadu_si512((const void *) (x + 16)), magnitude);
-    const int32_t y = _mm512_reduce_max_epi32(_mm512_max_epi32(a, b));
+    __m512i max[2] = { _mm512_setzero_si512(), _mm512_setzero_si512() };
+    for (int64_t i = 0; i < n; i += 32) {
+        for (int j = 0; j < 2; ++j) {
+            max[j] = _mm512_max_epi32(max[j], _mm512_and_si512(_mm512_loadu_si512((const void *) (x + i + 16*j)), magnitude));
+        }
+    }
+    const int32_t y = _mm512_reduce_max_epi32(_mm512_max_epi32(max[0], max[1]));
     float f;
     memcpy(&f, &y, 4);
     return f;
@@ -152,6 +159,9 @@ constexpr bool UNSIGNED = true;
 
 static inline ivec dot(ivec sum, ivec w, ivec a) { return _mm256_dpbusd_avx_epi32(sum, w, a); }
 
+#define GGML_CLEX_PANEL_FOLDED
+static inline ivec dot_pairs(ivec sum, ivec w, ivec a) { return _mm256_dpwssd_avx_epi32(sum, w, a); }
+
 #else
 
 #define GGML_CLEX_PANEL
@@ -189,9 +199,9 @@ static inline void transpose_square(const int8_t * rows, int64_t stride, int8_t 
     }
 }
 
-static inline float largest(const float * x) {
+static inline float largest(const float * x, int64_t n) {
     __m256i max = _mm256_setzero_si256();
-    for (int i = 0; i < 32; i += 8) {
+    for (int64_t i = 0; i < n; i += 8) {
         const __m256i y = _mm256_loadu_si256((const __m256i *) (x + i));
         max = _mm256_max_epi32(max, _mm256_and_si256(y, _mm256_set1_epi32(0x7fffffff)));
     }
@@ -258,9 +268,9 @@ static inline void transpose_square(const int8_t * rows, int64_t stride, int8_t 
     }
 }
 
-static inline float largest(const float * x) {
+static inline float largest(const float * x, int64_t n) {
     uint32x4_t max = vdupq_n_u32(0);
-    for (int i = 0; i < 32; i += 4) {
+    for (int64_t i = 0; i < n; i += 4) {
         max = vmaxq_u32(max, vandq_u32(vreinterpretq_u32_f32(vld1q_f32(x + i)), vdupq_n_u32(0x7fffffff)));
     }
     const uint32_t y = vmaxvq_u32(max);
@@ -314,6 +324,30 @@ static inline void transpose(const int8_t (*rows)[CHUNK], panel & p, int64_t v, 
     }
 }
 
+// what n numbers, a multiple of 32, are divided by to become numbers of 8 bits
+struct step {
+    bool  is_zero;
+    float size, factor;
+
+    step(const float * x, int64_t n) {
+        const float max = x ? largest(x, n) : 0.0f;
+        is_zero = max < 1e-35f;
+        size    = is_zero ? 0.0f : max/127.0f;
+        factor  = is_zero ? 0.0f : 127.0f/max;
+    }
+
+    // 32 of them, and the sums of both halves
+    void round(const float * x, int8_t * q, int32_t * sums) const {
+        sums[0] = sums[1] = 0;
+        if (is_zero) {
+            memset(q, 0, 32);
+        } else {
+            sums[0] = round_16(x, factor, q);
+            sums[1] = round_16(x + 16, factor, q + 16);
+        }
+    }
+};
+
 // n activations from k on of TOKENS tokens; those of a token that is null are 0
 template <int PARTS, bool MIN, bool WIDE>
 static inline void pack_activations(const float * const * x, int64_t k, int64_t n, char * y) {
@@ -322,33 +356,20 @@ static inline void pack_activations(const float * const * x, int64_t k, int64_t 
     for (int t = 0; t < TOKENS; ++t) {
         char * block = y;
         for (int64_t i = k; i < k + n; i += SCALED) {
-            float max = 0.0f;
-            for (int64_t j = i; x[t] && j < i + SCALED; j += 32) {
-                const float m = largest(x[t] + j);
-                max = max < m || m != m ? m : max;
-            }
-            const bool  is_zero = max < 1e-35f;
-            const float d       = is_zero ? 0.0f : max/127.0f;
-            const float factor  = is_zero ? 0.0f : 127.0f/max;
+            const step by(x[t] ? x[t] + i : nullptr, SCALED);
             for (int64_t j = i; j < i + SCALED; j += 32, block += L::SIZE) {
-                int8_t * q = (int8_t *) block + 32*t;
-                int32_t  sum[2] = {};
-                if (is_zero) {
-                    memset(q, 0, 32);
-                } else {
-                    sum[0] = round_16(x[t] + j, factor, q);
-                    sum[1] = round_16(x[t] + j + 16, factor, q + 16);
-                }
+                int32_t sum[2];
+                by.round(x[t] ? x[t] + j : nullptr, (int8_t *) block + 32*t, sum);
                 if (PARTS == 1) {
                     sum[0] += sum[1];
                 }
-                ((float *) (block + L::D))[t] = d;
+                ((float *) (block + L::D))[t] = by.size;
                 for (int part = 0; part < PARTS; ++part) {
                     if (UNSIGNED) {
                         ((int32_t *) (block + L::BIAS))[part*TOKENS + t] = -128*sum[part];
                     }
                     if (MIN) {
-                        ((float *) (block + L::SUM))[part*TOKENS + t] = WIDE ? (float) sum[part] : d*(float) sum[part];
+                        ((float *) (block + L::SUM))[part*TOKENS + t] = WIDE ? (float) sum[part] : by.size*(float) sum[part];
                     }
                 }
             }
@@ -427,6 +448,95 @@ static inline void product(const panel & p, const char * a, float * c, int64_t c
         }
     }
 }
+
+#if defined(GGML_CLEX_PANEL_FOLDED)
+
+// Weights whose scales of 16 are small whole numbers, and are multiplied into the weights: one exact sum over a block of 256. Minima are whole
+// numbers as well. A panel has one such block: d[0] is its scale, d[1] that of the minima, m has pairs of minima of 16 bits.
+
+// A block of 32 activations: numbers, scale, what the sum over the whole block of 256 starts from (the first has it), and the sums of
+// both halves as 16-bit numbers.
+template <bool MIN>
+struct folded_layout {
+    static constexpr int D    = 32*TOKENS;
+    static constexpr int BIAS = D    + 4*TOKENS;
+    static constexpr int SUM  = BIAS + 4*TOKENS;
+    static constexpr int SIZE = SUM  + (MIN ? 4*TOKENS : 0);
+};
+
+template <bool MIN>
+static inline void pack_folded(const float * const * x, int64_t k, int64_t n, char * y) {
+    using L = folded_layout<MIN>;
+    for (int t = 0; t < TOKENS; ++t) {
+        const step by(x[t] ? x[t] + k : nullptr, n);
+        int32_t total = 0;
+        char * block = y;
+        for (int64_t i = k; i < k + n; i += 32, block += L::SIZE) {
+            int32_t sum[2];
+            by.round(x[t] ? x[t] + i : nullptr, (int8_t *) block + 32*t, sum);
+            total += sum[0] + sum[1];
+            ((float *) (block + L::D))[t] = by.size;
+            if (MIN) {
+                const int16_t pair[2] = { (int16_t) sum[0], (int16_t) sum[1] };
+                memcpy(block + L::SUM + 4*t, pair, 4);
+            }
+        }
+        ((int32_t *) (y + L::BIAS))[t] = -128*total;
+    }
+}
+
+// as above, with n blocks of 32 that are one of 256
+template <int T, bool MIN>
+static inline void product_folded(const panel & p, const char * a, float * c, int64_t c_row, int n, bool first) {
+    using L = folded_layout<MIN>;
+    ivec x[T][VECTORS];
+    for (int t = 0; t < T; ++t) {
+        for (int v = 0; v < VECTORS; ++v) { // weights with minima are not negative, and have nothing added
+            x[t][v] = MIN ? i_zero() : i_set((const int32_t *) (a + L::BIAS) + t);
+        }
+    }
+    const int8_t * w = p.w[0][0];
+    for (int b = 0; b < n; ++b) {
+#pragma GCC unroll 8
+        for (int q = 0; q < 8; ++q, w += 4*ROWS) {
+#pragma GCC unroll 16
+            for (int t = 0; t < T; ++t) {
+#pragma GCC unroll 4
+                for (int v = 0; v < VECTORS; ++v) {
+                    x[t][v] = dot(x[t][v], w_load(w + v*4*LANES), a_load((const int8_t *) a + b*L::SIZE + 32*t + 4*q));
+                }
+            }
+        }
+    }
+    fvec sum[T][VECTORS];
+    for (int t = 0; t < T; ++t) {
+        for (int v = 0; v < VECTORS; ++v) {
+            sum[t][v] = f_mul(f_from(x[t][v]), f_load(p.d[0] + v*LANES));
+            x[t][v]   = i_zero();
+        }
+    }
+    for (int b = 0; MIN && b < n; ++b) {
+#pragma GCC unroll 16
+        for (int t = 0; t < T; ++t) {
+#pragma GCC unroll 4
+            for (int v = 0; v < VECTORS; ++v) {
+                x[t][v] = dot_pairs(x[t][v], w_load((const int8_t *) (p.m[b] + v*LANES)), a_load((const int8_t *) a + b*L::SIZE + L::SUM + 4*t));
+            }
+        }
+    }
+    for (int t = 0; t < T; ++t) {
+        const fvec s = f_set((const float *) (a + L::D) + t);
+        for (int v = 0; v < VECTORS; ++v) {
+            if (MIN) {
+                sum[t][v] = f_fma(f_from(x[t][v]), f_load(p.d[1] + v*LANES), sum[t][v]);
+            }
+            float * y = c + t*c_row + v*LANES;
+            f_store(y, first ? f_mul(sum[t][v], s) : f_fma(sum[t][v], s, f_load(y)));
+        }
+    }
+}
+
+#endif
 
 // what multiplies floats, and pairs of bf16
 struct float_dot {

@@ -7,6 +7,7 @@
 #include "ggml-clex-prefill.h"
 #include "ggml-clex-node.h"
 #include "ggml-clex-threads.h"
+#include "ggml-clex-tile-attn.h"
 #include "ggml-clex-vec.h"
 
 #include "ggml-cpu-impl.h"
@@ -128,6 +129,86 @@ static void convert_tile(const ggml_tensor * t, row_to_float convert, int64_t fi
 // the shape of the work
 //
 
+//
+// the two products: in F32 by vectors, or in tile registers
+//
+
+#if defined(GGML_CLEX_PANEL) && defined(GGML_CLEX_TILES)
+
+// Caches of F32 are not for tiles, whose products are as exact as 16 bits of a number.
+static bool takes_tiles(const ggml_clex_node & node) {
+    return node.dk % 16 == 0 && node.k->type != GGML_TYPE_F32 && node.v->type != GGML_TYPE_F32 &&
+        clex_tiles::available() != clex_tiles::units::none;
+}
+
+// of one thread, in its part of the work buffer
+struct attn_tile_products {
+    int64_t size_k, size_v;
+    clex_tiles::operand q[COLUMNS/TILE], k, p, v;
+
+    static int64_t k_bytes(int64_t size_k) { return 2*GGML_PAD(size_k, 32); } // of a row
+
+    static size_t size(bool in_tiles, int64_t size_k, int64_t size_v) {
+        using clex_tiles::operand;
+        return !in_tiles ? 0 : (operand::bytes(COLUMNS/TILE*GGML_PAD(size_k, 32)/2, 4*TILE) + operand::bytes(TILE, k_bytes(size_k)) +
+            operand::bytes(TILE, 2*TILE) + operand::bytes(TILE/2, 4*size_v) + 64)/sizeof(float);
+    }
+
+    attn_tile_products(int64_t size_k, int64_t size_v, float * room) : size_k(size_k), size_v(size_v) {
+        char * next = (char *) GGML_PAD((uintptr_t) room, 64);
+        const auto take = [&](int64_t rows, int64_t stride) {
+            char * x = next;
+            next += clex_tiles::operand::bytes(rows, stride);
+            return clex_tiles::operand::at(x, rows, stride);
+        };
+        for (auto & tile : q) {
+            tile = take(GGML_PAD(size_k, 32)/2, 4*TILE);
+        }
+        k = take(TILE, k_bytes(size_k));
+        p = take(TILE, 2*TILE);
+        v = take(TILE/2, 4*size_v);
+    }
+
+    static bool in_software() { return clex_tiles::available() == clex_tiles::units::software; }
+    static void begin() { in_software() ? clex_tiles::software::begin() : clex_tiles::hardware::begin(); }
+    static void end()   { in_software() ? clex_tiles::software::end()   : clex_tiles::hardware::end(); }
+
+    void take_queries(int64_t tile, const float * x) { clex_tiles::pack_pairs(x, TILE, size_k, TILE, q[tile]); }
+    void take_keys   (const float * x, int64_t n)    { clex_tiles::pack_rows (x, size_k, n, size_k, k); }
+    void take_values (const float * x, int64_t n)    { clex_tiles::pack_pairs(x, size_v, n, size_v, v); }
+
+    void multiply(float * c, int64_t c_row, const clex_tiles::operand & a, const clex_tiles::operand & b, int64_t k, int64_t rows, int64_t columns,
+            bool add) const {
+        const auto f = in_software() ? clex_tiles::multiply<clex_tiles::software> : clex_tiles::multiply<clex_tiles::hardware>;
+        f(c, c_row, a, b, k, rows, columns, add);
+    }
+    void scores(float * c, int64_t tile, int64_t n, int64_t n_columns) const { multiply(c, TILE, k, q[tile], size_k, n, n_columns, false); }
+    void add_values(float * o, const float * weights, int64_t n, int64_t n_columns) {
+        clex_tiles::pack_transposed(weights, TILE, n, GGML_PAD(n_columns, 16), p);
+        multiply(o, size_v, p, v, n, n_columns, size_v, true);
+    }
+};
+
+#else
+
+static bool takes_tiles(const ggml_clex_node &) {
+    return false;
+}
+
+struct attn_tile_products {
+    static size_t size(bool, int64_t, int64_t) { return 0; }
+    attn_tile_products(int64_t, int64_t, float *) {}
+    static void begin() {}
+    static void end() {}
+    void take_queries(int64_t, const float *) {}
+    void take_keys(const float *, int64_t) {}
+    void take_values(const float *, int64_t) {}
+    void scores(float *, int64_t, int64_t, int64_t) const {}
+    void add_values(float *, const float *, int64_t, int64_t) {}
+};
+
+#endif
+
 // A unit is some heads of one KV head times some queries, its columns: column = head*n_queries + query.
 //
 //              column tile 0 (TILE)        column tile 1
@@ -143,10 +224,12 @@ struct attn_plan {
     int64_t n_queries;      // of a unit
     int64_t n_head_blocks, n_query_blocks;
     int64_t n_units;
+    bool    in_tiles;       // whether products are computed in tile registers
 
     attn_plan(const ggml_clex_node & node, int n_threads) {
-        size_k = node.dk;
-        size_v = GGML_PAD(node.dv, VEC);
+        in_tiles = takes_tiles(node);
+        size_k   = node.dk;
+        size_v   = GGML_PAD(node.dv, in_tiles ? 16 : VEC);
 
         n_heads   = std::min<int64_t>(node.group(), COLUMNS);
         n_queries = std::min<int64_t>(node.n_query, COLUMNS/n_heads);
@@ -171,7 +254,7 @@ struct attn_plan {
 
     // floats for one thread; the same for any number of threads, since there may turn out to be fewer than planned
     size_t size() const {
-        return COLUMNS*(size_k + size_v + 2) + TILE*(size_k + size_v + TILE);
+        return COLUMNS*(size_k + size_v + 2) + TILE*(size_k + size_v + TILE) + attn_tile_products::size(in_tiles, size_k, size_v);
     }
 };
 
@@ -184,6 +267,7 @@ struct attn_scratch {
     float * o;
     float * max;
     float * sum;
+    float * tiles; // what attn_tile_products has
 
     attn_scratch(const attn_plan & plan, float * next) {
         const auto take = [&](int64_t n) { float * x = next; next += n; return x; };
@@ -194,6 +278,7 @@ struct attn_scratch {
         o      = take(COLUMNS*plan.size_v);
         max    = take(COLUMNS);
         sum    = take(COLUMNS);
+        tiles  = next;
 
         memset(v_tile, 0, TILE*plan.size_v*sizeof(float)); // what pads the rows stays 0
     }
@@ -370,9 +455,13 @@ static void run_unit(const ggml_clex_node & node, const attn_plan & plan, const 
     const row_to_float convert_v = row_converter(node.v->type);
 
     attn_columns columns[COLUMNS/TILE];
+    attn_tile_products tiles(size_k, size_v, scratch.tiles);
     const int64_t n_tiles = (unit.n_columns + TILE - 1)/TILE;
     for (int64_t t = 0; t < n_tiles; ++t) {
         begin_columns(columns[t], node, plan, unit, scratch, t*TILE);
+        if (plan.in_tiles) {
+            tiles.take_queries(t, columns[t].q);
+        }
     }
 
     for (int64_t first = 0; first < node.n_kv; first += TILE) {
@@ -389,16 +478,28 @@ static void run_unit(const ggml_clex_node & node, const attn_plan & plan, const 
         }
         convert_tile(node.k, convert_k, first, n, unit.head_kv, unit.stream, scratch.k_tile, size_k);
         convert_tile(node.v, convert_v, first, n, unit.head_kv, unit.stream, scratch.v_tile, size_v);
+        if (plan.in_tiles) {
+            tiles.take_keys(scratch.k_tile, n);
+            tiles.take_values(scratch.v_tile, n);
+        }
 
         for (int64_t t = 0; t < n_tiles; ++t) {
             attn_columns & c = columns[t];
             if (c.tile == attn_columns::HIDDEN) {
                 continue;
             }
-            product(scratch.scores, TILE, scratch.k_tile, size_k, 1, c.q, TILE, size_k, GGML_PAD(n, VEC_ROWS), GGML_PAD(c.n, VEC), false);
+            if (plan.in_tiles) {
+                tiles.scores(scratch.scores, t, n, c.n);
+            } else {
+                product(scratch.scores, TILE, scratch.k_tile, size_k, 1, c.q, TILE, size_k, GGML_PAD(n, VEC_ROWS), GGML_PAD(c.n, VEC), false);
+            }
             make_logits(c, node.softcap, scratch.scores, first, n);
             soft_max(c, scratch.scores, n, size_v);
-            product(c.o, size_v, scratch.scores, 1, TILE, scratch.v_tile, size_v, n, GGML_PAD(c.n, VEC_ROWS), size_v, true);
+            if (plan.in_tiles) {
+                tiles.add_values(c.o, scratch.scores, n, c.n);
+            } else {
+                product(c.o, size_v, scratch.scores, 1, TILE, scratch.v_tile, size_v, n, GGML_PAD(c.n, VEC_ROWS), size_v, true);
+            }
         }
     }
 
@@ -420,8 +521,14 @@ bool ggml_clex_attn_prefill(const ggml_compute_params * params, ggml_tensor * ds
     }
     ggml_barrier(params->threadpool);
 
+    if (plan.in_tiles) {
+        attn_tile_products::begin();
+    }
     for (int64_t unit = params->ith; unit < plan.n_units; unit = ggml_threadpool_chunk_add(params->threadpool, 1)) {
         run_unit(node, plan, attn_unit(node, plan, unit), scratch);
+    }
+    if (plan.in_tiles) {
+        attn_tile_products::end();
     }
     return true;
 }

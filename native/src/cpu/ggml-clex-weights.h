@@ -14,7 +14,8 @@
 
 namespace clex_weights {
 
-// what all types say of themselves
+// What all types say of themselves. Some have another form: `folded`, with whole numbers that are weights times the scale of their 16, what these
+// are multiplied with, and minima likewise.
 template <typename B, int N_, int PART_, bool MIN_>
 struct type {
     using block = B;
@@ -42,6 +43,8 @@ static inline bytes b_high (bytes x)                    { return b_low(_mm_srli_
 static inline bytes b_sub  (bytes x, int8_t y)          { return _mm_sub_epi8(x, _mm_set1_epi8(y)); }
 static inline bytes b_table(const int8_t * t, bytes x)  { return _mm_shuffle_epi8(b_load(t), x); }
 static inline bytes b_or   (bytes x, bytes y)           { return _mm_or_si128(x, y); }
+static inline bytes b_and  (bytes x, uint8_t y)         { return _mm_and_si128(x, _mm_set1_epi8((char) y)); }
+static inline bytes b_shift_by(bytes x, int n)          { return _mm_srl_epi16(x, _mm_cvtsi32_si128(n)); } // as below
 template <int N> static inline bytes b_shift(bytes x)   { return _mm_srli_epi16(x, N); } // high bits of a byte come from the next
 
 #elif defined(__ARM_NEON) && defined(__aarch64__)
@@ -54,6 +57,8 @@ static inline bytes b_high (bytes x)                    { return vshrq_n_u8(x, 4
 static inline bytes b_sub  (bytes x, int8_t y)          { return vsubq_u8(x, vdupq_n_u8((uint8_t) y)); }
 static inline bytes b_table(const int8_t * t, bytes x)  { return vqtbl1q_u8(vreinterpretq_u8_s8(vld1q_s8(t)), x); }
 static inline bytes b_or   (bytes x, bytes y)           { return vorrq_u8(x, y); }
+static inline bytes b_and  (bytes x, uint8_t y)         { return vandq_u8(x, vdupq_n_u8(y)); }
+static inline bytes b_shift_by(bytes x, int n)          { return vshlq_u8(x, vdupq_n_s8((int8_t) -n)); }
 template <int N> static inline bytes b_shift(bytes x)   { return vshrq_n_u8(x, N); }
 
 #endif
@@ -65,6 +70,15 @@ static inline bytes b_bits(bytes x) {
     return _mm_and_si128(N < 4 ? _mm_slli_epi16(x, 4 - N) : x, _mm_set1_epi8(0x30));
 #else
     return vandq_u8(N < 4 ? vshlq_n_u8(x, 4 - N) : x, vdupq_n_u8(0x30));
+#endif
+}
+
+// bytes below 16
+static inline bytes b_times_16(bytes x) {
+#if defined(__SSSE3__)
+    return _mm_slli_epi16(x, 4);
+#else
+    return vshlq_n_u8(x, 4);
 #endif
 }
 
@@ -229,12 +243,16 @@ struct q2_0 : type<block_q2_0, 64, 32, false> {
     }
 };
 
+// numbers of two bits: 16 from j on of group i of 32, of which four have the same bytes
+static inline bytes two_bits(const uint8_t * x, int i, int j) {
+    return b_and(b_shift_by(b_load(x + i/4*32 + j), i%4*2), 3);
+}
+
 struct tq2_0 : type<block_tq2_0, QK_K, 32, false> {
     static void unpack(const block & b, int8_t * q, float * d, float *) {
         for (int i = 0; i < 8; ++i) {
-            const uint8_t * x = b.qs + i/4*32;
-            for (int j = 0; j < 32; ++j) {
-                q[32*i + j] = (int8_t) ((x[j] >> i%4*2 & 3) - 1);
+            for (int j = 0; j < 32; j += 16) {
+                b_store(q + 32*i + j, b_sub(two_bits(b.qs, i, j), 1));
             }
             d[i] = from_half(b.d);
         }
@@ -289,9 +307,12 @@ struct q4_K : type<block_q4_K, QK_K, 32, true> {
 struct q5_K : type<block_q5_K, QK_K, 32, true> {
     static void unpack(const block & b, int8_t * q, float * d, float * m) {
         const float scale = from_half(b.data.data.d), min = from_half(b.data.data.dmin);
+#pragma GCC unroll 8
         for (int i = 0; i < 8; ++i) {
-            for (int j = 0; j < 32; ++j) {
-                q[32*i + j] = (int8_t) ((b.qs[i/2*32 + j] >> i%2*4 & 15) | (b.qh[j] >> i & 1) << 4);
+            for (int j = 0; j < 32; j += 16) {
+                const bytes low  = b_and(b_shift_by(b_load(b.qs + i/2*32 + j), i%2*4), 15);
+                const bytes high = b_and(b_shift_by(b_load(b.qh + j), i), 1);
+                b_store(q + 32*i + j, b_or(low, b_times_16(high)));
             }
             scale_and_min(b.scales, i, scale, min, d + i, m + i);
         }
@@ -317,34 +338,67 @@ struct q6_K : type<block_q6_K, QK_K, 16, false> {
     }
 };
 
-struct q2_K : type<block_q2_K, QK_K, 16, true> {
-    static void unpack(const block & b, int8_t * q, float * d, float * m) {
-        for (int i = 0; i < 8; ++i) {
-            for (int j = 0; j < 32; ++j) {
-                q[32*i + j] = (int8_t) (b.qs[i/4*32 + j] >> i%4*2 & 3);
+// what numbers of two or three bits are times each scale, 16 bytes for each
+struct folded_tables {
+    int8_t q2_K[16][16] = {}; // 0 to 3 times 0 to 15
+    int8_t q3_K[64][16] = {}; // 4 to -3 times -32 to 31: the other sign would not fit into 8 bits
+
+    constexpr folded_tables() {
+        for (int s = 0; s < 16; ++s) {
+            for (int i = 0; i < 4; ++i) {
+                q2_K[s][i] = (int8_t) (i*s);
             }
         }
+        for (int s = 0; s < 64; ++s) {
+            for (int i = 0; i < 8; ++i) {
+                q3_K[s][i] = (int8_t) ((4 - i)*(s - 32));
+            }
+        }
+    }
+};
+static constexpr folded_tables FOLDED;
+
+struct q2_K : type<block_q2_K, QK_K, 16, true> {
+    static void unpack(const block & b, int8_t * q, float * d, float * m) {
         const float scale = from_half(b.data.data.d), min = from_half(b.data.data.dmin);
         for (int i = 0; i < 16; ++i) {
+            b_store(q + 16*i, two_bits(b.qs, i/2, i%2*16));
             d[i] = scale*(b.scales[i] & 15);
             m[i] = -min*(b.scales[i] >> 4);
         }
     }
+    static void folded(const block & b, int8_t * q, float * d, int16_t * m) {
+#pragma GCC unroll 16
+        for (int i = 0; i < 16; ++i) {
+            b_store(q + 16*i, b_table(FOLDED.q2_K[b.scales[i] & 15], two_bits(b.qs, i/2, i%2*16)));
+            m[i] = b.scales[i] >> 4;
+        }
+        d[0] = from_half(b.data.data.d);
+        d[1] = -from_half(b.data.data.dmin);
+    }
 };
 
 struct q3_K : type<block_q3_K, QK_K, 16, false> {
+    // numbers i of 16, of 0 to 7: 4 more than they are
+    static bytes three_bits(const block & b, int i) {
+        const bytes high = b_and(b_shift_by(b_load(b.hmask + i%2*16), i/2), 1);
+        return b_or(two_bits(b.qs, i/2, i%2*16), b_shift<2>(b_times_16(high)));
+    }
+    static int scale(const block & b, int i) { // 32 more than it is
+        return (b.scales[i%8] >> i/8*4 & 15) | (b.scales[8 + i%4] >> i/4*2 & 3) << 4;
+    }
     static void unpack(const block & b, int8_t * q, float * d, float *) {
-        for (int i = 0; i < 8; ++i) {
-            for (int j = 0; j < 32; ++j) {
-                q[32*i + j] = (int8_t) ((b.qs[i/4*32 + j] >> i%4*2 & 3) + (b.hmask[j] >> i & 1)*4 - 4);
-            }
-        }
-        const float scale = from_half(b.d);
         for (int i = 0; i < 16; ++i) {
-            const int low  = b.scales[i%8] >> i/8*4 & 15;
-            const int high = b.scales[8 + i%4] >> i/4*2 & 3;
-            d[i] = scale*((low | high << 4) - 32);
+            b_store(q + 16*i, b_sub(three_bits(b, i), 4));
+            d[i] = from_half(b.d)*(scale(b, i) - 32);
         }
+    }
+    static void folded(const block & b, int8_t * q, float * d, int16_t *) {
+#pragma GCC unroll 16
+        for (int i = 0; i < 16; ++i) {
+            b_store(q + 16*i, b_table(FOLDED.q3_K[scale(b, i)], three_bits(b, i)));
+        }
+        d[0] = -from_half(b.d);
     }
 };
 

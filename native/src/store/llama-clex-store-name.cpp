@@ -68,7 +68,7 @@ std::string clex_store_devices() {
             res += std::string(feature->name) + '=' + feature->value + '\n';
         }
     }
-    for (const char * name : { "GGML_CLEX_ATTN_DISABLE", "GGML_AMX_DISABLE" }) {
+    for (const char * name : { "GGML_CLEX_ATTN_DISABLE", "GGML_CLEX_TILES", "GGML_AMX_DISABLE" }) {
         res += std::getenv(name) ? '1' : '0';
     }
     return res;
