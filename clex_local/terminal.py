@@ -261,7 +261,7 @@ class Terminal:
         """A line about what an answer cost, and what the context has left."""
         parts = []
         if answer.prefill_seconds:
-            parts.append(f"read {answer.prefill_tokens:,} tokens")
+            parts.append(f"read {answer.prefill_tokens:,} token{'s' * (answer.prefill_tokens != 1)}")
             if answer.prefill_tokens >= MEASURED:
                 parts[-1] += f" at {answer.prefill_speed:,.0f} tok/s"
         if answer.restored_tokens:

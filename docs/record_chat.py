@@ -18,22 +18,20 @@ from docs.generate import CHAT
 
 PLACE = re.compile(r"(?<=<!-- recorded -->\n).*?(?=\n<!-- end of recorded -->)", re.DOTALL)
 FILES = {
-    "north.txt": "Station North, yearly report.\n\nThe mean temperature was 4.2 degrees. It snowed on 61 days.\n"
-    "The keeper of the station is Ada Holm.\n",
-    "south.txt": "Station South, yearly report.\n\nThe mean temperature was 17.9 degrees. It snowed on 2 days.\n"
-    "The keeper of the station is Omar Reyes.\n",
+    "north.txt": "Report of Station North. The keeper of Station North is Ada Holm. It snowed there on 61 days.\n",
+    "south.txt": "Report of Station South. The keeper of Station South is Omar Reyes. It snowed there on 2 days.\n",
 }
 # What a person types, conversation by conversation.
 TYPED = [
     (
-        ["small.gguf", "--ctx", "1024", "--session", "stations", "--seed", "1", "--max-tokens", "80"],
+        ["long.gguf", "--ctx", "640", "--session", "stations", "--temp", "0", "--max-tokens", "60"],
         [
             "/file north.txt",
             "/file south.txt",
-            "Who keeps the station in north.txt?",
-            "/set temp 0.2",
+            "Who is the keeper of Station North?",
+            "/edit Who is the keeper of Station South?",
+            "/set temp 0.3",
             "/regenerate",
-            "/edit Who keeps the station in south.txt?",
             "/stats",
             "/export stations.md",
             "exit",
@@ -42,12 +40,12 @@ TYPED = [
     (
         ["--session", "stations", "--max-tokens", "160"],
         [
-            "Write a long story about the keeper.",
-            "And another one about the snow.",
-            "And one about the sea.",
+            "On how many days did it snow at Station North?",
+            "Write a poem about snow.",
+            "Write a letter to the keeper of Station South.",
+            "Write a recipe for a warm soup.",
             "/set on_full drop-oldest",
-            "And one about a winter that did not end, with many people in it.",
-            "And one about the summer after it.",
+            "Write a poem about summer.",
             "/undo",
             "/bye",
         ],
@@ -84,10 +82,7 @@ def main() -> None:
         folder = Path(name)
         for file, text in FILES.items():
             (folder / file).write_text(text)
-        convert(
-            next(Path(spec.origin).parent.glob("*.gguf")), folder / "small.gguf", method="ntk", original_context=256,
-            max_factor=8,
-        )  # fmt: skip
+        convert(next(Path(spec.origin).parent.glob("*.gguf")), folder / "long.gguf", method="ntk", max_factor=4)
         recorded = "\n\n".join(record(folder, options, lines) for options, lines in TYPED)
     page = CHAT.read_text(encoding="utf-8")
     CHAT.write_text(PLACE.sub(lambda _: f"```text\n{recorded}\n```", page), encoding="utf-8")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import re
@@ -9,8 +10,10 @@ import sys
 from contextlib import closing
 
 import pytest
+from rich.console import Console
 
 from clex_local import ClexError, Sampling, Session, open_model
+from clex_local.answer_view import MarkdownView
 from clex_local.chat_commands import COMMANDS, completions, do, find, help_text, path_in
 from clex_local.conversation import Chat
 from clex_local.session import CHATML
@@ -259,6 +262,33 @@ def test_template_arguments_reach_the_template_and_are_saved(llm, told, monkeypa
     with pytest.raises(ClexError, match="there is no setting thinking_budget"):
         do(chat, "/set thinking_budget 5")
     chat.keeper.close()
+
+
+def test_thoughts_are_shown_when_asked_and_left_out_as_the_template_says(llm, told, monkeypatch, capsys):
+    strips = CHATML.replace("{{ message.content }}", "{{ message.content.split('</think>')[-1] }}")
+    for template, left in ((strips, 0), (CHATML, 1), (strips.replace("assistant\n", "assistant\n<think>"), 0)):
+        llm.reset()
+        terminal = Terminal(Session(llm, template=template, sampling=Sampling(temp=0)), max_tokens=60)
+        monkeypatch.setattr(terminal, "note", lambda text, style="dim": told.append(text))
+        console = Console(file=io.StringIO(), width=60, force_terminal=True)
+        view = MarkdownView(console, lambda session=terminal.session: session.opens_thought)
+        monkeypatch.setattr(terminal, "view", lambda view=view: view)
+        chat = Chat(terminal, "name", "cache")
+        begin = "" if "<think>" in template else "<think>"
+        tokens = llm.tokenize(f"{begin}Hm, seven.</think>Yes.".encode(), add_bos=False, special=False)
+        with monkeypatch.context() as patch:
+            patch.setattr(llm, "generate", lambda *_, tokens=tokens, **__: iter_of([*tokens, llm.token_eos()]))
+            chat.turn("Is it?")
+        assert console.file.getvalue().endswith("/think shows it]\x1b[0m\nYes.\n")
+        do(chat, "/think")
+        assert told[-1] == "Hm, seven."
+        assert "Hm, seven." in chat.session.messages[-1]["content"]
+        prompt, _ = chat.session._prompt(chat.session._with_message("And?"))
+        assert prompt.count("Hm, seven.") == left
+
+
+def iter_of(tokens):
+    yield from tokens
 
 
 # What goes out of it
