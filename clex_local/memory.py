@@ -44,6 +44,8 @@ class ModelShape:
         sequences: contexts that are held at once.
         window_batch: tokens of a batch, where layers with a sliding window keep only those and the window; None where
             they keep all (``swa_full``, the bindings' default).
+        checkpoints: copies of what windows and states hold that a server keeps of each context, see
+            ``checkpoint_bytes``.
     """
 
     heads: int
@@ -55,6 +57,7 @@ class ModelShape:
     first_table: int | None = None
     sequences: int = 1
     window_batch: int | None = None
+    checkpoints: int = 0
 
     @classmethod
     def from_metadata(cls, metadata: Metadata) -> ModelShape | None:
@@ -136,6 +139,20 @@ def kv_bytes(
     return shape.sequences * total
 
 
+def checkpoint_bytes(shape: ModelShape, n_ctx: int, kv_type: str = "f16") -> int:
+    """Bytes of one of llama-server's context checkpoints, which are in main memory whatever a GPU computes.
+
+    What a sequence lost in a sliding window, or went over in a state, is not there to go back to: a checkpoint has the
+    window's keys and values, and the states, at one position. 0 where all layers keep everything.
+    """
+    _, per_block, block_bytes = KV_TYPES[kv_type]
+    total = 0
+    for cache in shape.caches:
+        numbers = min(cache.window, n_ctx) * cache.heads * (cache.key_length + cache.value_length)
+        total += numbers * block_bytes // per_block + cache.state
+    return total
+
+
 def cache_cells(shape: ModelShape, cache: LayerCache, n_ctx: int) -> int:
     """Tokens that a layer has room for."""
     if cache.window and shape.window_batch is not None:
@@ -172,18 +189,19 @@ def compute_bytes(shape: ModelShape, n_ctx: int, batch: int = 512, flash_attn: b
 
 @dataclass(frozen=True)
 class ContextPlan:
-    """A way to hold a context. ``kv`` and ``compute`` are bytes of main memory, 0 if unknown."""
+    """A way to hold a context. ``kv``, ``compute`` and ``checkpoints`` are bytes of main memory, 0 if unknown."""
 
     n_ctx: int
     flash_attn: bool
     kv_type: str = "f16"
     kv: int = 0
     compute: int = 0
+    checkpoints: int = 0
 
     @property
     def needed(self) -> int:
         """Bytes of main memory in all."""
-        return self.kv + self.compute
+        return self.kv + self.compute + self.checkpoints
 
 
 def is_quantized(kv_type: str) -> bool:
@@ -228,8 +246,14 @@ def cache_plan(
 ) -> ContextPlan:
     """What a context of ``n_ctx`` tokens takes with this cache."""
     layers = layers_in_memory(shape, n_gpu_layers)
-    kv = kv_bytes(shape, n_ctx, kv_type, layers, flash_attn=flash_attn)
-    return ContextPlan(n_ctx, flash_attn, kv_type, kv, compute_bytes(shape, n_ctx, batch, flash_attn) if layers else 0)
+    return ContextPlan(
+        n_ctx,
+        flash_attn,
+        kv_type,
+        kv_bytes(shape, n_ctx, kv_type, layers, flash_attn=flash_attn),
+        compute_bytes(shape, n_ctx, batch, flash_attn) if layers else 0,
+        shape.sequences * shape.checkpoints * checkpoint_bytes(shape, n_ctx, kv_type),
+    )
 
 
 def choose_cache(

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 
 from clex_local.errors import ClexError
@@ -22,6 +23,10 @@ PROMPT_CACHE = 8 * 2**30  # the most that llama-server keeps of earlier prompts 
 _LOOKUP = {"spec-type": "ngram-simple", "spec-ngram-simple-size-n": "6", "spec-ngram-simple-size-m": "7"}
 _EMBEDDINGS = {"--embedding", "--embeddings", "--rerank", "--reranking"}  # options of llama-server
 LEAST_PROMPT_CACHE = 64 * MIB  # less than this is of no use
+CHECKPOINTS = 32  # of a conversation, unless llama-server is told otherwise
+# Three are at the end of a prompt, where the next one mostly goes on, and one is further back.
+LEAST_CHECKPOINTS = 4
+_CHECKPOINTS = ("--ctx-checkpoints", "-ctxcp", "--swa-checkpoints")  # options of llama-server
 
 
 @dataclass(frozen=True)
@@ -35,8 +40,10 @@ class ServePlan:
         covered: tokens that the model covers.
         method: what made its tables, None where it has none.
         prompt_cache: bytes of main memory for earlier prompts.
+        checkpoints: of a conversation, None where the model can go back without them.
         limited: whether memory is what keeps conversations from being as long as the model covers.
         embeddings: whether the model makes embeddings instead of text.
+        storable: whether the document store takes what it computes, as far as the file tells.
     """
 
     path: str | os.PathLike[str]
@@ -45,8 +52,10 @@ class ServePlan:
     covered: int
     method: str | None
     prompt_cache: int
+    checkpoints: int | None = None
     limited: bool = False
     embeddings: bool = False
+    storable: bool = True
 
     def lines(self) -> list[str]:
         """What a person wants to know, in two lines."""
@@ -59,14 +68,16 @@ class ServePlan:
         second = f"at once: {self.parallel}"
         if self.context.kv:
             second += f", in {readable_size(self.context.kv, memory=True)} of {self.context.kv_type} cache"
+        if self.context.checkpoints:
+            second += f", {readable_size(self.context.checkpoints, memory=True)} to go back in it"
         if self.prompt_cache:
             second += f", and {readable_size(self.prompt_cache, memory=True)} for earlier ones"
         return [first, second]
 
 
-def for_conversations(shape: ModelShape | None, parallel: int, batch: int) -> ModelShape | None:
-    """A shape whose cache is as large as llama-server's for so many conversations and tokens of a batch."""
-    return shape and replace(shape, sequences=parallel, window_batch=batch)
+def for_conversations(shape: ModelShape | None, parallel: int, batch: int, checkpoints: int = 0) -> ModelShape | None:
+    """A shape that takes the memory of llama-server's for so many conversations, each with so many checkpoints."""
+    return shape and replace(shape, sequences=parallel, window_batch=batch, checkpoints=checkpoints)
 
 
 def plan_service(path: str | os.PathLike[str], options: ServeOptions, available: int | None = None) -> ServePlan:
@@ -88,10 +99,12 @@ def plan_service(path: str | os.PathLike[str], options: ServeOptions, available:
     weights = os.path.getsize(path)
     with GGUFFile(path) as file:
         embeddings = bool(file.get(f"{file.get('general.architecture')}.pooling_type"))
+    checkpoints = 0 if embeddings or _makes_embeddings(options) else asked_checkpoints(options.server_args)
 
     def plan(parallel: int) -> ContextPlan:
+        least = LEAST_CHECKPOINTS if checkpoints is None else checkpoints
         return plan_context(
-            for_conversations(facts.shape, parallel, options.batch),
+            for_conversations(facts.shape, parallel, options.batch, least),
             facts.maximum,
             options.ctx,
             kv_type=options.kv_type,
@@ -104,6 +117,9 @@ def plan_service(path: str | os.PathLike[str], options: ServeOptions, available:
 
     parallel, context = _plan_parallel(plan, options, facts.maximum)
     left = available * 3 // 4 - weights - context.needed
+    if context.checkpoints and checkpoints is None:
+        context, checkpoints = _more_checkpoints(context, left // 2)
+        left = available * 3 // 4 - weights - context.needed
     prompt_cache = min(PROMPT_CACHE, left // 2)
     return ServePlan(
         path,
@@ -112,9 +128,29 @@ def plan_service(path: str | os.PathLike[str], options: ServeOptions, available:
         facts.maximum,
         facts.tables.method if facts.tables else None,
         prompt_cache if prompt_cache >= LEAST_PROMPT_CACHE else 0,
+        checkpoints,
         limited=options.ctx is None and context.n_ctx < facts.maximum,
         embeddings=embeddings,
+        storable=not embeddings and not (facts.shape and any(cache.state for cache in facts.shape.caches)),
     )
+
+
+def _more_checkpoints(context: ContextPlan, room: int) -> tuple[ContextPlan, int]:
+    """A plan with ``LEAST_CHECKPOINTS``, with as many more as there is room for, and how many it has then."""
+    of_all = context.checkpoints // LEAST_CHECKPOINTS
+    count = LEAST_CHECKPOINTS + max(min(CHECKPOINTS - LEAST_CHECKPOINTS, room // of_all), 0)
+    return replace(context, checkpoints=count * of_all), count
+
+
+def _makes_embeddings(options: ServeOptions) -> bool:
+    """Whether llama-server is told to make embeddings of a model that makes text."""
+    return not _EMBEDDINGS.isdisjoint(options.server_args)
+
+
+def asked_checkpoints(server_args: Sequence[str]) -> int | None:
+    """How many checkpoints llama-server is told to keep; None where it is not told, or nothing that it takes."""
+    given = [value for name, value in pairwise(server_args) if name in _CHECKPOINTS]
+    return int(given[-1]) if given and given[-1].isdigit() else None
 
 
 def _plan_parallel(plan: Callable[[int], ContextPlan], options: ServeOptions, maximum: int) -> tuple[int, ContextPlan]:
@@ -155,6 +191,8 @@ def server_settings(plan: ServePlan, options: ServeOptions) -> dict[str, str]:
         "no-cache-idle-slots": "",
         "fit": "off",
     }
+    if plan.checkpoints is not None:
+        settings["ctx-checkpoints"] = str(plan.checkpoints)
     if options.prompt_lookup:
         settings |= _LOOKUP
     if supports_gpu():
@@ -162,7 +200,7 @@ def server_settings(plan: ServePlan, options: ServeOptions) -> dict[str, str]:
         settings["n-gpu-layers"] = "all" if layers < 0 else str(layers)
     if plan.embeddings:
         settings["embeddings"] = ""
-    if plan.embeddings or not _EMBEDDINGS.isdisjoint(options.server_args):
+    if plan.embeddings or _makes_embeddings(options):
         # In caches of their own, texts of different lengths are computed in parts, of which llama.cpp pools the last.
         settings["kv-unified"] = ""
     return settings
