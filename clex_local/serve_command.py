@@ -48,22 +48,28 @@ def main(context: click.Context, models: tuple[Path, ...], options: ServeOptions
     plans = plan_models(models, options)
     with _Signals() as signals, start_service(plans, options) as server:
         signals.server = server
-        for line in _lines(plans, server):
+        for line in _lines(plans, options, server):
             say(line, err=True)
         return server.wait()
 
 
-def _lines(plans: Sequence[ServePlan], server: Server) -> list[str]:
-    """What may be asked of the server, and where, in three lines."""
+def _lines(plans: Sequence[ServePlan], options: ServeOptions, server: Server) -> list[str]:
+    """What may be asked of the server, what it keeps, and where it is, in four lines."""
+    from clex_local.store import store_wanted  # with the library, which a build without the server may lack
+
+    store = store_wanted(options.store)
+    last = [f"what is read is kept in {store}: clex-cache shows it, --no-store keeps nothing"]
+    if not store or not any(plan.storable for plan in plans):
+        last = []
     page = f"page: {server.url}" if server.has_page else "page: not built (it needs npm, see docs/serve.md)"
-    last = f"{page}  API: {server.url}/v1"
+    last.append(f"{page}  API: {server.url}/v1")
     if len(plans) == 1:
-        return [*plans[0].lines(), last]
+        return [*plans[0].lines(), *last]
     names = ", ".join(Path(plan.path).stem for plan in plans)
     least = min(plan.context.n_ctx for plan in plans)
     most = max(plan.context.n_ctx for plan in plans)
     contexts = f"{least:,}" if least == most else f"{least:,} to {most:,}"
-    return [f"models, one at a time: {names}", f"one conversation: {contexts} tokens, by model", last]
+    return [f"models, one at a time: {names}", f"one conversation: {contexts} tokens, by model", *last]
 
 
 class _Signals:

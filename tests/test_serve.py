@@ -11,7 +11,7 @@ import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from clex_local import ClexError, Llama, serve
 from clex_local.serve_options import ServeOptions
 from clex_local.serve_plan import plan_service
 from clex_local.server import Server, ServerError
+from clex_local.store import store_folder
 from helpers.gguf_maker import gguf_bytes
 from helpers.random_gguf import model_parts, random_tokens
 
@@ -197,7 +198,8 @@ def test_table_is_shown_while_a_text_is_read_and_written(client):
     ) as stream:
         chunks = [json.loads(line[6:]) for line in stream.iter_lines() if line.startswith("data: {")]
     read = [chunk for chunk in chunks if "prompt_progress" in chunk]
-    assert {chunk["timings"]["clex"]["bucket"] for chunk in read if chunk["prompt_progress"]["processed"]} == {1}
+    assert read[0]["prompt_progress"]["processed"] == 0
+    assert {chunk["timings"]["clex"]["bucket"] for chunk in read} == {1}
     written = [chunk["timings"]["clex"]["covers"] for chunk in chunks if "prompt_progress" not in chunk]
     assert sorted(set(written)) == [128, 192]
     assert written == sorted(written)
@@ -450,18 +452,26 @@ def test_wrong_key(tiny):
 
 
 def test_mixed_requests(client, alone):
-    """Long and short ones, of which some are too long, given up, or saved meanwhile."""
+    """Long and short ones, of which some are too long, given up, cancelled, or saved meanwhile."""
     erase(client)
     prompts = [random_tokens(length, seed=length) for length in (10, 60, 70, 120, 140, 190, 200, 230)]
     expected = [alone(prompt) for prompt in prompts]
 
     def ask(number: int) -> None:
         kind, which = number % 10, number % len(prompts)
-        if kind == 3:
+        if kind == 1:  # cancelled by its name
+            asked, name = {"prompt": prompts[which], "stream": True, "n_predict": 200}, f"conversation {number}"
+            with client.stream("POST", "/completion", json=asked, headers={"X-Conversation-Id": name}) as stream:
+                next(stream.iter_lines())
+                assert client.delete("/v1/stream", params={"conv_id": name}).status_code == 204
+        elif kind == 3:
             assert client.post("/completion", json={"prompt": random_tokens(256)}).status_code == 400
-        elif kind == 5:
+        elif kind == 5:  # the client goes while it is answered, or before
             with client.stream("POST", "/completion", json={"prompt": prompts[which], "stream": True}) as stream:
                 next(stream.iter_lines())
+        elif kind == 9:
+            with suppress(httpx.ReadTimeout):
+                client.post("/completion", json={"prompt": prompts[which]}, timeout=0.01)
         elif kind == 7:
             client.post(f"/slots/{number % 4}?action=save", json={"filename": f"{number}.bin"})
             client.post(f"/slots/{number % 4}?action=restore", json={"filename": f"{number}.bin"})
@@ -666,10 +676,11 @@ def test_command_serves_until_a_signal(tiny, number):
     process = subprocess.Popen(arguments, stderr=subprocess.PIPE, text=True)
     assert process.stderr is not None
     try:
-        lines = [process.stderr.readline() for _ in range(3)]
+        lines = [process.stderr.readline() for _ in range(4)]
         assert lines[0] == "one conversation: 128 tokens (ntk tables by length, the model covers 256)\n"
         assert lines[1].startswith("at once: 2, in ")
-        url = lines[2].split("API: ")[1].strip().removesuffix("/v1")
+        assert lines[2] == f"what is read is kept in {store_folder()}: clex-cache shows it, --no-store keeps nothing\n"
+        url = lines[3].split("API: ")[1].strip().removesuffix("/v1")
         assert httpx.get(f"{url}/props").json()["default_generation_settings"]["n_ctx"] == 128
         process.send_signal(number)
         assert process.wait(60) == 0

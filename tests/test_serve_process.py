@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import os
+import shutil
 import signal
 import socket
+import ssl
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -17,7 +20,7 @@ import httpx
 import psutil
 import pytest
 
-from clex_local import Server, serve
+from clex_local import Server, ServerError, serve
 from helpers.random_gguf import make_model, random_tokens
 
 pytestmark = pytest.mark.serve
@@ -173,32 +176,86 @@ def test_thousand_half_open_connections(tiny):
         complete(client, random_tokens(20))
 
 
+def until_closed(connection: socket.socket) -> bytes:
+    """What is received of a server that gets a byte now and then, each within the time that is given to one byte."""
+    connection.settimeout(0.2)
+    answer = b""
+    for _ in range(500):
+        try:
+            received = connection.recv(4096)
+            answer += received
+            if not received:
+                return answer
+        except TimeoutError:
+            try:
+                connection.sendall(b"a")
+            except OSError:  # closed
+                return answer
+        except OSError:  # reset, or in the middle of TLS
+            return answer
+    pytest.fail("the connection stays open")
+
+
 @pytest.mark.parametrize("start", ENDLESS[1:], ids=["head", "body", "chunk"])
 def test_request_that_never_ends_is_closed(tiny, capsys, start):
-    """Also where a byte comes now and then, each within the time that is given to one byte."""
     with serving(tiny, "--timeout", "1") as (server, client):
         with half_open(server.url, 1) as (connection,):
             connection.sendall(start)
-            connection.settimeout(0.2)
-            answer = b""
-            for _ in range(500):
-                try:
-                    received = connection.recv(4096)
-                    answer += received
-                    if not received:
-                        break
-                except TimeoutError:
-                    try:
-                        connection.sendall(b"a")
-                    except OSError:  # closed
-                        break
-                except ConnectionResetError:
-                    break
-            else:
-                pytest.fail("the connection stays open")
-        assert answer.startswith(b"HTTP/1.1 408") or not answer
+            head, _, body = until_closed(connection).partition(b"\r\n\r\n")
+        assert head.startswith(b"HTTP/1.1 408")
+        assert json.loads(body)["error"]["message"] == "the request did not arrive in time"
         complete(client, random_tokens(10))
-    assert "request did not arrive in time" in capsys.readouterr().err
+    assert "closed a connection from 127.0.0.1 whose request did not arrive in time" in capsys.readouterr().err
+
+
+def test_request_that_waits_for_its_body_to_be_wanted(tiny):
+    """The status line that asks for the body is no answer."""
+    head = b"POST /completion HTTP/1.1\r\nExpect: 100-continue\r\nContent-Length: 100\r\n\r\n"
+    with serving(tiny, "--timeout", "1") as (server, _), half_open(server.url, 1) as (connection,):
+        connection.sendall(head)
+        answer = until_closed(connection)
+    assert answer.startswith(b"HTTP/1.1 100 Continue\r\n\r\nHTTP/1.1 408 Request Timeout\r\n")
+
+
+def test_body_that_is_not_read_is_no_late_request(tiny, capsys):
+    """Its answer is the one that it got, however long the rest takes to come."""
+    head = b"POST /completion HTTP/1.1\r\nContent-Length: 100\r\n\r\n{"
+    with (
+        serving(tiny, "--timeout", "1", api_key="secret") as (server, _),
+        half_open(server.url, 1) as (connection,),
+    ):
+        connection.sendall(head)
+        answer = until_closed(connection)
+    assert answer.startswith(b"HTTP/1.1 401")
+    assert answer.count(b"HTTP/1.1 ") == 1
+    assert "did not arrive" not in capsys.readouterr().err
+
+
+@pytest.mark.skipif(shutil.which("openssl") is None, reason="openssl is not installed")
+@pytest.mark.parametrize("start", [None, *ENDLESS[1:]], ids=["handshake", "head", "body", "chunk"])
+def test_request_over_tls_that_never_ends_is_closed(tiny, tmp_path, start):
+    key, certificate = str(tmp_path / "key.pem"), str(tmp_path / "cert.pem")
+    command = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-keyout", key, "-out", certificate]
+    subprocess.run([*command, "-subj", "/CN=localhost"], check=True, capture_output=True)
+    given = ("--no-warmup", "--timeout", "1", "--ssl-key-file", key, "--ssl-cert-file", certificate)
+    try:
+        server = serve(tiny, server_args=given, port=0, ctx=0, parallel=1, threads=1)
+    except ServerError as error:
+        if "built without SSL support" not in str(error):
+            raise
+        pytest.skip("this build knows no TLS: it was made without the headers of OpenSSL 3")
+    trusting = ssl.create_default_context()
+    trusting.check_hostname, trusting.verify_mode = False, ssl.CERT_NONE
+    with server, httpx.Client(base_url=server.url, verify=False, timeout=60) as client:
+        place = httpx.URL(server.url)
+        with socket.create_connection((place.host, place.port), timeout=60) as connection:
+            if start is None:
+                until_closed(connection)
+            else:
+                with trusting.wrap_socket(connection) as wrapped:
+                    wrapped.sendall(start)
+                    assert until_closed(wrapped).startswith(b"HTTP/1.1 408")
+        assert client.get("/health").json() == {"status": "ok"}
 
 
 @LINUX

@@ -14,6 +14,9 @@ llama_clex_store * server_clex_store::get() {
         const char * size = std::getenv("LLAMA_CLEX_STORE_SIZE");
         if (path && *path) {
             store.reset(llama_clex_store_open(path, size ? std::atoll(size) : 0));
+            if (store) {
+                SRV_INF("what is read is kept in %s\n", path);
+            }
         }
     }
     return store.get();

@@ -72,20 +72,26 @@ common_json server_clex_props(const llama_model * model) {
     };
 }
 
-void server_clex_use::start(llama_context * ctx) {
+const server_clex_use & server_clex_use::start(llama_context * ctx, int32_t n_tokens) {
     *this = {};
+    if (has_tables(ctx)) {
+        show(llama_get_model(ctx), llama_clex_bucket(llama_get_model(ctx), n_tokens));
+    }
     stats_start = llama_clex_get_stats(ctx);
+    return *this;
+}
+
+void server_clex_use::show(const llama_model * model, int32_t in_use) {
+    bucket = in_use;
+    t      = llama_clex_scaling_factor(model, bucket);
+    covers = covered(model, bucket);
 }
 
 void server_clex_use::update(llama_context * ctx, llama_seq_id seq_id) {
     if (!has_tables(ctx)) {
         return;
     }
-    const llama_model * model = llama_get_model(ctx);
-
-    bucket = llama_clex_seq_bucket(ctx, seq_id);
-    t      = llama_clex_scaling_factor(model, bucket);
-    covers = covered(model, bucket);
+    show(llama_get_model(ctx), llama_clex_seq_bucket(ctx, seq_id));
 
     const llama_clex_stats now = llama_clex_get_stats(ctx);
     stats.n_rerotations = now.n_rerotations - stats_start.n_rerotations;

@@ -26,13 +26,14 @@ common_json server_clex_props(const llama_model * model);
 
 // the table that a conversation uses, and what was re-rotated since its request began, by the others of the context too
 struct server_clex_use {
-    int32_t bucket = -1; // -1 where nothing was computed yet
+    int32_t bucket = -1; // -1 without a request
     float   t      = 0;
     int64_t covers = 0;  // tokens of the bucket
 
     llama_clex_stats stats = {};
 
-    void start(llama_context * ctx);
+    // with the table that a prompt of n_tokens will have
+    const server_clex_use & start(llama_context * ctx, int32_t n_tokens);
 
     // after each decode
     void update(llama_context * ctx, llama_seq_id seq_id);
@@ -40,6 +41,8 @@ struct server_clex_use {
     common_json to_json() const;
 
 private:
+    void show(const llama_model * model, int32_t in_use);
+
     llama_clex_stats stats_start = {};
 };
 
