@@ -24,7 +24,7 @@ Arguments = ParamSpec("Arguments")
 Result = TypeVar("Result")
 
 _NAMES = [name for name in inspect.signature(llama_cpp.Llama.__init__).parameters if name not in ("self", "kwargs")]
-_OWN = ["prefix_reuse", "policy", "clamp", "prompt_lookup", "store"]
+_OWN = ["prefix_reuse", "policy", "clamp", "prompt_lookup", "store", "extend"]
 # Gone from llama-cpp-python, but other packages (LangChain, its own server) still pass them, given or not.
 _RETIRED = {"n_parts", "f16_kv", "n_gqa", "rms_norm_eps", "mul_mat_q", "low_vram", "memory_f16", "rpc_servers"}
 
@@ -200,7 +200,7 @@ def context_warning(arguments: Mapping[str, Any], facts: ModelFacts, *, clamp: b
         return None
     advice = f"pass n_ctx={maximum}"
     if facts.can_have_tables and not facts.baked:
-        advice += ", or add tables: `clex-convert MODEL OUT.gguf`"
+        advice += ", or add tables: extend='4x', or `clex-convert MODEL OUT.gguf`"
     made = "baked" if facts.baked else "trained"
     return f"{facts.path}: {made} for {maximum:,} tokens, without tables for a context of {n_ctx:,}; {advice}"
 

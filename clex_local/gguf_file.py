@@ -87,6 +87,7 @@ def _ggml() -> ctypes.CDLL:
     signatures: dict[str, tuple[Any, list[Any]]] = {
         "gguf_init_from_file": (pointer, [string, _InitParams]),
         "gguf_init_from_buffer": (pointer, [string, size, _InitParams]),
+        "gguf_init_empty": (pointer, []),
         "gguf_free": (None, [pointer]),
         "gguf_get_alignment": (size, [pointer]),
         "gguf_get_data_offset": (size, [pointer]),
@@ -307,14 +308,17 @@ class GGUFFile(_Header):
 
 
 class GGUFHeader(_Header):
-    """The header of a GGUF file to be written: it begins with the keys of another file, and without tensors."""
+    """The header of a GGUF file to be written: it begins with the keys of another file, or none, without tensors."""
 
-    def __init__(self, source: GGUFFile) -> None:
+    def __init__(self, source: GGUFFile | None = None) -> None:
         """Takes the keys.
 
         Raises:
             GGUFError: the file changed since it was opened, or cannot be read any more.
         """
+        if source is None:
+            self._context = _ggml().gguf_init_empty()
+            return
         try:
             with source.path.open("rb") as file:
                 data = bytearray(file.read(source.data_offset))

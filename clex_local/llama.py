@@ -39,6 +39,7 @@ from clex_local.completion import Completions
 from clex_local.decoding import NOT_FINITE, DecodeError, decode_errors
 from clex_local.embedding import embeddings
 from clex_local.errors import ClexError, ModelError
+from clex_local.extension import Extension
 from clex_local.interrupt import aborts, handled_later, is_main_thread, kept_until_return, progress
 from clex_local.lifetime import Closed, close_at_exit
 from clex_local.log import ERROR, logged
@@ -118,6 +119,8 @@ class Llama(Completions, ChatFormats):
         store: keep what is computed of texts on disk, and take from there what a prompt begins with: True for the
             folder of the commands, or a folder. ``CLEX_STORE=0`` in the environment is none. What cannot be stored
             (recurrent models, adapters) is computed as without.
+        extend: make tables for a file without any, kept in memory: ``"4x"`` for four times its context, ``"ntk:4x"``
+            with a method of clex-convert's. What is computed is what the converted file computes.
         flash_attn: None uses flash attention where it is faster, and where the cache does not fit in memory without.
         type_k: ggml type of the key cache; with neither type given it is F16, or q8_0 where only that fits in memory.
         type_v: ggml type of the value cache, in the same way.
@@ -156,6 +159,7 @@ class Llama(Completions, ChatFormats):
         clamp: bool = False,
         prompt_lookup: bool = False,
         store: bool | str | os.PathLike[str] | None = False,
+        extend: str | float | None = None,
         **kwargs: Unpack[BindingsArguments],
     ) -> None:
         self.on_prefill: Callable[[int, int], None] | None = None
@@ -177,8 +181,8 @@ class Llama(Completions, ChatFormats):
             raise ModelError(f"{path}: no such model file")
         if given.get("lora_path") is not None:
             given["lora_path"] = check_adapter(file_path(given["lora_path"]))
-        facts = ModelFacts.read(path)
-        self._load(path, completed(given, facts, clamp))
+        facts = ModelFacts.read(path, extend)
+        self._load(path, completed(given, facts, clamp), facts.extension)
         close_at_exit(self)
         if self._has_tables:
             fixed = llama_clex.Policy.FIXED if policy == "fixed" else llama_clex.Policy.BY_LENGTH
@@ -195,6 +199,7 @@ class Llama(Completions, ChatFormats):
             "clamp": clamp,
             "prompt_lookup": prompt_lookup,
             "store": store,
+            "extend": extend,
         }
         if prompt_lookup:
             self._draft = PromptLookup()
@@ -206,17 +211,20 @@ class Llama(Completions, ChatFormats):
         if self.verbose:
             print(f"clex_local: {self.settings}", file=sys.stderr)
 
-    def _load(self, path: str, arguments: dict[str, Any]) -> None:
+    def _load(self, path: str, arguments: dict[str, Any], extension: Extension | None = None) -> None:
         """Make what the bindings make: the model and a context.
 
         Raises:
             ModelError: llama.cpp refuses the file, or the adapter.
             ArgumentError: the keys are to be rotated in another way than by the file's tables.
         """
+        given = arguments.get("kv_overrides")
+        keys = extension.overrides() if extension else nullcontext({})
         try:
-            with kept_until_return(), logged(ERROR, forward=arguments["verbose"]) as errors:
+            with keys as overrides, kept_until_return(), logged(ERROR, forward=arguments["verbose"]) as errors:
                 try:
-                    super().__init__(path, **arguments)
+                    loaded: dict[str, Any] = {**arguments, "kv_overrides": {**(given or {}), **overrides} or None}
+                    super().__init__(path, **loaded)
                 except (ValueError, RuntimeError) as error:
                     # The first names the cause, without the function that says so; the last only that there is none.
                     reason = errors[0].split(": ", 1)[-1] if errors else str(error)
@@ -225,7 +233,10 @@ class Llama(Completions, ChatFormats):
                 if self._lora_adapter is not None and not self._lora_adapter:
                     reason = errors[-1].split(": ", 1)[-1] if errors else "llama.cpp did not take it"
                     raise ModelError(f"{self.lora_path}: no adapter for {path}: {reason}")
+            self.kv_overrides = given  # without the name of a file that is gone
             self._has_tables = llama_clex.n_buckets(self.model) > 0
+            if extension and not self._has_tables:
+                raise ModelError(f"{path}: this llama.cpp takes no tables for `extend`; build clex-local again")
             if self._has_tables:
                 check_rope(path, arguments)
         except BaseException:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from clex_local.baked import baked_in
 from clex_local.errors import ClexError
+from clex_local.extension import Extension, extension
 from clex_local.gguf_file import GGUFFile
 from clex_local.memory import ModelShape
 from clex_local.model_keys import ModelKeys
@@ -20,12 +21,13 @@ class ModelFacts:
 
     Attributes:
         path: the file.
-        tables: its ``clex.*`` tables, or None.
+        tables: its ``clex.*`` tables or those that it is extended by, or None.
         trained: tokens that it says the model was trained for, 0 where it does not say.
         baked: whether its frequencies are one table that was baked in, for ``trained`` tokens.
         shape: what decides the memory; None for a kind of cache that the estimate does not cover.
         can_have_tables: whether clex-convert can add tables to it.
         has_classifier: whether it can rank.
+        extension: what it is extended by.
     """
 
     path: str | os.PathLike[str]
@@ -35,25 +37,34 @@ class ModelFacts:
     shape: ModelShape | None
     can_have_tables: bool
     has_classifier: bool
+    extension: Extension | None = None
 
     @classmethod
-    def read(cls, path: str | os.PathLike[str]) -> ModelFacts:
+    def read(cls, path: str | os.PathLike[str], extend: str | float | None = None) -> ModelFacts:
         """Read it.
+
+        Args:
+            path: the file.
+            extend: the tables that it is to have, see `clex_local.extension`.
 
         Raises:
             GGUFError: the file is missing, not GGUF, or damaged.
             TablesError: its tables break a rule of the metadata.
+            ExtensionError: it cannot be extended.
         """
         with GGUFFile(path) as file:
             keys = ModelKeys(file)
+            tables = named_tables(file, path)
+            made = extension(path, extend) if extend else None
             return cls(
                 path,
-                tables=named_tables(file, path),
+                tables=made.tables if made else tables,
                 trained=keys.trained_context,
                 baked=baked_in(file) is not None,
                 shape=ModelShape.from_metadata(file),
                 can_have_tables=not why_no_tables(keys),
                 has_classifier=any(tensor.name.startswith("cls") for tensor in file.tensors),
+                extension=made,
             )
 
     @property
@@ -80,7 +91,11 @@ class ModelFacts:
                 f"{path} is baked for {maximum:,} tokens, not the {ctx:,} asked for; "
                 "convert the model that it was made of"
             )
+        advice = ""
+        if self.can_have_tables:
+            advice = (
+                f"; `extend='{-(-ctx // maximum)}x'` makes them now, `clex-convert MODEL OUT.gguf` adds them for good"
+            )
         raise ClexError(
-            f"{path} was trained for {maximum:,} tokens and has no tables to cover the {ctx:,} asked for; "
-            "`clex-convert MODEL OUT.gguf` adds them"
+            f"{path} was trained for {maximum:,} tokens and has no tables to cover the {ctx:,} asked for{advice}"
         )

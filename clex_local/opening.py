@@ -28,7 +28,7 @@ def open_model(path: str | os.PathLike[str], options: RunOptions) -> Llama:
     Raises:
         ClexError: the file cannot be read or loaded, or does not cover ``ctx``, or memory does not hold it.
     """
-    facts = ModelFacts.read(path)
+    facts = ModelFacts.read(path, options.extend)
     facts.check_context(options.ctx)
     options = on_this_machine(options)
     plan = plan_context(
@@ -79,6 +79,7 @@ def load(path: str | os.PathLike[str], options: RunOptions, **more: Any) -> Llam
         "flash_attn": options.flash_attn,
         "prompt_lookup": options.prompt_lookup,
         "store": options.store,
+        "extend": options.extend,
         "seed": options.seed,
         "verbose": options.verbose,
     }

@@ -59,7 +59,7 @@ def model_number(llm: llama_cpp.Llama, options: Mapping[str, Any]) -> int:
         *(llm.lora_scale, llm.context_params.rope_freq_base, llm.context_params.rope_freq_scale),
         *(getattr(llm.context_params, name) for name in ("rope_scaling_type", "yarn_ext_factor", "yarn_attn_factor")),
         *(getattr(llm.context_params, name) for name in ("yarn_beta_fast", "yarn_beta_slow", "yarn_orig_ctx")),
-        *(options["policy"], options["clamp"], llm.kv_overrides),
+        *(options["policy"], options["clamp"], llm.kv_overrides, *filter(None, [options.get("extend")])),
     ]
     digest = hashlib.sha256(repr(given).encode())
     for path in filter(None, (llm.model_path, llm.lora_path)):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from clex_local.extension import extension_text
 from clex_local.memory import KV_TYPES
 from clex_local.options import documented, option
 
@@ -44,6 +45,13 @@ class RunOptions:
     )
     prompt_lookup: bool = option(
         False, "Guess tokens that repeat the text so far, and compute them together: faster where an answer quotes it."
+    )
+    extend: str | None = option(
+        None,
+        "Make tables in memory for a model that has none: up to so many times its context, such as 4x; ntk:4x takes "
+        "another method than clex-convert would.",
+        metavar="Nx",
+        parse=extension_text,
     )
     store: bool = option(True, "Keep what is computed of texts on disk, and take from there what a prompt begins with.")
     seed: int = option(-1, "Seed of the sampling; -1: a new one each time.", metavar="N", minimum=-1, maximum=2**32 - 2)

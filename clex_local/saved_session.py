@@ -16,7 +16,12 @@ from clex_local.run_options import RunOptions
 from clex_local.sampling import Sampling
 
 FORMAT, VERSION = "clex-local session", 1
-_RUN: dict[str, type] = {"ctx": int, "kv_type": str, "flash_attn": bool}  # options of the run that are kept
+_RUN: dict[str, type] = {
+    "ctx": int,
+    "kv_type": str,
+    "flash_attn": bool,
+    "extend": str,
+}  # options of the run that are kept
 _NUMBERS = re.compile(r"\[\s+(\d+(?:,\s+\d+)*)\s+\]")
 
 

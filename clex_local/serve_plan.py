@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 
 from clex_local.errors import ClexError
+from clex_local.extension import OVERLAY, Extension
 from clex_local.gguf_file import GGUFFile
 from clex_local.memory import CELLS, ContextPlan, ModelShape, available_bytes, default_threads, plan_context
 from clex_local.model_facts import ModelFacts
@@ -44,6 +46,7 @@ class ServePlan:
         limited: whether memory is what keeps conversations from being as long as the model covers.
         embeddings: whether the model makes embeddings instead of text.
         storable: whether the document store takes what it computes, as far as the file tells.
+        extension: what its file is extended by.
     """
 
     path: str | os.PathLike[str]
@@ -56,6 +59,7 @@ class ServePlan:
     limited: bool = False
     embeddings: bool = False
     storable: bool = True
+    extension: Extension | None = None
 
     def lines(self) -> list[str]:
         """What a person wants to know, in two lines."""
@@ -91,7 +95,7 @@ def plan_service(path: str | os.PathLike[str], options: ServeOptions, available:
     Raises:
         ClexError: the file cannot be read, or does not cover ``ctx``, or memory does not hold what was asked for.
     """
-    facts = ModelFacts.read(path)
+    facts = ModelFacts.read(path, options.extend)
     facts.check_context(options.ctx)
     layers = on_this_machine(options).n_gpu_layers or 0
     if available is None:
@@ -132,6 +136,7 @@ def plan_service(path: str | os.PathLike[str], options: ServeOptions, available:
         limited=options.ctx is None and context.n_ctx < facts.maximum,
         embeddings=embeddings,
         storable=not embeddings and not (facts.shape and any(cache.state for cache in facts.shape.caches)),
+        extension=facts.extension,
     )
 
 
@@ -167,8 +172,14 @@ def _plan_parallel(plan: Callable[[int], ContextPlan], options: ServeOptions, ma
     return 1, plan(1)
 
 
-def server_settings(plan: ServePlan, options: ServeOptions) -> dict[str, str]:
-    """The options of llama-server, without their dashes, that serve a model as planned; flags have the value ``""``."""
+def server_settings(plan: ServePlan, options: ServeOptions, folder: Path) -> dict[str, str]:
+    """The options of llama-server, without their dashes, that serve a model as planned; flags have the value ``""``.
+
+    Args:
+        plan: of the model.
+        options: what was asked for.
+        folder: for what the server reads; it is there as long as the server runs.
+    """
     context = plan.context
     threads = options.threads or default_threads()
     cells = -(-context.n_ctx // CELLS) * CELLS  # of one conversation, as llama.cpp rounds it
@@ -193,6 +204,11 @@ def server_settings(plan: ServePlan, options: ServeOptions) -> dict[str, str]:
     }
     if plan.checkpoints is not None:
         settings["ctx-checkpoints"] = str(plan.checkpoints)
+    if plan.extension:
+        path = folder / f"{zlib.crc32(os.fsencode(plan.path)):08x}.keys"  # short, as names have to be there
+        plan.extension.write(path)
+        override = f"{OVERLAY}=str:{path}"
+        settings["override-kv"] = f'"{override}"' if "," in override else override
     if options.prompt_lookup:
         settings |= _LOOKUP
     if supports_gpu():

@@ -64,11 +64,11 @@ def start_service(plans: Sequence[ServePlan], options: ServeOptions) -> Server:
     if options.api_key:
         environment["LLAMA_API_KEY"] = options.api_key  # arguments can be read by every user of the machine
     with ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="clex-serve-")))
         if len(plans) == 1:
-            arguments += _as_arguments(server_settings(plans[0], options))
+            arguments += _as_arguments(server_settings(plans[0], options, folder))
         else:
-            folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="clex-serve-"))
-            presets = Path(folder) / "models.ini"
+            presets = folder / "models.ini"
             _write_presets(presets, plans, options)
             arguments += ["--models-preset", str(presets), "--models-max", "1"]
         server = Server([*arguments, *options.server_args], environment, verbose=options.verbose)
@@ -126,7 +126,7 @@ def _write_presets(path: Path, plans: Sequence[ServePlan], options: ServeOptions
     """A file from which llama-server's router takes its models and how each is run."""
     presets = configparser.ConfigParser(interpolation=None)
     for plan in plans:
-        settings = server_settings(plan, options)
+        settings = server_settings(plan, options, path.parent)
         presets[Path(plan.path).stem] = {name: value or "true" for name, value in settings.items()}
     with path.open("w") as file:
         presets.write(file)

@@ -28,7 +28,7 @@ def conversation(**changes) -> SavedSession:
         model=SessionModel("/models/long.gguf", "Long", "0123"),
         system="Be brief.",
         sampling=Sampling(temp=0.5, top_k=7),
-        run={"ctx": 4096, "kv_type": "q8_0", "flash_attn": None},
+        run={"ctx": 4096, "kv_type": "q8_0", "flash_attn": None, "extend": None},
         turns=[
             Exchange(ODD, "Yes.", [1, 22, 333], "stop", [AttachedFile("/a b.txt", 5, "ab" * 32)]),
             Exchange("And?", "", [], "length"),

@@ -213,6 +213,11 @@ class GGUFSource:
         except TablesError as error:
             raise ConvertError(f"{self.path}: {error}; pass `method` to make new tables") from None
 
+    def changed_keys(self, metadata: RopeMetadata) -> tuple[list[str], dict[str, Any]]:
+        """The keys that go, and those that come, where the file says of its rotary embedding what `metadata` does."""
+        context = {self.keys.key("context_length"): np.uint32(metadata.context_length)}
+        return [key for key in self.file.keys() if metadata.replaces(key)], {**context, **metadata.keys}  # noqa: SIM118
+
     @contextmanager
     def layout(self, metadata: RopeMetadata, outtype: str) -> Iterator[Layout]:
         """The model as one file; the tensor data are copied bit for bit.
@@ -222,12 +227,11 @@ class GGUFSource:
             outtype: ``copy``, which is all there is.
         """
         assert outtype in self.layout_types
+        removed, keys = self.changed_keys(metadata)
         with GGUFWriter(self.file) as writer:
-            for key in self.file.keys():  # noqa: SIM118
-                if key.startswith("split.") or metadata.replaces(key):
-                    writer.header.remove(key)
-            context = {self.keys.key("context_length"): np.uint32(metadata.context_length)}
-            writer.set({**context, **metadata.keys})
+            for key in [*removed, *(key for key in self.file.keys() if key.startswith("split."))]:  # noqa: SIM118
+                writer.header.remove(key)
+            writer.set(keys)
             for tensor in self.tensors:
                 if not metadata.replaces(tensor.name):
                     writer.add(tensor)

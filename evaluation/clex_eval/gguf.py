@@ -15,15 +15,19 @@ from clex_eval.models import Coverage, Prefill, Progress, before_stop, likelihoo
 from clex_eval.options import EvalOptions
 from clex_local import inspect
 from clex_local.errors import ClexError
+from clex_local.extension import extension
 from clex_local.opening import load
 
 
-def gguf_coverage(path: Path) -> Coverage:
-    """The context lengths of a file, by its metadata.
+def gguf_coverage(path: Path, extend: str | None = None) -> Coverage:
+    """The context lengths of a file, by its metadata, or by the tables that it is to have.
 
     Raises:
         ClexError: it is no model.
     """
+    if extend:
+        tables = extension(path, extend).tables
+        return Coverage(tables.original_context_length, tables.max_context_length)
     found = inspect(path)
     if not found.original_context:
         raise ClexError(f"{path}: not a language model (it has no context length)")

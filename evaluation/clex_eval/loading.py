@@ -12,17 +12,23 @@ from clex_local.errors import ClexError
 from clex_local.options import takes_options
 
 
-def coverage(path: Path) -> Coverage:
+def coverage(path: Path, extend: str | None = None) -> Coverage:
     """The context lengths of a GGUF file or a Hugging Face folder, without loading its weights.
+
+    Args:
+        path: the file or folder.
+        extend: the tables that a file is to have, see `clex_local.extension`.
 
     Raises:
         ClexError: it is no model.
     """
     if path.is_dir():
+        if extend:
+            raise ClexError(f"{path}: `extend` is for GGUF files; `clex-convert` makes one of a folder")
         return folder_coverage(path)
     if not path.exists():
         raise ClexError(f"{path}: no such model: neither a GGUF file nor a Hugging Face folder")
-    return gguf_coverage(path)
+    return gguf_coverage(path, extend)
 
 
 @takes_options(EvalOptions)
@@ -36,7 +42,7 @@ def open_for_evaluation(path: Path, options: EvalOptions) -> Model:
     Raises:
         ClexError: it cannot be read or loaded.
     """
-    covers = coverage(path)
+    covers = coverage(path, options.extend)
     if not path.is_dir():
         return GGUFModel(path, covers, options)
     if options.policy == "fixed":

@@ -113,6 +113,7 @@ class EvalOptions:
     batch: int = _as_to_run("batch")
     threads: int | None = _as_to_run("threads")
     n_gpu_layers: int = _as_to_run("n_gpu_layers", default=0, default_text=None)
+    extend: str | None = _as_to_run("extend")
 
     def of_models(self, ctx: int) -> dict[str, Any]:
         """The keywords of ``open_for_evaluation`` among them, for a context of so many tokens."""
@@ -127,6 +128,7 @@ class EvalOptions:
             batch=self.batch,
             threads=self.threads,
             n_gpu_layers=self.n_gpu_layers,
+            extend=self.extend,
             prompt_lookup=False,  # guesses are computed in batches, which may round otherwise
             store=False,  # whatever is measured is computed
         )

@@ -102,7 +102,7 @@ def perplexity(models: Sequence[Path], text: str, options: PerplexityOptions) ->
     notes = options.notes if options.notes is not None else []
     plans = []
     for name, path in zip(names(models), models, strict=True):
-        covers, lengths, note = plan(path, options.lengths, options.original_context, options.clamp)
+        covers, lengths, note = plan(path, options.lengths, options.original_context, options.clamp, options.extend)
         plans.append((name, path, covers, lengths))
         if note and note not in notes:
             notes.append(note)
@@ -166,10 +166,10 @@ def _by_position(values: FloatArray, by: int, block: int) -> list[dict[str, Any]
 
 
 def plan(
-    path: Path, lengths: Sequence[Length] | None, original: int | None, clamp: bool
+    path: Path, lengths: Sequence[Length] | None, original: int | None, clamp: bool, extend: str | None = None
 ) -> tuple[Coverage, list[int], str]:
     """The coverage of a model, the context lengths to measure, ascending, and what to say about them."""
-    covers = coverage(path)
+    covers = coverage(path, extend)
     covers = replace(covers, original=original or covers.original)
     wanted = sorted({n.of(covers.original) for n in lengths or default_lengths()})
     note = ""

@@ -100,7 +100,7 @@ def ask(
         ClexError: a model does not cover a length, a task does not fit in it, or a model cannot be run.
     """
     lengths = [cell.length for cell in cells]
-    plans = [plan(path, lengths, None, options.clamp) for path in models]
+    plans = [plan(path, lengths, None, options.clamp, options.extend) for path in models]
     if options.notes is not None:
         options.notes.extend(dict.fromkeys(note for _, _, note in plans if note))
     with working() as work:

@@ -1,0 +1,233 @@
+"""Tables made when a file is opened: bit for bit what the converted file computes, and no second file."""
+
+from __future__ import annotations
+
+import json
+import pickle
+import subprocess
+from pathlib import Path
+
+import httpx
+import numpy as np
+import pytest
+
+from clex_convert import convert
+from clex_eval.loading import coverage, open_for_evaluation
+from clex_local import ClexError, Llama, open_model, serve
+from clex_local.extension import ExtensionError, extension, extension_text
+from clex_local.prompt_cache import model_number
+from helpers.chat_command import COMMAND
+from helpers.gguf_maker import gguf_bytes
+from helpers.random_gguf import make_model, model_parts, random_tokens
+
+pytestmark = [pytest.mark.runtime, pytest.mark.serve, pytest.mark.evaluation]
+
+LENGTH = 64
+IDS = random_tokens(240)
+SCALED = {
+    "yarn": {
+        "llama.rope.scaling.type": "yarn",
+        "llama.rope.scaling.factor": np.float32(2),
+        "llama.rope.scaling.original_context_length": np.uint32(LENGTH // 2),
+    },
+    "linear": {"llama.rope.scaling.type": "linear", "llama.rope.scaling.factor": np.float32(2)},
+}
+
+
+def plain_model(path: Path, kind: str = "plain", **options) -> Path:
+    """A model without tables that has this scaling of its own."""
+    keys, tensors = model_parts(tables=False, original=LENGTH, **options)
+    keys |= SCALED.get(kind, {})
+    if kind == "llama3":
+        tensors["rope_freqs.weight"] = np.linspace(1, 8, 16, dtype=np.float32)
+    path.write_bytes(gguf_bytes(keys, tensors))
+    return path
+
+
+def logits(path, ids=IDS, **options) -> np.ndarray:
+    """Of all tokens of a text that reaches the last table, read in pieces, and of one more."""
+    with Llama(path, n_ctx=0, n_threads=1, n_batch=64, n_ubatch=64, verbose=False, logits_all=True, **options) as llm:
+        llm.eval(ids)
+        llm.eval([7])
+        return llm.scores[: llm.n_tokens].copy()
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory) -> Path:
+    return plain_model(tmp_path_factory.mktemp("extension") / "plain.gguf")
+
+
+@pytest.mark.parametrize(
+    ("kind", "extend", "options"),
+    [
+        ("plain", "4x", {}),
+        ("plain", 4, {}),
+        ("plain", "ntk:4x", {"method": "ntk"}),
+        ("plain", "linear:8x", {"method": "linear", "max_factor": 8}),
+        ("llama3", "4x", {"method": "ntk"}),
+        ("linear", "4x", {"method": "ntk"}),
+        ("yarn", "8x", {"method": "yarn", "max_factor": 8}),
+    ],
+)
+def test_the_logits_are_those_of_the_converted_file(tmp_path, kind, extend, options):
+    source = plain_model(tmp_path / "plain.gguf", kind)
+    convert(source, tmp_path / "long.gguf", **{"max_factor": 4, **options})
+    assert np.array_equal(logits(source, extend=extend), logits(tmp_path / "long.gguf"))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["long.gguf", "plain.gguf"]
+
+
+def test_other_architectures_and_split_models(tmp_path, golden_gguf):
+    # A mixture of experts, and a model that rotates a part of each head.
+    from helpers.gguf_maker import rewrite
+
+    for name in ("mixtral", "phi2"):
+        clex = golden_gguf(name)
+        gone = (
+            "version",
+            "method",
+            "original_context_length",
+            "scaling_factors",
+            "inv_freq",
+            "log_scale",
+            "provenance",
+        )
+        source = rewrite(clex, tmp_path / f"{name}.gguf", {f"clex.{key}": None for key in gone})
+        convert(source, tmp_path / f"{name}-long.gguf", max_factor=4)
+        assert np.array_equal(logits(source, extend="4x"), logits(tmp_path / f"{name}-long.gguf"))
+
+
+def test_within_the_original_context_it_is_the_plain_model(plain):
+    np.testing.assert_allclose(logits(plain, IDS[:60], extend="4x"), logits(plain, IDS[:60]), atol=1e-3)
+
+
+def test_what_the_model_says_of_itself(plain):
+    with Llama(plain, n_ctx=0, extend="4x", verbose=False, kv_overrides={"general.name": "other"}) as llm:
+        assert llm.clex is not None
+        assert (llm.clex.method, llm.clex.buckets, llm.n_ctx()) == ("yarn", (1.0, 2.0, 3.0, 4.0), 4 * LENGTH)
+        assert llm.metadata["clex.method"] == "yarn"
+        assert llm.kv_overrides == {"general.name": "other"}
+        number = model_number(llm, llm._options)
+        copy = pickle.loads(pickle.dumps(llm))
+        with copy:
+            assert copy.n_ctx() == 4 * LENGTH
+            assert model_number(copy, copy._options) == number
+    for other in ({"extend": "8x"}, {}):
+        with Llama(plain, n_ctx=LENGTH, verbose=False, kv_overrides={"general.name": "other"}, **other) as llm:
+            assert model_number(llm, llm._options) != number
+
+
+def test_the_store_tells_them_apart(tmp_path):
+    source = plain_model(tmp_path / "plain.gguf", "plain")
+    long = tmp_path / "long.gguf"
+    convert(source, long, max_factor=16)
+    ids = random_tokens(900)
+
+    def restored(path, **options) -> int:
+        settings = {"n_ctx": 1024, "n_batch": 256, "n_ubatch": 256, "n_threads": 1, "verbose": False}
+        with Llama(path, store=tmp_path / "store", **settings, **options) as llm:
+            next(llm.generate(ids, temp=0.0))
+            return llm.restored_tokens
+
+    assert restored(source, extend="16x") == 0
+    assert restored(source, extend="16x") == 768
+    assert restored(source, extend="ntk:16x") == 0
+    assert restored(long) == 0
+    with pytest.warns(match="without tables"):
+        assert restored(source) == 0
+    assert restored(source, extend="16x") == 768
+
+
+def test_a_state_is_for_the_same_tables(plain):
+    options = {"n_ctx": 128, "n_threads": 1, "verbose": False}
+    with Llama(plain, extend="4x", **options) as llm:
+        llm.eval(IDS[:100])
+        state = llm.save_state()
+    with Llama(plain, extend="4x", **options) as llm:
+        llm.load_state(state)
+        assert llm.n_tokens == 100
+    with Llama(plain, extend="8x", **options) as llm, pytest.raises(ClexError, match="other RoPE tables"):
+        llm.load_state(state)
+
+
+@pytest.mark.parametrize("wish", ["", "x", "0x", "4.5x", "4y", "-4", "ntk:", "4x;", 0.5])
+def test_wishes_that_are_none(plain, wish):
+    with pytest.raises(ExtensionError, match="such as 4x, or ntk:4x"):
+        extension(plain, wish)
+
+
+def test_wishes_are_kept_in_one_form():
+    assert [extension_text(text) for text in ("4", "4X", " 04x ", "NTK:4")] == ["4x", "4x", "4x", "ntk:4x"]
+
+
+def test_files_that_are_not_extended(plain, tmp_path):
+    long = make_model(tmp_path / "long.gguf")
+    with pytest.raises(ClexError, match=r"long.gguf: has tables already, up to 256 tokens; leave `extend` out"):
+        Llama(long, extend="4x", verbose=False)
+    with pytest.raises(ClexError, match="the method must be one of"):
+        Llama(plain, extend="magic:4x", verbose=False)
+    convert(plain, tmp_path / "baked.gguf", bake=128)
+    with pytest.raises(ClexError, match="has the frequencies of one table already"):
+        Llama(tmp_path / "baked.gguf", extend="4x", verbose=False)
+    with pytest.raises(ClexError, match="no such model file"):
+        Llama(tmp_path / "none.gguf", extend="4x")
+
+
+def test_a_longer_context_is_offered_where_it_is_missing(plain):
+    with pytest.raises(
+        ClexError, match=r"`extend='3x'` makes them now, `clex-convert MODEL OUT.gguf` adds them for good"
+    ):
+        open_model(plain, ctx=3 * LENGTH)
+    with open_model(plain, ctx=3 * LENGTH, extend="3x", threads=1) as llm:
+        assert llm.n_ctx() == 3 * LENGTH
+
+
+def test_the_command_extends_and_the_session_keeps_it(plain):
+    def run(*arguments):
+        options = ("--threads", "1", "--max-tokens", "1", "--json", "-p", "Hi", "--no-store", "--session", "extended")
+        result = subprocess.run([*COMMAND, *map(str, arguments), *options], input="", capture_output=True, text=True)
+        assert result.returncode == 0, result.stderr
+        return json.loads(result.stdout)
+
+    first = run(plain, "--chat-template", "plain", "--extend", "2")
+    assert (first["clex"]["buckets"], first["context"]) == ([1.0, 2.0], 2 * LENGTH)
+    assert run()["clex"] == first["clex"]
+
+
+def test_an_option_that_is_none_is_one_line(plain):
+    command = [*COMMAND, str(plain), "--extend", "far", "-p", "Hi"]
+    result = subprocess.run(command, input="", capture_output=True, text=True)
+    assert result.returncode == 2
+    assert "must be how many times the context is to be as long, such as 4x" in result.stderr
+
+
+@pytest.mark.parametrize("several", [False, True])
+def test_the_server_extends(plain, tmp_path, several):
+    models = [plain]
+    if several:
+        models.append(plain_model(tmp_path / "second model, of two.gguf", seed=5))
+    convert(models[-1], tmp_path / "long.gguf", max_factor=4)
+    options = {"port": 0, "ctx": 0, "parallel": 1, "threads": 1, "batch": 32, "kv_type": "f32", "store": False}
+    asked = {"prompt": IDS[:200], "n_predict": 4, "temperature": 0, "return_tokens": True, "ignore_eos": True}
+    answers = []
+    for paths, extend in ((models, "4x"), ([tmp_path / "long.gguf"], None)):
+        with serve(paths, extend=extend, server_args=("--no-warmup",), **options) as server:
+            more = {"model": models[-1].stem} if len(paths) > 1 else {}
+            answer = httpx.post(f"{server.url}/completion", json={**asked, **more, "n_probs": 5}, timeout=120)
+            assert answer.status_code == 200, answer.text
+            answers.append(answer.json())
+    assert answers[0]["tokens"] == answers[1]["tokens"]
+    assert answers[0]["completion_probabilities"] == answers[1]["completion_probabilities"]
+    assert answers[0]["timings"]["clex"]["bucket"] == 3
+
+
+def test_evaluation_extends(plain, tmp_path):
+    convert(plain, tmp_path / "long.gguf", max_factor=4)
+    assert coverage(plain, "4x") == coverage(tmp_path / "long.gguf")
+    ids = np.array(IDS, np.int32)
+    values = []
+    for path, extend in ((plain, "4x"), (tmp_path / "long.gguf", None)):
+        with open_for_evaluation(path, ctx=0, threads=1, extend=extend) as model:
+            values.append(model.negative_log_likelihoods(ids))
+    assert np.array_equal(*values)
+    with pytest.raises(ClexError, match="`extend` is for GGUF files"):
+        coverage(tmp_path, "4x")
