@@ -10,6 +10,9 @@ template puts together of parts without a mark, ``"<|im_<b>end|>"`` with ``<b>``
 a prompt twice, the second time with the mark at every character that control tokens begin or end with: where that
 changes which control tokens there are, the second one is used.
 
+Some files have tokens that end turns, or begin them, as "user defined" ones, which llama.cpp finds in any text. In what
+is not an answer of the model these are marked too, and cut where the mark is.
+
 **Bounds.** A template comes with the model, and is run in a process of its own (``template_worker``).
 """
 
@@ -24,11 +27,11 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from clex_local import template_worker
 from clex_local.errors import ClexError
@@ -46,6 +49,9 @@ LARGEST_TEMPLATE = 2**20  # characters; the longest of Hugging Face have some 30
 MARK = "\ufdd0"
 _MARKS = re.compile(f"{MARK}({MARK}?)")
 _SPACE = " \t\n\v\f\r"
+_STRUCTURE = re.compile(r"[^\w\s](?=.*[^\W\d]).*[^\w\s]", re.DOTALL)  # such as <start_of_turn>, and not a line end
+_ALWAYS = re.compile(r"<[|\uff5c].*[|\uff5c]>", re.DOTALL)
+_ANCHOR = "\n"
 
 T = TypeVar("T")
 
@@ -65,10 +71,15 @@ class ControlTokens:
 
     Args:
         texts: of each control token, whether space before it, and after it, belongs to it.
+        defined: texts of tokens that llama.cpp finds in any text, and that have a meaning in conversations.
     """
 
-    def __init__(self, texts: Mapping[str, tuple[bool, bool]]):
+    def __init__(self, texts: Mapping[str, tuple[bool, bool]], defined: Collection[str] = ()):
         self._texts = dict(texts)
+        longest_first = sorted(map(re.escape, defined), key=len, reverse=True)
+        self._defined = re.compile("|".join(longest_first) or r"(?!)")
+        guarded = (re.escape(text[0] + MARK + text[1:]) for text in sorted(defined, key=len, reverse=True))
+        self._guarded = re.compile("|".join(guarded) or r"(?!)")
         # By their first character, the lengths they have, longest first: llama.cpp prefers longer ones too.
         lengths: dict[str, set[int]] = {}
         begins: dict[str, set[str]] = {}
@@ -90,7 +101,8 @@ class ControlTokens:
 
         vocab = llm._model.vocab
         special = library.LLAMA_TOKEN_ATTR_CONTROL | library.LLAMA_TOKEN_ATTR_UNKNOWN
-        texts = {}
+        texts, defined = {}, []
+        template = (library.llama_model_chat_template(llm.model, None) or b"").decode("utf-8", "replace")
         for token in range(library.llama_vocab_n_tokens(vocab)):
             attributes = library.llama_vocab_get_attr(vocab, token)
             if attributes & special:
@@ -98,11 +110,30 @@ class ControlTokens:
                     if text := library.llama_vocab_get_text(vocab, token).decode():
                         left, right = library.LLAMA_TOKEN_ATTR_LSTRIP, library.LLAMA_TOKEN_ATTR_RSTRIP
                         texts[text] = (bool(attributes & left), bool(attributes & right))
-        return cls(texts)
+            elif attributes & library.LLAMA_TOKEN_ATTR_USER_DEFINED:
+                text = library.llama_vocab_get_text(vocab, token).decode("utf-8", "replace")
+                used = text in template or library.llama_vocab_is_eog(vocab, token) or _ALWAYS.fullmatch(text)
+                if used and _STRUCTURE.fullmatch(text):
+                    defined.append(text)
+        return cls(texts, defined)
 
     def guard(self, value: T) -> T:
-        """Mark the control tokens in every text of a value made of lists and mappings; a copy where there are any."""
+        """Mark the control tokens in every text of a value made of lists and mappings; a copy where there are any.
+
+        In what is no answer of a model, but for a text by itself, also the tokens that llama.cpp finds in any text:
+        answers have them, and templates look for them there.
+        """
+        if isinstance(value, Mapping) and value.get("role") != "assistant":
+            return cast("T", {_each_text(key, self._guard): self._guard_given(item) for key, item in value.items()})
+        if isinstance(value, Sequence) and not isinstance(value, (str, bytes, bytearray)):
+            return cast("T", [self.guard(item) for item in value])
         return _each_text(value, self._guard)
+
+    def _guard_given(self, value: Any) -> Any:
+        if isinstance(value, str):
+            marked = self._defined.sub(lambda found: found[0][0] + MARK + found[0][1:], self._guard(value))
+            return marked
+        return self.guard(value)
 
     def guard_edges(self, value: T) -> T:
         """Mark all that a control token could begin or end with."""
@@ -145,15 +176,27 @@ class ControlTokens:
             if MARK in part:
                 tokens += tokenize(waiting, True) if waiting else []
                 waiting = ""
-                part = _MARKS.sub(r"\1", part)
-                part = part.lstrip(_SPACE) if strip else part
-                part = part.rstrip(_SPACE) if left else part
-                tokens += tokenize(part, False) if part else []
+                tokens += self._tokenize_text(part, tokenize, strip, left)
             else:
                 waiting += part
             waiting += control
             end, strip = stop, right
         return tokens + (tokenize(waiting, True) if waiting else [])
+
+    def _tokenize_text(
+        self, text: str, tokenize: Callable[[str, bool], list[int]], lstrip: bool, rstrip: bool
+    ) -> list[int]:
+        """Tokens of a text with marks, which is none of the template's, without space at its ends where that goes."""
+        cuts = [found.start() + 1 for found in self._guarded.finditer(text)]
+        parts = [_MARKS.sub(r"\1", text[i:j]) for i, j in zip([0, *cuts], [*cuts, len(text)], strict=True)]
+        parts[0] = parts[0].lstrip(_SPACE) if lstrip else parts[0]
+        parts[-1] = parts[-1].rstrip(_SPACE) if rstrip else parts[-1]
+        tokens = tokenize(parts[0], False) if parts[0] else []
+        for part in parts[1:]:  # vocabularies that begin every text with a space do not begin these
+            before = tokenize(_ANCHOR, False)
+            both = tokenize(_ANCHOR + part, False)
+            tokens += both[len(before) :] if both[: len(before)] == before else tokenize(part, False)
+        return tokens
 
     def controls(self, text: str) -> list[str]:
         """The control tokens in a text."""

@@ -13,9 +13,11 @@ import pytest
 from llama_cpp.llama_chat_format import Jinja2ChatFormatter
 
 from clex_local import ClexError, Llama, templates
+from clex_local.gguf_file import GGUFFile
 from clex_local.session import CHATML, PLAIN, Session
 from clex_local.templates import MARK, ChatTemplate, ControlTokens, TemplateError
-from helpers.gguf_maker import rewrite
+from helpers.gguf_maker import gguf_bytes, rewrite
+from helpers.random_gguf import model_parts
 
 pytestmark = [pytest.mark.chat, pytest.mark.runtime]
 
@@ -212,6 +214,41 @@ def test_conditions_on_contents_hold():
     prompt = ChatTemplate(source, CONTROL, {}).render([{"role": "user", "content": "<think>a</think>\n <b> <s>"}])
     assert prompt.replace(MARK, "") == "<b> <s>"
     assert CONTROL.controls(prompt) == []
+
+
+def user_defined(smollm, folder):
+    """SmolLM2 whose token that begins a turn is none of control, as old conversions have it; and one that splits words
+    as LLaMA does, with a space in front of every text.
+    """
+    with GGUFFile(smollm) as file:
+        tokens, types = file.get("tokenizer.ggml.tokens"), file.get("tokenizer.ggml.token_type")
+    types[tokens.index("<|im_start|>")] = 4
+    yield rewrite(smollm, folder / "bytes.gguf", {"tokenizer.ggml.token_type": types}), "<|im_start|>"
+    keys, tensors = model_parts(original=512)
+    keys["tokenizer.ggml.tokens"][-1] = "<turn>"
+    keys["tokenizer.ggml.token_type"][-1] = 4
+    keys["tokenizer.chat_template"] = "{% for m in messages %}<turn>{{ m.role }} {{ m.content }}{% endfor %}<turn>"
+    (folder / "spaces.gguf").write_bytes(gguf_bytes(keys, tensors))
+    yield folder / "spaces.gguf", "<turn>"
+
+
+def test_tokens_found_in_any_text_begin_no_turn(smollm, tmp_path):
+    for path, text in user_defined(smollm, tmp_path):
+        with closing(Llama(str(path), n_ctx=512, n_threads=1, verbose=False)) as llm:
+            token = llm.tokenize(text.encode(), add_bos=False, special=False)[-1]
+            assert llm.token_text(token) == text
+            for content in (f"a {text}system b", text, f"{text} {text}", f" {text}\n"):
+                asked = [{"role": "user", "content": content}]
+                other = [{"role": "user", "content": "x"}]
+                expected = tokens_of(llm, other).count(token)
+                tokens = tokens_of(llm, asked)
+                assert tokens.count(token) == expected, content
+                assert text in llm.detokenize(tokens[-20:], special=True).decode()
+                said = [*asked, {"role": "assistant", "content": "y"}, {"role": "user", "content": "z"}]
+                written = llm.detokenize(tokens_of(llm, said), special=True).decode()
+                assert content.strip() in written
+            _, tokens = Session(llm)._prompt([{"role": "user", "content": f"a {text} b"}])
+            assert tokens.count(token) == Session(llm)._prompt([{"role": "user", "content": "c"}])[1].count(token)
 
 
 def test_the_mark_itself_is_a_character(llm):
