@@ -1,0 +1,243 @@
+#include "server-clex-text.h"
+
+#include "common.h"
+
+#include <algorithm>
+#include <functional>
+
+// No character that texts may have: Unicode keeps it for the insides of programs. One that is in a text all the same is
+// doubled there.
+static const std::string MARK  = "\xef\xb7\x90";
+static const char *      SPACE = " \t\n\v\f\r";
+
+static size_t char_size(const std::string & text, size_t at) {
+    size_t end = at + 1;
+    while (end < text.size() && ((unsigned char) text[end] & 0xc0) == 0x80) {
+        ++end;
+    }
+    return end - at;
+}
+
+static bool has_mark(const std::string & text, size_t at = 0) {
+    return text.compare(at, MARK.size(), MARK) == 0;
+}
+
+static std::string doubled(const std::string & text) {
+    std::string res = text;
+    string_replace_all(res, MARK, MARK + MARK);
+    return res;
+}
+
+// a text without marks, and with one for each that was doubled
+static std::string unmarked(const std::string & text) {
+    std::string res;
+    for (size_t at = 0; at < text.size();) {
+        const size_t next = text.find(MARK, at);
+        if (next == std::string::npos) {
+            return res + text.substr(at);
+        }
+        res += text.substr(at, next - at);
+        at = next + MARK.size();
+        if (has_mark(text, at)) {
+            res += MARK;
+            at += MARK.size();
+        }
+    }
+    return res;
+}
+
+server_clex_text::server_clex_text(const llama_vocab * vocab) : vocab(vocab) {
+    for (llama_token id = 0; id < llama_vocab_n_tokens(vocab); ++id) {
+        const auto attr = llama_vocab_get_attr(vocab, id);
+        const std::string text = llama_vocab_get_text(vocab, id);
+        if (text.empty() || !(attr & (LLAMA_TOKEN_ATTR_CONTROL | LLAMA_TOKEN_ATTR_UNKNOWN))) {
+            continue;
+        }
+        texts[text] = { (attr & LLAMA_TOKEN_ATTR_LSTRIP) != 0, (attr & LLAMA_TOKEN_ATTR_RSTRIP) != 0 };
+        lengths[(uint8_t) text.front()].push_back(text.size());
+
+        begins[(uint8_t) text.front()] = true;
+        ends  [(uint8_t) text.back()]  = true;
+    }
+    for (auto & found : lengths) {
+        std::sort(found.begin(), found.end(), std::greater<>());
+        found.erase(std::unique(found.begin(), found.end()), found.end());
+    }
+}
+
+std::vector<server_clex_text::span> server_clex_text::candidates(const std::string & text) const {
+    std::vector<span> res;
+    for (size_t at = 0; at < text.size(); ++at) {
+        for (const size_t length : lengths[(uint8_t) text[at]]) {
+            if (length <= text.size() - at && texts.count(text.substr(at, length))) {
+                res.emplace_back(at, at + length);
+                break;
+            }
+        }
+    }
+    return res;
+}
+
+std::vector<server_clex_text::span> server_clex_text::controls(const std::string & text) const {
+    std::vector<span> res;
+    size_t end = 0;
+    for (const auto & [begin, stop] : candidates(text)) {
+        // of a single character, there is no inside to put the mark into
+        const bool guarded = stop - begin == char_size(text, begin) && has_mark(text, stop);
+        if (begin >= end && !guarded) {
+            res.emplace_back(begin, stop);
+            end = stop;
+        }
+    }
+    return res;
+}
+
+std::vector<std::string> server_clex_text::control_texts(const std::string & text) const {
+    std::vector<std::string> res;
+    for (const auto & [begin, end] : controls(text)) {
+        res.push_back(text.substr(begin, end - begin));
+    }
+    return res;
+}
+
+std::string server_clex_text::guard(const std::string & given) const {
+    const std::string text = doubled(given);
+
+    std::string res;
+    size_t end = 0;
+    for (const auto & found : candidates(text)) {
+        const size_t inside = found.first + char_size(text, found.first);
+        res += text.substr(end, inside - end) + MARK;
+        end = inside;
+    }
+    return res + text.substr(end);
+}
+
+std::string server_clex_text::guard_edges(const std::string & given) const {
+    const std::string text = doubled(given);
+
+    std::string res;
+    for (size_t at = 0; at < text.size();) {
+        const size_t size = char_size(text, at);
+        if (has_mark(text, at)) {
+            res += MARK;
+        } else {
+            res += ends[(uint8_t) text[at + size - 1]] ? MARK : "";
+            res += text.substr(at, size);
+            res += begins[(uint8_t) text[at]] ? MARK : "";
+        }
+        at += size;
+    }
+    return res;
+}
+
+bool server_clex_text::has_edges(const std::string & text) const {
+    return std::any_of(text.begin(), text.end(), [&](char c) { return begins[(uint8_t) c] || ends[(uint8_t) c]; });
+}
+
+std::vector<llama_token> server_clex_text::tokenize(const std::string & text) const {
+    std::vector<llama_token> res;
+    const auto add = [&](const std::string & part, bool special) {
+        if (!part.empty()) {
+            const auto tokens = common_tokenize(vocab, part, false, special);
+            res.insert(res.end(), tokens.begin(), tokens.end());
+        }
+    };
+
+    auto found = controls(text);
+    found.emplace_back(text.size(), text.size());
+
+    // parts between control tokens are cut by themselves anyhow: llama.cpp takes those out first
+    std::string waiting;
+    size_t end = 0;
+    bool strip = false;
+    for (const auto & [begin, stop] : found) {
+        std::string part = text.substr(end, begin - end);
+        const std::string control = text.substr(begin, stop - begin);
+
+        const auto known = texts.find(control);
+        if (part.find(MARK) != std::string::npos) {
+            add(waiting, true);
+            waiting.clear();
+
+            part = unmarked(part);
+            if (strip) {
+                part.erase(0, std::min(part.find_first_not_of(SPACE), part.size()));
+            }
+            if (known != texts.end() && known->second.left) {
+                part.erase(part.find_last_not_of(SPACE) + 1);
+            }
+            add(part, false);
+        } else {
+            waiting += part;
+        }
+        waiting += control;
+        end   = stop;
+        strip = known != texts.end() && known->second.right;
+    }
+    add(waiting, true);
+
+    const auto edges = common_tokenize(vocab, "", true, false);
+    const size_t n_begin = llama_vocab_get_add_bos(vocab) && !edges.empty() ? 1 : 0;
+    res.insert(res.begin(), edges.begin(), edges.begin() + n_begin);
+    res.insert(res.end(), edges.begin() + n_begin, edges.end());
+    return res;
+}
+
+using text_change = std::function<void(std::string &)>;
+
+// what of a conversation somebody has written, and what of it is JSON, where a mark may be in strings only
+// not names and parameters of tools, which decide the grammar of answers too
+static void each_text(common_chat_templates_inputs & inputs, const text_change & change, const text_change & change_json) {
+    for (auto & msg : inputs.messages) {
+        change(msg.content);
+        change(msg.reasoning_content);
+        change(msg.tool_name);
+        for (auto & part : msg.content_parts) {
+            if (part.type == "text") {
+                change(part.text);
+            }
+        }
+        for (auto & call : msg.tool_calls) {
+            change(call.name);
+            change_json(call.arguments);
+        }
+    }
+    for (auto & tool : inputs.tools) {
+        change(tool.description);
+    }
+    for (auto & item : inputs.chat_template_kwargs) {
+        change_json(item.second);
+    }
+}
+
+common_chat_params server_clex_text::apply(
+        const common_chat_templates * tmpls, const common_chat_templates_inputs & inputs, std::vector<llama_token> & tokens) const {
+    tokens.clear();
+
+    bool edges = false;
+    const auto guarding = [&](std::string & text) {
+        edges = edges || has_edges(text);
+        text  = guard(text);
+    };
+    common_chat_templates_inputs guarded = inputs;
+    each_text(guarded, guarding, guarding);
+    auto res = common_chat_templates_apply(tmpls, guarded);
+
+    if (edges) {
+        // what a template puts together of parts without a mark
+        common_chat_templates_inputs others = inputs;
+        each_text(others, [&](std::string & text) { text = guard_edges(text); }, guarding);
+
+        auto other = common_chat_templates_apply(tmpls, others);
+        if (control_texts(res.prompt) != control_texts(other.prompt)) {
+            res = std::move(other);
+        }
+    }
+    if (res.prompt.find(MARK) != std::string::npos) {
+        tokens = tokenize(res.prompt);
+    }
+    res.prompt            = unmarked(res.prompt);
+    res.generation_prompt = unmarked(res.generation_prompt);
+    return res;
+}
