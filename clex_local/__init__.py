@@ -23,8 +23,10 @@ if TYPE_CHECKING:
     from clex_local.clex_state import ClexState
     from clex_local.completion import CompletionError
     from clex_local.decoding import DecodeError
+    from clex_local.documents.document import DocumentError
     from clex_local.embedding import EmbeddingError
     from clex_local.exchange import AttachedFile, Exchange
+    from clex_local.extension import ExtensionError
     from clex_local.gguf_file import GGUFError
     from clex_local.grammar import GrammarError
     from clex_local.inspection import Inspection, inspect
@@ -54,7 +56,9 @@ _MODULES = {
     "completion": ["CompletionError"],
     "decoding": ["DecodeError"],
     "embedding": ["EmbeddingError"],
+    "documents.document": ["DocumentError"],
     "exchange": ["AttachedFile", "Exchange"],
+    "extension": ["ExtensionError"],
     "gguf_file": ["GGUFError"],
     "grammar": ["GrammarError"],
     "inspection": ["Inspection", "inspect"],
@@ -92,9 +96,11 @@ __all__ = [
     "ContextWarning",
     "DecodeError",
     "Document",
+    "DocumentError",
     "DocumentStore",
     "EmbeddingError",
     "Exchange",
+    "ExtensionError",
     "GGUFError",
     "GrammarError",
     "Inspection",

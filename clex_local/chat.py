@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import sys
 from collections.abc import Sequence
 from contextlib import closing
@@ -13,16 +14,20 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from clex_local.answer_view import PlainView
+from clex_local.baked import baked_in
 from clex_local.chat_commands import completions, do, path_in
 from clex_local.chat_options import SCRIPT_TOKENS, ChatOptions
 from clex_local.command import INTERRUPTED, SETTINGS, Command, say
 from clex_local.command_options import given_options, options_from
 from clex_local.conversation import Chat
+from clex_local.documents.attachments import STANDARD_INPUT, Attachment, attach, texts, without_twice
 from clex_local.errors import ClexError, escaped
 from clex_local.exchange import AttachedFile
+from clex_local.found_models import found_models, listing, model_named, places
 from clex_local.gguf_file import GGUFFile
 from clex_local.line_editor import line_editor, plain_lines
 from clex_local.memory import ModelShape, kv_bytes
+from clex_local.model_keys import ModelKeys
 from clex_local.opening import open_model
 from clex_local.run_options import RunOptions
 from clex_local.sampling import Sampling
@@ -30,8 +35,9 @@ from clex_local.saved_session import SavedSession, SessionError
 from clex_local.session_folder import KeptSession, sessions_folder
 from clex_local.session_keeper import SessionKeeper
 from clex_local.sizes import readable_size
+from clex_local.table_support import why_no_tables
 from clex_local.terminal import Terminal, json_line, with_advice
-from clex_local.text_input import Piped, join, read_text
+from clex_local.text_input import Piped, join
 
 if TYPE_CHECKING:
     from clex_local.llama import Llama
@@ -47,29 +53,56 @@ class Question:
         self._piped = piped
 
     @classmethod
-    def read(cls, prompt: str | None, files: Sequence[str]) -> Question | None:
-        """Read the files; None where nothing is asked and somebody is there to talk to.
+    def read(cls, prompt: str | None, attachments: list[Attachment], stdin: bool) -> Question:
+        """Put together what is asked.
+
+        Args:
+            prompt: behind everything else.
+            attachments: before it; without it and them, it is standard input.
+            stdin: whether that was read for the attachments.
 
         Raises:
-            ClexError: a file cannot be read, or there is nothing in all of it.
+            ClexError: there is nothing in all of it.
         """
-        asked = prompt is not None or bool(files)
-        if not asked and sys.stdin is not None and sys.stdin.isatty():
-            return None
-        message = join([*map(read_text, files if asked else ("-",)), prompt or ""])
-        piped = Piped() if asked and "-" not in files else None
+        piped = None
+        if prompt is None and not attachments:
+            attachments = [attach(STANDARD_INPUT)]
+        elif not stdin:
+            piped = Piped()
+        known: list[AttachedFile] = []
+        documents = []
+        for attachment in attachments:
+            for note in attachment.notes:
+                say(f"[{note}]", err=True)
+            once, twice = without_twice(attachment, known)
+            for name in twice:
+                say(f"[{escaped(name, 60)}: given twice, and sent once]", err=True)
+            documents += once.documents
+            known += once.files
+        message = join([*texts(documents, named=len(documents) > 1), prompt or ""])
         if not message and not (piped and piped.text().strip()):
             raise ClexError("the prompt is empty")
-        return cls(message, piped, [found for file in files if (found := AttachedFile.of(file))])
+        return cls(message, piped, known)
 
     def text(self) -> str:
         """All of it, as soon as the pipe has ended."""
         if self._piped is None:
             return self._message
         text = join([self._piped.text(), self._message])
+        for note in self._piped.notes:
+            say(f"[{note}]", err=True)
         if self._piped.unread:
             say(f"[{self._piped.unread}: answered without it; -f - reads it]", err=True)
         return text
+
+
+def _asks(prompt: str | None, files: Sequence[str], as_json: bool) -> bool:
+    """Whether something is asked once, and nobody is there to talk to or wants to."""
+    if prompt is not None or as_json or STANDARD_INPUT in files:
+        return True
+    if sys.stdin is None or not sys.stdin.isatty():
+        return True
+    return bool(files) and not sys.stdout.isatty()
 
 
 def _open(model: Path, options: RunOptions, quiet: bool) -> Llama:
@@ -84,7 +117,9 @@ def _open(model: Path, options: RunOptions, quiet: bool) -> Llama:
             print("\r\x1b[2K", end="", file=sys.stderr, flush=True)
 
 
-def converse(terminal: Terminal, keeper: SessionKeeper, model: Path, fitted: bool) -> None:
+def converse(
+    terminal: Terminal, keeper: SessionKeeper, model: Path, fitted: bool, attachments: Sequence[Attachment] = ()
+) -> None:
     """Talk until the end of input.
 
     Args:
@@ -92,12 +127,14 @@ def converse(terminal: Terminal, keeper: SessionKeeper, model: Path, fitted: boo
         keeper: of the conversation's file.
         model: the file.
         fitted: the size of the context was chosen by what fits in memory.
+        attachments: what waits for the first message.
     """
     session = terminal.session
     llm = session.llm
     name = escaped(llm.metadata.get("general.name") or model.name, 100)
     with GGUFFile(model) as file:
         shape = ModelShape.from_metadata(file)
+        extendable = not llm.clex and not why_no_tables(ModelKeys(file)) and not baked_in(file)
     cache = llm.settings.type_k
     if shape:
         size = kv_bytes(shape, session.capacity, cache, flash_attn=llm.settings.flash_attn)
@@ -107,10 +144,16 @@ def converse(terminal: Terminal, keeper: SessionKeeper, model: Path, fitted: boo
         context += f" (the model covers {covered:,}, memory does not)"
     terminal.note(f"{name} · {context} · {cache} cache · /help")
     chat = Chat(terminal, name, cache, keeper)
+    if extendable:
+        terminal.note(
+            f"no tables beyond {llm._model.n_ctx_train():,} tokens: --extend 4x makes some, clex-convert a file"
+        )
     if keeper.kept and not keeper.kept.saved:
         terminal.note(f"a new session: {escaped(keeper.kept.name)}")
     keeper.describe()
     chat.welcome()
+    for attachment in attachments:
+        chat.add(attachment)
     edit = sys.stdout.isatty() and os.environ.get("TERM") != "dumb"
     chat.edits = edit
     read = line_editor(lambda line: completions(chat, line), path_in, chat.status) if edit else plain_lines
@@ -194,6 +237,20 @@ def report(session: Session, answer: Answer) -> dict[str, Any]:
     }
 
 
+def _list_models(context: click.Context, asks: bool) -> int:
+    """Show the models there are, to somebody who names none and asks nothing."""
+    if asks:
+        hint = "clex-chat alone lists those there are"
+        raise click.MissingParameter(hint, context, param_type="argument", param_hint="MODEL")
+    models = found_models()
+    if not models:
+        raise ClexError(f"MODEL is missing, and none is found in {places()}")
+    say(listing(models))
+    name = shlex.quote(models[0].name)
+    say(f"clex-chat {name} talks to one; --extend 4x gives one without tables four times its context", err=True)
+    return 0
+
+
 def _open_session(name: str, context: click.Context, model: Path | None) -> tuple[KeptSession, Path]:
     """The conversation of a name, which is ours from now on, and the model to go on with.
 
@@ -224,6 +281,8 @@ def _as_before(
         raise ClexError(f"the session {saved.name} has another system message: leave out `system`")
     given = given_options(context, RunOptions)
     run = {name: value for name, value in saved.run.items() if name not in given and value is not None}
+    if context.params["model"] is not None:  # another one may have tables of its own
+        run.pop("extend", None)
     template = (
         answering.chat_template if "chat_template" in given_options(context, ChatOptions) else saved.chat_template
     )
@@ -243,8 +302,11 @@ def _as_before(
     "files",
     metavar="FILE",
     multiple=True,
-    help="Put a text file in front of the prompt, or answer it by itself; - is standard input. Repeatable.",
+    help="Put a file in front of the prompt: text, PDF, DOCX, HTML, a folder, or a pattern such as 'src/**/*.py'; - is "
+    "standard input. Repeatable. Without a prompt, in a terminal it waits for your first message, elsewhere it is "
+    "answered by itself.",
 )
+@click.option("--url", "urls", metavar="URL", multiple=True, help="Fetch a page or file of the web as one of -f.")
 @click.option(
     "--session",
     "session_name",
@@ -261,6 +323,7 @@ def main(
     model: Path | None,
     prompt: str | None,
     files: tuple[str, ...],
+    urls: tuple[str, ...],
     session_name: str | None,
     answering: ChatOptions,
     sampling: Sampling,
@@ -269,12 +332,16 @@ def main(
 ) -> int:
     """Chat with MODEL, a GGUF file, over contexts longer than it was trained for.
 
-    With -p, -f or input from a pipe it answers once, and prints nothing but the answer to standard output. What comes
+    It may be a model of Ollama, LM Studio or the Hugging Face hub's cache by its name. Without one, those are listed.
+
+    With -p or input from a pipe it answers once, and prints nothing but the answer to standard output. What comes
     from a pipe, or from a file by <, is put in front of -f and -p.
     """
     context = click.get_current_context()
     if model is None and session_name is None:
-        raise click.MissingParameter(ctx=context, param_type="argument", param_hint="MODEL")
+        return _list_models(context, bool(prompt is not None or files or urls or as_json))
+    if model is not None and not model.expanduser().exists():
+        model = model_named(str(model))
     # Read before the model is loaded, so that a wrong name costs no time.
     kept, model = _open_session(session_name, context, model) if session_name is not None else (None, model)
     if kept and kept.saved:
@@ -282,9 +349,11 @@ def main(
     assert model is not None
     if answering.chat_template == "plain" and answering.system is not None:
         raise click.UsageError("--system needs a chat template, --chat-template plain has none")
-    question = Question.read(prompt, files)
-    if as_json and question is None:
+    attachments = [*map(attach, files), *(attach(url, web=True) for url in urls)]
+    once = _asks(prompt, [*files, *urls], as_json)
+    if as_json and prompt is None and not attachments and sys.stdin is not None and sys.stdin.isatty():
         raise click.UsageError("--json needs -p, -f or input from a pipe")
+    question = Question.read(prompt, attachments, STANDARD_INPUT in files) if once else None
     from clex_local.store import store_wanted  # with the library
 
     store = store_wanted(options.store)
@@ -307,7 +376,7 @@ def main(
             terminal.note(
                 f"what is read is kept in {escaped(str(store))}: clex-cache shows it, --no-store keeps nothing"
             )
-        converse(terminal, keeper, model, fitted=options.ctx is None)
+        converse(terminal, keeper, model, options.ctx is None, attachments)
     return 0
 
 

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import replace
 from typing import TYPE_CHECKING, NoReturn
 
+from clex_local.documents.attachments import Attachment, attach, texts, without_twice
+from clex_local.documents.typed_paths import typed_paths
 from clex_local.errors import ClexError, escaped
 from clex_local.exchange import AttachedFile
 from clex_local.line_editor import no_echo
 from clex_local.session_keeper import SessionKeeper
 from clex_local.terminal import Terminal, describe_bucket
-from clex_local.text_input import join, read_text
+from clex_local.text_input import join
 
 if TYPE_CHECKING:
     from clex_local.answer_view import AnswerView
@@ -21,16 +22,6 @@ if TYPE_CHECKING:
 
 _NEARLY_FULL = 0.8  # of the context, from which on the status line warns
 _LONG = 512  # tokens of a file that is worth finding on disk
-
-
-@dataclass
-class Attachment:
-    """A file that waits for the next message; ``file`` is what is remembered of it."""
-
-    name: str
-    text: str
-    tokens: int
-    file: AttachedFile | None = None
 
 
 class Chat:
@@ -100,9 +91,14 @@ class Chat:
 
     def turn(self, text: str) -> None:
         """Send a message, with the files that wait for it."""
-        message = join([file.text for file in self.attachments] + [text])
-        files = [waiting.file for waiting in self.attachments if waiting.file]
-        self.answer(message, files, len(message) - len(join([text])))
+        documents = [document for attachment in self.attachments for document in attachment.documents]
+        message = join([*texts(documents, named=True), text])
+        self.answer(message, self.waiting_files, len(message) - len(join([text])))
+
+    @property
+    def waiting_files(self) -> list[AttachedFile]:
+        """The files that wait for the next message."""
+        return [file for attachment in self.attachments for file in attachment.files]
 
     def replace(self, text: str) -> None:
         """Send a text in place of what was typed last, with the files that were part of that."""
@@ -156,25 +152,37 @@ class Chat:
             if replaces and len(self.session.exchanges) < len(before):
                 self.session.change(exchanges=before)
 
-    def attach(self, path: str) -> None:
-        """Put a file in front of the next message."""
-        if not path:
+    def attach(self, line: str) -> None:
+        """Put files in front of the next message."""
+        if not line:
             raise ClexError("/file needs a path")
-        if len(path) > 1 and path[0] == path[-1] and path[0] in "'\"":
-            path = path[1:-1]
-        file = Path(path).expanduser()
-        text = read_text(file)
-        if not text.strip():
-            raise ClexError(f"{path}: an empty file")
-        name = escaped(file.name, 60)
-        self.attachments.append(Attachment(name, text, self.session.count(text), AttachedFile.of(file)))
-        tokens = self.attachments[-1].tokens
+        for path in typed_paths(line):
+            self.add(attach(path))
+
+    def fetch(self, address: str) -> None:
+        """Put a page of the web in front of the next message."""
+        if not address:
+            raise ClexError("/url needs an address")
+        self.add(attach(address, web=True))
+
+    def add(self, attachment: Attachment) -> None:
+        """Let something that was read wait for the next message; what is in the conversation already does not."""
+        sent = [file for exchange in self.session.exchanges for file in exchange.files]
+        attachment, twice = without_twice(attachment, [*sent, *self.waiting_files])
+        for name in twice:
+            self.terminal.note(f"{escaped(name, 60)}: attached already; it is sent once")
+        if not attachment.documents:
+            return
+        tokens = sum(self.session.count(document.text) for document in attachment.documents)
+        self.attachments.append(replace(attachment, tokens=tokens))
+        for note in attachment.notes:
+            self.terminal.note(note)
         waiting = sum(attachment.tokens for attachment in self.attachments)
         left = self.session.capacity - self.session.used
-        line = f"{name}: {tokens:,} tokens, sent with your next message"
+        line = f"{attachment.name}: {tokens:,} tokens, sent with your next message"
         if waiting >= left:
             line += f"; that will not fit: {waiting:,} tokens of files, {left:,} left in the context"
-            line += f"; /drop {name} takes it back"
+            line += f"; /drop {attachment.name} takes it back"
         elif self.session.exchanges and tokens >= _LONG and self.session.llm.stored_tokens is not None:
             # A document is found again by all that is in front of it, and here that is a conversation.
             line += "; behind this conversation it is read anew, also if it was read before: /reset first finds it"
@@ -238,7 +246,9 @@ class Chat:
                 f"{clex.rerotation_ms:.0f} ms",
             ]
         else:
-            lines.append("tables     none: the model runs inside the context it was trained for")
+            lines.append(
+                "tables     none: the model runs inside the context it was trained for; --extend 4x goes beyond it"
+            )
         if totals.prefill_seconds:
             restored = f", {totals.restored_tokens:,} more from disk" if totals.restored_tokens else ""
             lines.append(

@@ -10,6 +10,7 @@ import threading
 import time
 from contextlib import suppress
 
+from clex_local.documents.kinds import text_of
 from clex_local.errors import ClexError
 from clex_local.sizes import readable_size
 
@@ -67,11 +68,12 @@ class Piped:
 
     A command that cron, a service or another program starts may inherit a pipe that nobody ever writes to or closes.
     Such a one is given up after ``FIRST_BYTE_TIMEOUT``; one that has begun is read to its end, however long that takes.
-    ``unread`` tells afterwards why there is no text, should there be a reason to tell.
+    ``unread`` tells afterwards why there is no text, should there be a reason to tell, and ``notes`` how it was read.
     """
 
     def __init__(self) -> None:
         self.unread: str | None = None
+        self.notes: list[str] = []
         self._deadline = time.monotonic() + FIRST_BYTE_TIMEOUT
         self._chunks: list[bytes] = []
         self._error: OSError | None = None
@@ -129,4 +131,6 @@ class Piped:
         self._ended.wait()
         if self._error is not None:
             raise ClexError(f"{_NAME}: {self._error.strerror or self._error}") from self._error
-        return decoded(b"".join(self._chunks), _NAME)
+        text, notes = text_of(b"".join(self._chunks), _NAME)
+        self.notes = [f"{_NAME}: {note}" for note in notes]
+        return text

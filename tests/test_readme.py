@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import subprocess
@@ -40,7 +41,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "report.txt").write_text("Nothing happened.")
     for name in ("examples", "native"):
         (folder / name).symlink_to(ROOT / name)
-    for name in ("home/.lmstudio/models/PUBLISHER/MODEL/model.gguf", "home/blob", "org/name-GGUF/model-q4_k_m.gguf"):
+    ollama, digest = "home/.ollama/models", "0" * 64
+    manifest = folder / ollama / "manifests" / "registry.ollama.ai" / "library" / "llama3" / "latest"
+    manifest.parent.mkdir(parents=True)
+    layer = {"mediaType": "application/vnd.ollama.image.model", "digest": f"sha256:{digest}"}
+    manifest.write_text(json.dumps({"layers": [layer]}))
+    for name in ("home/.lmstudio/models/PUBLISHER/MODEL/model.gguf", "home/blob", f"{ollama}/blobs/sha256-{digest}"):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).symlink_to(model)
     (folder / "bin").mkdir()
@@ -60,6 +66,7 @@ def test_commands_run(folder: Path, block: str) -> None:
     commands = re.sub(r"^(clex-convert .*?)(?=  #|$)", r"\1 --overwrite", block, flags=re.MULTILINE)
     path = os.pathsep.join([str(folder / "bin"), str(Path(sys.executable).parent), os.environ["PATH"]])
     env = {**os.environ, "PATH": path, "HOME": str(folder / "home")}
+    env.pop("OLLAMA_MODELS", None)
     command = ["bash", "-euo", "pipefail", "-c", commands]
     done = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, stdin=subprocess.DEVNULL)
     assert done.returncode == 0, done.stderr

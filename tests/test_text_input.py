@@ -91,7 +91,10 @@ def test_no_input_is_no_text(smollm, redirection):
 
 @pytest.mark.parametrize(
     ("data", "message"),
-    [(b"a\0b", "standard input: a binary file, not text"), (b"\x89PNG", "standard input: not a UTF-8 text file")],
+    [
+        (b"a\0b", "standard input: a binary file, not text"),
+        (b"\x89PNG\r\n\x1a\n", "standard input: a picture, not text"),
+    ],
 )
 @pytest.mark.parametrize("arguments", [[], ["-p", "Hi"], ["-f", "-", "-p", "Hi"]])
 def test_a_pipe_that_is_no_text(ask, arguments, data, message):
