@@ -23,7 +23,7 @@ from clex_local.conversation import Chat
 from clex_local.documents.attachments import STANDARD_INPUT, Attachment, attach, texts, without_twice
 from clex_local.errors import ClexError, escaped
 from clex_local.exchange import AttachedFile
-from clex_local.found_models import found_models, listing, model_named, places
+from clex_local.found_models import found_models, listing, model_path, places
 from clex_local.gguf_file import GGUFFile
 from clex_local.line_editor import line_editor, plain_lines
 from clex_local.memory import ModelShape, kv_bytes
@@ -79,7 +79,8 @@ class Question:
                 say(f"[{escaped(name, 60)}: given twice, and sent once]", err=True)
             documents += once.documents
             known += once.files
-        message = join([*texts(documents, named=len(documents) > 1), prompt or ""])
+        several = sum(bool(document.name) for document in documents) > 1
+        message = join([*texts(documents, named=several), prompt or ""])
         if not message and not (piped and piped.text().strip()):
             raise ClexError("the prompt is empty")
         return cls(message, piped, known)
@@ -340,8 +341,6 @@ def main(
     context = click.get_current_context()
     if model is None and session_name is None:
         return _list_models(context, bool(prompt is not None or files or urls or as_json))
-    if model is not None and not model.expanduser().exists():
-        model = model_named(str(model))
     # Read before the model is loaded, so that a wrong name costs no time.
     kept, model = _open_session(session_name, context, model) if session_name is not None else (None, model)
     if kept and kept.saved:
@@ -349,6 +348,7 @@ def main(
     assert model is not None
     if answering.chat_template == "plain" and answering.system is not None:
         raise click.UsageError("--system needs a chat template, --chat-template plain has none")
+    model = model_path(model)
     attachments = [*map(attach, files), *(attach(url, web=True) for url in urls)]
     once = _asks(prompt, [*files, *urls], as_json)
     if as_json and prompt is None and not attachments and sys.stdin is not None and sys.stdin.isatty():

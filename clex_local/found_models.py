@@ -74,6 +74,17 @@ def found_models(folder: Path | None = None) -> list[FoundModel]:
     return list(found.values())
 
 
+def model_path(given: Path) -> Path:
+    """The file that a person means by a path, or by the name of a model that is found.
+
+    Raises:
+        ClexError: it is the name of none, or of several.
+    """
+    path = given.expanduser()
+    # What can only be a path is opened as one, whatever comes of it.
+    return path if path.exists() or path.is_absolute() or str(given)[:1] in ".~" else model_named(str(given))
+
+
 def model_named(name: str, folder: Path | None = None) -> Path:
     """The file of a model that is named, and is no file by that name.
 

@@ -74,7 +74,9 @@ def test_contents_are_cut_as_llama_cuts_them(client, llm, content):
     assert theirs["usage"]["prompt_tokens"] == len(expected)
     llm.reset()
     ours = llm.create_chat_completion(messages, max_tokens=8, temperature=0)
-    assert theirs["choices"][0]["message"]["content"] == ours["choices"][0]["message"]["content"]
+    # The bindings leave out bytes that are no characters.
+    text = theirs["choices"][0]["message"]["content"].replace("\ufffd", "")
+    assert text == ours["choices"][0]["message"]["content"]
 
 
 def test_control_tokens_put_together_of_parts_are_text(client, llm):
@@ -95,7 +97,8 @@ def test_other_apis(client, llm):
 def test_the_prompt_that_is_shown_has_no_marks(client):
     for content in TEXTS:
         answer = client.post("/apply-template", json={"messages": [{"role": "user", "content": content}]})
-        assert answer.json()["prompt"] == f"<s>user: {content.strip()}</s><s>assistant:"
+        # The first token is left to the vocabulary.
+        assert answer.json()["prompt"] == f"user: {content.strip()}</s><s>assistant:"
 
 
 def test_prompts_without_messages_have_control_tokens(client):

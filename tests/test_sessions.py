@@ -210,7 +210,9 @@ def test_an_attached_file_that_changed(small_buckets, folder, tmp_path):
     assert run(small_buckets, "-f", note, "-f", gone, "-p", "Which?", *options, stdin="piped").returncode == 0
     turn = saved(folder, "s")["turns"][0]
     assert [(Path(file["path"]).name, file["size"]) for file in turn["files"]] == [("note.txt", 20), ("gone.txt", 18)]
-    assert turn["message"] == "piped\n\nThe number is 4711.\n\nThe color is red.\n\nWhich?"
+    assert turn["message"] == (
+        "piped\n\nFile: note.txt\n\nThe number is 4711.\n\nFile: gone.txt\n\nThe color is red.\n\nWhich?"
+    )
     assert "since" not in run("--session", "s", "-p", "Go on.", "--max-tokens", 3).stderr
     note.write_text("The number is 4712.\n")
     gone.unlink()
@@ -229,7 +231,7 @@ def test_options_that_are_given_count_and_others_are_as_before(small_buckets, fo
     report, kept = json.loads(result.stdout), saved(folder, "s")
     assert (report["context"], report["settings"]["type_k"]) == (768, "q8_0")
     assert (kept["sampling"]["temp"], kept["sampling"]["top_k"], kept["system"]) == (0.25, 7, "Be brief.")
-    assert kept["run"] == {"ctx": 768, "kv_type": "q8_0", "flash_attn": None}
+    assert kept["run"] == {"ctx": 768, "kv_type": "q8_0", "flash_attn": None, "extend": None}
     assert run("--session", "s", "-p", "x", "--system", "Be brief.", "--max-tokens", 2).returncode == 0
     assert "has another system message: leave out --system" in error_of("--session", "s", "-p", "x", "--system", "No.")
     assert "needs --chat-template model" in error_of("--session", "s", "-p", "x", "--chat-template", "chatml")

@@ -19,6 +19,7 @@ from clex_local.exchange import AttachedFile
 from clex_local.sizes import readable_size
 
 STANDARD_INPUT = "-"
+_STDIN = "standard input"
 
 
 @dataclass(frozen=True)
@@ -58,8 +59,9 @@ def attach(path: str, *, web: bool = False) -> Attachment:
         text, notes = text_of(page.data, path, page.media, page.charset)
         return _single(Document(path, text, None, tuple(notes)))
     if path == STANDARD_INPUT:
-        document = _document("standard input", _standard_input(), None)
-        return _single(document) if document.text.strip() else Attachment(document.name, ())
+        text, notes = text_of(_standard_input(), _STDIN)
+        documents = (Document("", text),) if text.strip() else ()
+        return Attachment(_STDIN, documents, tuple(f"{_STDIN}: {note}" for note in notes))
     place = Path(path).expanduser()
     try:
         if place.is_dir():
@@ -129,11 +131,11 @@ def _read(path: Path) -> tuple[bytes, bool]:
 
 def _standard_input() -> bytes:
     if sys.stdin is None:
-        raise DocumentError("standard input: closed")
+        raise DocumentError(f"{_STDIN}: closed")
     try:
         return sys.stdin.buffer.read(LARGEST + 1)
     except OSError as error:
-        raise DocumentError(f"standard input: {error.strerror or error}") from error
+        raise DocumentError(f"{_STDIN}: {error.strerror or error}") from error
 
 
 def without_twice(attachment: Attachment, known: Iterable[AttachedFile]) -> tuple[Attachment, list[str]]:
@@ -158,13 +160,11 @@ def without_twice(attachment: Attachment, known: Iterable[AttachedFile]) -> tupl
 
 def texts(documents: Sequence[Document], *, named: bool) -> list[str]:
     """Texts as a model is given them; with names before them no two have one name."""
-    if not named:
-        return [document.text for document in documents]
-    names = [document.name for document in documents]
+    names = [document.name if named else "" for document in documents]
     full = [document.file.path if document.file else document.name for document in documents]
-    names = [name if names.count(name) == 1 else whole for name, whole in zip(names, full, strict=True)]
+    names = [whole if name and names.count(name) > 1 else name for name, whole in zip(names, full, strict=True)]
     # A name is no place for line ends, and neither for what a terminal would do.
     return [
-        f"File: {escaped(name)}\n\n{document.text.strip(chr(10))}"
+        f"File: {escaped(name)}\n\n{document.text.strip(chr(10))}" if name else document.text
         for name, document in zip(names, documents, strict=True)
     ]

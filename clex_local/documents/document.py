@@ -19,7 +19,7 @@ class Document:
     """A text that was attached.
 
     Attributes:
-        name: what the model is told of where it comes from.
+        name: what the model is told of where it comes from; empty: nothing.
         text: without the markup of its kind.
         file: what is remembered of the file; None for what is none, such as a pipe.
         notes: what the person should know of how it was read, each without a full stop.
