@@ -76,7 +76,7 @@ def _copy(chat: Chat, _: str) -> None:
 COMMANDS: tuple[ChatCommand, ...] = (
     ChatCommand("/help", "list the commands", lambda chat, _: chat.terminal.note(help_text())),
     ChatCommand("/file", "put files in front of your next message: text, PDF, DOCX, HTML, folders, src/**/*.py",
-                Chat.attach, "PATH...", takes_path=True),
+                Chat.attach, "PATH", takes_path=True),
     ChatCommand("/url", "put a page of the web, fetched now, in front of your next message", Chat.fetch, "URL"),
     ChatCommand("/drop", "take back a file that waits", Chat.drop, "NAME|all", _attached),
     ChatCommand("/regenerate", "have your last message answered once more", chat_edits.regenerate),
