@@ -68,10 +68,13 @@ def found_models(folder: Path | None = None) -> list[FoundModel]:
         folder: in place of the current one.
     """
     found: dict[str, FoundModel] = {}
-    places = (_in_folder(folder or Path()), _ollama(), _lm_studio(), _hub())
-    for model in (model for place in places for model in place):
+    for model in _all(folder):
         found.setdefault(os.path.realpath(model.path), model)
     return list(found.values())
+
+
+def _all(folder: Path | None) -> list[FoundModel]:
+    return [*_in_folder(folder or Path()), *_ollama(), *_lm_studio(), *_hub()]
 
 
 def model_path(given: Path) -> Path:
@@ -95,7 +98,7 @@ def model_named(name: str, folder: Path | None = None) -> Path:
     Raises:
         ClexError: there is none of that name, or several.
     """
-    models = found_models(folder)
+    models = _all(folder)  # a file that two programs share has two names
     exact = [model for model in models if model.name == name]
     matches = exact or [model for model in models if model.has_name(name)]
     if len({os.path.realpath(model.path) for model in matches}) == 1:

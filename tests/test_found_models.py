@@ -110,6 +110,14 @@ def test_models_by_name(home, name, place):
     assert next(model.place for model in found_models() if model.path == path) == place
 
 
+def test_a_file_of_two_programs_has_both_names_and_is_listed_once(home):
+    link = home / ".lmstudio" / "models" / "publisher" / "Link-GGUF" / "link.gguf"
+    link.parent.mkdir()
+    link.symlink_to(model_named("llama3.2"))
+    assert len(found_models()) == 7
+    assert model_named("link").samefile(model_named("llama3.2"))
+
+
 def test_names_that_are_none(home):
     with pytest.raises(ClexError, match=r"lama3.2: no such file, and no model .*did you mean llama3.2:latest\?"):
         model_named("lama3.2")
