@@ -160,3 +160,14 @@ def test_answer_that_repeats_itself_is_stopped(llm, monkeypatch, capsys):
     assert session.last.completion_tokens < 300
     assert any("the same again and again" in line for line in told)
     assert session.exchanges[0].finish_reason == "repetition"
+
+
+def test_answer_to_a_script_has_a_limit_and_one_in_a_conversation_has_none(llm):
+    from clex_local.chat import Question, _terminal
+    from clex_local.chat_options import SCRIPT_TOKENS, ChatOptions
+
+    asked = Question("Hi", None, [])
+    for given, question, limit in [(None, asked, SCRIPT_TOKENS), (None, None, None), (7, asked, 7), (0, asked, None)]:
+        terminal = _terminal(llm, ChatOptions(max_tokens=given), Sampling(), question, False)
+        assert terminal.max_tokens == limit
+        assert terminal.session.stops_repetition

@@ -246,6 +246,15 @@ def remembered_depths():
     return {key: entry["depths"] for key, entry in json.loads(speeds_file().read_text())["speeds"].items()}
 
 
+def test_long_reading_at_a_speed_that_is_not_known_is_announced_once(question):
+    model, _, document, *options = question
+    document.write_text("abcdefghij" * 430)
+    options[1] = "8192"
+    first, *rest = run(model, "-f", document, *options).stderr.splitlines()
+    assert re.fullmatch(r"reading 4,3\d\d tokens in bucket 2 .*; how long that takes is measured first", first)
+    assert rest == run(model, "-f", document, *options).stderr.splitlines()
+
+
 def test_short_reading_is_not_announced(question):
     for _ in range(2):
         assert run(*question).stderr == "[stopped after 2 tokens, the limit of --max-tokens]\n"
