@@ -1,6 +1,6 @@
 """Shows Markdown at a terminal while it is being written.
 
-Nothing that was shown is taken back, so that no size of a window and no change of it can mix up lines. What an element
+No line that was shown is taken back, so that no size of a window and no change of it can mix up lines. What an element
 is, is decided as soon as it can be: a word in bold waits for its end, a row of a table for the table's; everything else
 is shown at once. What is not Markdown after all is shown as it was written, to the last character.
 """
@@ -14,6 +14,8 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
+
+from clex_local.word_wrap import WordWrap
 
 _LONGEST = 600  # characters that an element in a line may have; longer ones are text
 _CODE = "cyan"
@@ -54,6 +56,7 @@ class MarkdownStream:
 
     def __init__(self, console: Console, clean: Callable[[str], str] = str) -> None:
         self._console, self._clean = console, clean
+        self._wrap = WordWrap(console)
         self._line = ""  # of the line that comes, what is not shown yet
         self._begun = False  # what kind of line it is was decided
         self._style = ""
@@ -89,15 +92,19 @@ class MarkdownStream:
         """Decide what kind of line it is, and show its mark."""
         self._show_table()
         self._begun, self._style, self._before = True, "", ""
+        marks = []
         while quote := _QUOTE.match(self._line):
-            self._print("▌ ", "dim")
+            marks.append(("▌ ", "dim"))
             self._line = self._line[quote.end() :]
         if head := _HEAD.match(self._line):
             self._style = _HEADING.get(len(head[1]), "bold")
             self._line = self._line[head.end() :]
         elif item := _ITEM.match(self._line):
-            self._print(item[1] + ("• " if item[2] in "-*+" else f"{item[2]} "), "cyan")
+            marks.append((item[1] + ("• " if item[2] in "-*+" else f"{item[2]} "), "cyan"))
             self._line = self._line[item.end() :]
+        for mark, style in marks:
+            self._wrap.write(mark, style)
+        self._wrap.indent([(mark if mark[0] == "▌" else " " * len(mark), style) for mark, style in marks])
 
     def _end_line(self) -> None:
         line, self._line = self._line, ""
@@ -125,12 +132,12 @@ class MarkdownStream:
             line, self._line = self._line, ""
         self._line = line
         self._show_inline(last=True)
-        self._print("\n")
+        self._wrap.write("\n")
         self._begun = False
 
     def _show_inline(self, last: bool) -> None:
         for text, style, length in inline(self._line, self._before, last):
-            self._print(text, f"{self._style} {style}".strip())
+            self._wrap.write(text, f"{self._style} {style}".strip())
             self._before = self._line[length - 1 : length] or self._before
             self._line = self._line[length:]
 

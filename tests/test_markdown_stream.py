@@ -7,6 +7,7 @@ import random
 import re
 
 import pytest
+from rich.cells import cell_len
 from rich.console import Console
 
 from clex_local.answer_view import CONTROLS, MarkdownView
@@ -55,7 +56,14 @@ def show(pieces: list[str], width: int = 60, view: type = MarkdownStream) -> str
 
 
 def plain(text: str) -> str:
-    return re.sub(r"\x1b\[[\d;]*m", "", text)
+    """What one sees in the end, without styles."""
+    text = re.sub(r"\x1b\[[\d;]*m", "", text)
+    while back := re.search(r"\x1b\[(\d+)D\x1b\[K", text):
+        before, cells = text[: back.start()], int(back[1])
+        while cells > 0:
+            before, cells = before[:-1], cells - cell_len(before[-1])
+        text = before + text[back.end() :]
+    return text
 
 
 def styled(text: str, word: str) -> str:
@@ -66,8 +74,8 @@ def styled(text: str, word: str) -> str:
 
 
 def test_elements_are_shown_as_what_they_are():
-    text = show([ANSWER])
-    assert styled(text, "The sea") == "1;4"
+    text = show([ANSWER], 100)
+    assert styled(text, "The") == "1;4"
     assert "very deep" in plain(text)
     assert styled(text, "blue") == "3"
     assert styled(text, "depth()") == "36"
@@ -91,6 +99,20 @@ def test_pieces_make_no_difference(width):
         cuts = sorted(draw.sample(range(len(ANSWER)), 40))
         pieces = [ANSWER[start:end] for start, end in zip([0, *cuts], [*cuts, None], strict=True)]
         assert plain(show(pieces, width)) == whole
+
+
+@pytest.mark.parametrize("width", [20, 40, 72])
+def test_lines_break_between_words(width):
+    words = "- The **sea is very** deep, and `its bottom` is dark: 🫠 שלום donaudampfschiffe 中文字中文字中文字 end"
+    for pieces in ([words], list(words), re.findall(r"..?.?", words)):
+        lines = plain(show(pieces, width)).splitlines()
+        assert max(map(cell_len, lines)) < width
+        assert all(line.startswith("  ") for line in lines[1:])
+        expected = words.replace("- ", "• ").replace("*", "").replace("`", "")
+        assert "".join("".join(lines).split()) == "".join(expected.split())
+        assert all(word in " ".join(line.strip() for line in lines) for word in ("very", "bottom", "donaudampfschiffe"))
+    lines = plain(show(["x" * 50 + " yy " + "z" * 15], 20)).splitlines()
+    assert "".join(lines).replace(" ", "") == "x" * 50 + "yy" + "z" * 15
 
 
 def test_nothing_of_what_is_no_markdown_is_lost():
