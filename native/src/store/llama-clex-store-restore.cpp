@@ -1,0 +1,271 @@
+#include "llama-clex-store-restore.h"
+
+#include "llama-clex-store-block.h"
+
+#include "llama-impl.h"
+#include "llama-kv-cache.h"
+
+#include <algorithm>
+#include <set>
+#include <stdexcept>
+#include <system_error>
+#include <thread>
+
+static constexpr int32_t CLEX_BLOCK = LLAMA_CLEX_STORE_BLOCK;
+
+// blocks that are looked at for one text, whatever ways of computing it the store has
+static constexpr size_t CLEX_SEARCH_MAX = 1 << 17;
+
+void clex_store_restore::search(const llama_token * tokens, int32_t n_blocks, bool exact) {
+    const auto n_wanted = [](const chain & c) { return std::count_if(c.begin(), c.end(), [](const found & l) { return l.wanted; }); };
+    if (cur.size() > best.size() || (cur.size() == best.size() && n_wanted(cur) > n_wanted(best))) {
+        best = cur;
+    }
+    if ((int32_t) cur.size() == n_blocks || ++n_looked > CLEX_SEARCH_MAX) {
+        return;
+    }
+
+    const uint32_t    index  = cur.size();
+    const clex_digest parent = cur.empty() ? clex_digest {} : cur.back().name;
+    const clex_digest key    = clex_block_key(config, parent, tokens + (size_t) index*CLEX_BLOCK);
+
+    std::vector<std::string> labels = { wanted };
+    if (!exact) {
+        labels = store.folder.labels(model_id, key);
+        std::stable_partition(labels.begin(), labels.end(), [&](const std::string & label) { return label == wanted; });
+    } else if (!clex_store_folder::exists(store.folder.path(model_id, key, index, wanted))) {
+        return;
+    }
+    for (const auto & label : labels) {
+        cur.push_back({ make_link(key, index, label), label == wanted });
+        search(tokens, n_blocks, exact);
+        cur.pop_back();
+        // there is none longer, and none that has more of the table
+        if ((int32_t) best.size() == n_blocks && n_wanted(best) == n_blocks) {
+            return;
+        }
+    }
+}
+
+void clex_store_restore::find(const llama_token * tokens, int32_t n_blocks, bool exact) {
+    cur.clear();
+    best.clear();
+    n_looked = 0;
+    search(tokens, n_blocks, exact);
+}
+
+bool clex_store_restore::load_block(
+        const llama_token * tokens, size_t i, size_t i0, size_t iw, std::vector<uint8_t> & buffer, clex_block_header & header) {
+    const auto & l = best[i];
+    try {
+        clex_block_file file(l.path);
+        header = file.header;
+
+        std::vector<uint64_t> expected = sizes;
+        if (file.sections.size() > sizes.size()) {
+            expected.insert(expected.end(), window_sizes.begin(), window_sizes.end());
+        }
+        const bool right = header.name == l.name && header.config == config && header.index == i &&
+            std::equal(tokens + i*CLEX_BLOCK, tokens + (i + 1)*CLEX_BLOCK, header.tokens) &&
+            file.sections.size() == expected.size() &&
+            std::equal(expected.begin(), expected.end(), file.sections.begin(), [](uint64_t size, const clex_block_section & s) { return size == s.size; }) &&
+            std::all_of(header.buckets, header.buckets + CLEX_BLOCK, [&](int32_t bucket) { return cache.has_bucket(bucket); });
+        if (!right) {
+            throw std::runtime_error("it is another block");
+        }
+        for (size_t k = 0; k < sizes.size(); ++k) {
+            cache.set(i - i0, k, file.read(buffer));
+        }
+        for (size_t k = 0; i >= iw && k < window_sizes.size(); ++k) {
+            window->set(i - iw, k, file.read(buffer));
+        }
+        return true;
+    } catch (const std::system_error & err) {
+        // too many open files, say: nothing is wrong with the block
+        LLAMA_LOG_DEBUG("%s: %s: %s\n", __func__, l.path.c_str(), err.what());
+        unreadable = true;
+        return false;
+    } catch (const std::exception & err) {
+        LLAMA_LOG_DEBUG("%s: %s: %s\n", __func__, l.path.c_str(), err.what());
+        store.n_damaged += clex_store_folder::remove(l.path);
+
+        const std::lock_guard<std::mutex> lock(store.mutex);
+        store.known.erase(l.name);
+        return false;
+    }
+}
+
+size_t clex_store_restore::load(const llama_token * tokens, size_t i0, size_t iw, std::vector<clex_block_header> & headers) {
+    const size_t n = best.size() - i0;
+
+    std::vector<char> right(n, 0);
+
+    std::atomic<size_t> next  = { 0 };
+    std::atomic<bool>   wrong = { false };
+
+    const auto work = [&] {
+        std::vector<uint8_t> buffer;
+        for (size_t i = next++; i < n && !wrong; i = next++) {
+            right[i] = load_block(tokens, i0 + i, i0, iw, buffer, headers[i]);
+            wrong = wrong || !right[i];
+        }
+    };
+
+    // one thread reads at half the speed of the memory
+    std::vector<std::thread> others;
+    const size_t n_threads = cache.on_host() ? std::min<size_t>({ n, 4, std::max(1u, std::thread::hardware_concurrency()) }) : 1;
+    try {
+        for (size_t k = 1; k < n_threads; ++k) {
+            others.emplace_back(work);
+        }
+    } catch (const std::system_error &) {
+        // as many as there can be
+    }
+    work();
+    for (auto & other : others) {
+        other.join();
+    }
+    return std::find(right.begin(), right.end(), 0) - right.begin();
+}
+
+size_t clex_store_restore::find_window() {
+    const auto has = [&](const link & l) {
+        try {
+            return clex_block_file(l.path).sections.size() > sizes.size();
+        } catch (const std::exception &) {
+            return true; // it is looked at when it is loaded
+        }
+    };
+
+    const size_t step = context.step()/CLEX_BLOCK;
+    // a window is larger than the cells of its cache where the cache has all tokens
+    const bool   full = window->n_cells() >= cache.n_cells();
+
+    while (!best.empty()) {
+        const int32_t n_end  = (int32_t) best.size()*CLEX_BLOCK;
+        const size_t  needed = full ? 0 : std::max(0, n_end - window->n_window() + 1)/CLEX_BLOCK;
+
+        size_t iw = best.size();
+        while (iw > 0 && (best.size() - iw + 1)*CLEX_BLOCK <= window->n_cells() && has(best[iw - 1])) {
+            --iw;
+        }
+        if (iw <= needed) {
+            return iw;
+        }
+        best.resize(best.size() - std::min(best.size(), step));
+    }
+    return 0;
+}
+
+bool clex_store_restore::place(const llama_token * tokens, size_t i0, size_t iw) {
+    if (!cache.place(tokens, (int32_t) i0*CLEX_BLOCK, (int32_t) (best.size() - i0)*CLEX_BLOCK)) {
+        return false;
+    }
+    if (!window) {
+        return true;
+    }
+    // where they were when they were computed: a sum over cells depends on their order
+    std::vector<uint32_t> cells;
+    for (size_t i = iw; i < best.size(); ++i) {
+        try {
+            const clex_block_file file(best[i].path);
+            cells.insert(cells.end(), file.header.window, file.header.window + CLEX_BLOCK);
+        } catch (const std::exception &) {
+            break; // it is looked at when it is loaded
+        }
+    }
+    const bool distinct = std::set<uint32_t>(cells.begin(), cells.end()).size() == (best.size() - iw)*CLEX_BLOCK;
+    return window->place(tokens, (int32_t) iw*CLEX_BLOCK, (int32_t) (best.size() - iw)*CLEX_BLOCK, distinct ? &cells : nullptr);
+}
+
+int32_t clex_store_restore::try_restore(const llama_token * tokens, int32_t n_tokens, bool exact, bool & retry) {
+    const int32_t step  = context.step();
+    const int32_t n_has = context.caches()[0]->seq_pos_max(seq_id) + 1;
+
+    const auto whole = [&](size_t n_blocks) { return n_blocks*CLEX_BLOCK/step*step/CLEX_BLOCK; };
+
+    find(tokens, (n_tokens - 1)/CLEX_BLOCK, exact);
+    best.resize(whole(best.size()));
+
+    const size_t iw = window ? find_window() : best.size();
+    if ((int32_t) best.size()*CLEX_BLOCK <= n_has) {
+        return n_has;
+    }
+
+    // what the sequence has of the same text stays; with a window, all of it is taken anew
+    const auto own = cache.match(tokens, n_tokens);
+    size_t i0 = 0;
+    while (!window && i0 < std::min(best.size(), own.size()/CLEX_BLOCK)) {
+        const auto * cell = own.data() + i0*CLEX_BLOCK;
+        if (exact && !std::all_of(cell, cell + CLEX_BLOCK, [&](const auto & c) { return c.as_computed && !c.alone && std::to_string(c.table) == wanted; })) {
+            break;
+        }
+        ++i0;
+    }
+
+    context.settle();
+    context.truncate(seq_id, (llama_pos) i0*CLEX_BLOCK);
+    if (!place(tokens, i0, iw)) {
+        context.truncate(seq_id, (llama_pos) i0*CLEX_BLOCK);
+        return (int32_t) i0*CLEX_BLOCK;
+    }
+
+    std::vector<clex_block_header> headers;
+    size_t n_right = 0;
+    try {
+        headers.resize(best.size() - i0);
+        n_right = load(tokens, i0, iw, headers);
+    } catch (const std::exception & err) {
+        // the cells that were placed have no data
+        LLAMA_LOG_WARN("%s: %s\n", __func__, err.what());
+        context.truncate(seq_id, (llama_pos) i0*CLEX_BLOCK);
+        return (int32_t) i0*CLEX_BLOCK;
+    }
+
+    // with a window the end is what counts
+    const bool all = i0 + n_right == best.size();
+    retry = !all && !unreadable;
+    best.resize(all ? best.size() : window ? 0 : std::max(i0, whole(i0 + n_right)));
+    context.truncate(seq_id, (llama_pos) best.size()*CLEX_BLOCK);
+
+    std::vector<std::string> paths;
+    for (size_t i = 0; i < best.size(); ++i) {
+        if (i >= i0) {
+            const auto & header = headers[i - i0];
+            cache.set_tables(i - i0, header.tokens, header.tables, header.buckets, header.flags & CLEX_BLOCK_ALONE);
+        }
+        paths.push_back(best[i].path);
+    }
+    if (window && !best.empty()) {
+        window->set_texts(tokens, (int32_t) iw*CLEX_BLOCK);
+    }
+    // all at once, so that a text is never older than what goes on from it
+    clex_store_folder::touch(paths);
+
+    const std::lock_guard<std::mutex> lock(store.mutex);
+    for (const auto & l : best) {
+        store.known.insert(l.name);
+    }
+    return (int32_t) best.size()*CLEX_BLOCK;
+}
+
+int32_t clex_store_restore::restore(const llama_token * tokens, int32_t n_tokens, int32_t n_total, bool exact) {
+    const int64_t t_start_us = ggml_time_us();
+
+    const int32_t n_has = context.caches()[0]->seq_pos_max(seq_id) + 1;
+
+    wanted = std::to_string(cache.wanted_table(n_total));
+
+    // each time a damaged file is gone
+    int32_t res   = n_has;
+    bool    retry = true;
+    for (int i = 0; i < 16 && retry; ++i) {
+        retry = false;
+        res   = try_restore(tokens, n_tokens, exact, retry);
+    }
+
+    store.n_restored   += std::max(0, res - n_has);
+    store.t_restore_us += ggml_time_us() - t_start_us;
+
+    return res;
+}

@@ -1,0 +1,53 @@
+#pragma once
+
+// Gives a sequence what the store has of its text.
+
+#include "llama-clex-store-block.h"
+#include "llama-clex-store-sequence.h"
+
+#include <atomic>
+#include <cstddef>
+#include <cstdint>
+#include <string>
+#include <vector>
+
+class clex_store_restore : clex_store_sequence {
+public:
+    using clex_store_sequence::clex_store_sequence;
+
+    // Returns the tokens that the sequence has then.
+    int32_t restore(const llama_token * tokens, int32_t n_tokens, int32_t n_total, bool exact);
+
+private:
+    struct found : link {
+        bool wanted; // computed with the table that is wanted
+    };
+
+    using chain = std::vector<found>;
+
+    // the longest chain of a text, and of those the one that has most of the wanted table
+    void find(const llama_token * tokens, int32_t n_blocks, bool exact);
+    void search(const llama_token * tokens, int32_t n_blocks, bool exact);
+
+    // Blocks from the i0-th on into cells that were placed, and into those of layers with a window from the iw-th on; headers
+    // are those of the blocks from i0 on. Returns how many were right.
+    size_t load(const llama_token * tokens, size_t i0, size_t iw, std::vector<clex_block_header> & headers);
+    bool   load_block(const llama_token * tokens, size_t i, size_t i0, size_t iw, std::vector<uint8_t> & buffer, clex_block_header & header);
+
+    // Shorten the chain until its end has what layers with a window see from there. Returns the first block of which they get
+    // their part.
+    size_t find_window();
+
+    // find cells for all but the first i0 blocks
+    bool place(const llama_token * tokens, size_t i0, size_t iw);
+
+    // one attempt; the tokens that the sequence has then. retry: a block was damaged, and what was found before is not there
+    int32_t try_restore(const llama_token * tokens, int32_t n_tokens, bool exact, bool & retry);
+
+    std::atomic<bool> unreadable = { false }; // the system did not let a block be read, which may be whole
+
+    std::string wanted; // label
+    chain       cur;
+    chain       best;
+    size_t      n_looked = 0;
+};
