@@ -6,16 +6,28 @@
 
 #include "hash/xxhash/xxhash.h"
 
+#include <algorithm>
 #include <cerrno>
 #include <cstring>
+#include <memory>
 #include <stdexcept>
 #include <system_error>
 
 // a model has so many layers at most, with keys and values in two caches
 static constexpr uint32_t CLEX_SECTIONS_MAX = 1 << 14;
 
+static constexpr size_t CLEX_PAGE = 4096;
+
+// read and summed at once: what fits into a core's cache is still there when it is summed
+static constexpr size_t CLEX_PIECE = 256*1024;
+
+static size_t clex_front_size(size_t n_sections) {
+    const size_t n = sizeof(clex_block_header) + n_sections*sizeof(clex_block_section) + sizeof(uint64_t);
+    return (n + CLEX_PAGE - 1)/CLEX_PAGE*CLEX_PAGE;
+}
+
 size_t clex_block::file_size() const {
-    return sizeof(header) + sections.size()*sizeof(clex_block_section) + sizeof(uint64_t) + data.size();
+    return clex_front_size(sections.size()) + data.size();
 }
 
 std::vector<uint8_t> clex_block::front() {
@@ -32,12 +44,12 @@ std::vector<uint8_t> clex_block::front() {
 
     std::vector<uint8_t> res(header.size - data.size());
 
-    const size_t n = sections.size()*sizeof(clex_block_section);
     memcpy(res.data(), &header, sizeof(header));
-    memcpy(res.data() + sizeof(header), sections.data(), n);
+    memcpy(res.data() + sizeof(header), sections.data(), sections.size()*sizeof(clex_block_section));
 
-    const uint64_t sum = XXH3_64bits(res.data(), sizeof(header) + n);
-    memcpy(res.data() + sizeof(header) + n, &sum, sizeof(sum));
+    const size_t   n   = res.size() - sizeof(uint64_t);
+    const uint64_t sum = XXH3_64bits(res.data(), n);
+    memcpy(res.data() + n, &sum, sizeof(sum));
     return res;
 }
 
@@ -46,6 +58,14 @@ std::vector<uint8_t> clex_block::front() {
 #include <fcntl.h>
 #include <sys/stat.h>
 #include <unistd.h>
+
+namespace {
+
+struct sum_closer {
+    void operator()(XXH3_state_t * state) const { XXH3_freeState(state); }
+};
+
+} // namespace
 
 clex_block_file::clex_block_file(const std::string & path) : fd(open(path.c_str(), O_RDONLY | O_NOFOLLOW | O_CLOEXEC | O_NONBLOCK)) {
     if (fd < 0) {
@@ -92,30 +112,32 @@ void clex_block_file::check(const std::string & path) {
     }
     file_size = st.st_size;
 
-    read_at(&header, sizeof(header));
+    // of most models all of it
+    std::vector<uint8_t> front(2*CLEX_PAGE);
+    if (file_size < front.size()) {
+        throw std::runtime_error("it is incomplete");
+    }
+    read_at(front.data(), front.size());
+    memcpy(&header, front.data(), sizeof(header));
+
     if (memcmp(header.magic, CLEX_BLOCK_MAGIC, sizeof(header.magic)) != 0 || header.version != CLEX_BLOCK_VERSION) {
         throw std::runtime_error("it is no block of this version");
     }
-    if (header.size != file_size || header.n_sections > CLEX_SECTIONS_MAX) {
+    const size_t n_front = header.n_sections > CLEX_SECTIONS_MAX ? 0 : clex_front_size(header.n_sections);
+    if (header.size != file_size || n_front < front.size() || n_front > file_size) {
         throw std::runtime_error("it is incomplete");
     }
-
-    sections.resize(header.n_sections);
-    read_at(sections.data(), sections.size()*sizeof(clex_block_section));
+    const size_t n_read = front.size();
+    front.resize(n_front);
+    read_at(front.data() + n_read, n_front - n_read);
 
     uint64_t sum;
-    read_at(&sum, sizeof(sum));
-
-    XXH3_state_t * state = XXH3_createState();
-    XXH3_64bits_reset(state);
-    XXH3_64bits_update(state, &header, sizeof(header));
-    XXH3_64bits_update(state, sections.data(), sections.size()*sizeof(clex_block_section));
-    const uint64_t found = XXH3_64bits_digest(state);
-    XXH3_freeState(state);
-
-    if (sum != found) {
+    memcpy(&sum, front.data() + n_front - sizeof(sum), sizeof(sum));
+    if (sum != XXH3_64bits(front.data(), n_front - sizeof(sum))) {
         throw std::runtime_error("its header is damaged");
     }
+    sections.resize(header.n_sections);
+    memcpy(sections.data(), front.data() + sizeof(header), sections.size()*sizeof(clex_block_section));
 
     uint64_t end = offset;
     for (const auto & section : sections) {
@@ -134,15 +156,37 @@ void clex_block_file::check(const std::string & path) {
     }
 }
 
+void clex_block_file::expect() const {
+#ifdef POSIX_FADV_WILLNEED
+    posix_fadvise(fd, 0, 0, POSIX_FADV_WILLNEED);
+#endif
+}
+
 const uint8_t * clex_block_file::read(std::vector<uint8_t> & buffer) {
+    buffer.resize(sections.at(i_section).size);
+    read({ { buffer.data(), buffer.size() } });
+    return buffer.data();
+}
+
+void clex_block_file::read(const std::vector<clex_block_part> & parts) {
     const auto & section = sections.at(i_section++);
 
-    buffer.resize(section.size);
-    read_at(buffer.data(), section.size);
-    if (XXH3_64bits(buffer.data(), section.size) != section.sum) {
+    const std::unique_ptr<XXH3_state_t, sum_closer> state(XXH3_createState());
+    XXH3_64bits_reset(state.get());
+
+    uint64_t n_left = section.size;
+    for (const auto & part : parts) {
+        for (size_t i = 0; i < part.size && n_left > 0;) {
+            const size_t n = std::min<uint64_t>({ CLEX_PIECE, part.size - i, n_left });
+            read_at(part.data + i, n);
+            XXH3_64bits_update(state.get(), part.data + i, n);
+            n_left -= n;
+            i      += n;
+        }
+    }
+    if (n_left > 0 || XXH3_64bits_digest(state.get()) != section.sum) {
         throw std::runtime_error("its data is damaged");
     }
-    return buffer.data();
 }
 
 #else
@@ -151,6 +195,10 @@ clex_block_file::clex_block_file(const std::string & path) : fd(-1) { throw std:
 
 clex_block_file::~clex_block_file() {}
 
+void clex_block_file::expect() const {}
+
 const uint8_t * clex_block_file::read(std::vector<uint8_t> & buffer) { return buffer.data(); }
+
+void clex_block_file::read(const std::vector<clex_block_part> & parts) { GGML_UNUSED(parts); }
 
 #endif

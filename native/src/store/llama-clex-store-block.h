@@ -1,7 +1,8 @@
 #pragma once
 
-// The file of a block: header, sizes and checksums of its sections, checksum of these; then the sections, which are the keys
-// and the values of each layer.
+// The file of a block: a front, which is the header, sizes and checksums of its sections, and a checksum of all that; then the
+// sections, which are the keys and the values of each layer. The front takes whole pages, so that data is copied from pages to
+// where it belongs without being shifted by some bytes.
 
 #include "llama-clex-store-name.h"
 #include "llama-clex-store.h"
@@ -41,7 +42,7 @@ struct clex_block_header {
 };
 
 static constexpr char     CLEX_BLOCK_MAGIC[8] = { 'C', 'L', 'E', 'X', 'B', 'L', 'K', '\n' };
-static constexpr uint32_t CLEX_BLOCK_VERSION  = 1;
+static constexpr uint32_t CLEX_BLOCK_VERSION  = 2;
 
 struct clex_block_section {
     uint64_t size;
@@ -60,6 +61,12 @@ struct clex_block {
     std::vector<uint8_t> front();
 };
 
+// memory that a part of a section belongs to
+struct clex_block_part {
+    uint8_t * data;
+    size_t    size;
+};
+
 // An open file of a block. What is wrong with it is an exception: std::runtime_error with what is wrong.
 class clex_block_file {
 public:
@@ -72,8 +79,14 @@ public:
     clex_block_header               header;
     std::vector<clex_block_section> sections;
 
+    // let the disk begin with it
+    void expect() const;
+
     // The next section, checked, in a buffer that is used again.
     const uint8_t * read(std::vector<uint8_t> & buffer);
+
+    // The next section in these parts, which have its size together. Where its checksum is wrong they have been written to.
+    void read(const std::vector<clex_block_part> & parts);
 
 private:
     void check(const std::string & path);

@@ -1,5 +1,6 @@
 #include "llama-clex-store-cells.h"
 
+#include "llama-clex-store-block.h"
 #include "llama-clex-store-name.h"
 
 #include "llama-batch.h"
@@ -9,6 +10,9 @@
 #include "ggml-backend.h"
 
 #include <algorithm>
+
+// scattered cells are copied to, not read into one by one
+static constexpr size_t PARTS_MAX = 8;
 
 llama_clex_store_cache::llama_clex_store_cache(llama_kv_cache & kv, llama_seq_id seq_id) :
     kv(kv), seq_id(seq_id), stream(kv.seq_to_stream[seq_id]), first_row((size_t) stream*kv.get_size()) {
@@ -148,9 +152,7 @@ bool llama_clex_store_cache::has_bucket(int32_t bucket) const {
 
 // neighbouring cells at once; f(token of the block, first cell, number of cells)
 template <typename F>
-void llama_clex_store_cache::for_each_run(const section & s, const uint32_t * cells, F f) const {
-    GGML_UNUSED(s);
-
+void llama_clex_store_cache::for_each_run(const uint32_t * cells, F f) {
     for (size_t i0 = 0; i0 < LLAMA_CLEX_STORE_BLOCK;) {
         size_t i1 = i0 + 1;
         while (i1 < LLAMA_CLEX_STORE_BLOCK && cells[i1] == cells[i1 - 1] + 1) {
@@ -168,7 +170,7 @@ void llama_clex_store_cache::get(const cell * cells, uint8_t * dst) const {
     }
 
     for (const auto & s : sections) {
-        for_each_run(s, idx, [&](size_t i, size_t cell, size_t n) {
+        for_each_run(idx, [&](size_t i, size_t cell, size_t n) {
             if (s.n_rows > 0) {
                 ggml_backend_tensor_get_2d(s.tensor, dst + i*s.size_row, s.offset + cell*s.size_row, n*s.size_row,
                         s.n_rows, (size_t) kv.get_size()*s.size_row, LLAMA_CLEX_STORE_BLOCK*s.size_row);
@@ -232,7 +234,7 @@ bool llama_clex_store_cache::place(const llama_token * tokens, int32_t n_past, i
 void llama_clex_store_cache::set(size_t i_block, size_t i_section, const uint8_t * src) {
     const auto & s = sections[i_section];
 
-    for_each_run(s, placed.data() + i_block*LLAMA_CLEX_STORE_BLOCK, [&](size_t i, size_t cell, size_t n) {
+    for_each_run(placed.data() + i_block*LLAMA_CLEX_STORE_BLOCK, [&](size_t i, size_t cell, size_t n) {
         if (s.n_rows > 0) {
             ggml_backend_tensor_set_2d(s.tensor, src + i*s.size_row, s.offset + cell*s.size_row, n*s.size_row,
                     s.n_rows, (size_t) kv.get_size()*s.size_row, LLAMA_CLEX_STORE_BLOCK*s.size_row);
@@ -240,6 +242,28 @@ void llama_clex_store_cache::set(size_t i_block, size_t i_section, const uint8_t
             ggml_backend_tensor_set(s.tensor, src + i*s.size_row, s.offset + cell*s.size_row, n*s.size_row);
         }
     });
+}
+
+std::vector<clex_block_part> llama_clex_store_cache::parts(size_t i_block, size_t i_section) const {
+    const auto & s = sections[i_section];
+
+    std::vector<clex_block_part> res;
+    if (s.n_rows == 0 && ggml_backend_buffer_is_host(s.tensor->buffer)) {
+        for_each_run(placed.data() + i_block*LLAMA_CLEX_STORE_BLOCK, [&](size_t, size_t cell, size_t n) {
+            res.push_back({ static_cast<uint8_t *>(s.tensor->data) + s.offset + cell*s.size_row, n*s.size_row });
+        });
+    }
+    if (res.size() > PARTS_MAX) {
+        res.clear();
+    }
+    return res;
+}
+
+void llama_clex_store_cache::wipe(size_t i_block) {
+    for (size_t i = 0; i < sections.size(); ++i) {
+        const std::vector<uint8_t> zeros(section_size(sections[i]));
+        set(i_block, i, zeros.data());
+    }
 }
 
 void llama_clex_store_cache::set_tables(size_t i_block, const llama_token * tokens, const int32_t * tables, const int32_t * buckets, bool alone) {

@@ -15,6 +15,8 @@
 class clex_hasher;
 class llama_kv_cache;
 
+struct clex_block_part;
+
 // what the document store looks into a cache with
 class llama_clex_store_cache {
 public:
@@ -38,6 +40,8 @@ public:
 
     // bytes of each section of a block
     std::vector<uint64_t> section_sizes() const;
+
+    size_t n_sections() const { return sections.size(); }
 
     bool on_host() const;
 
@@ -69,6 +73,12 @@ public:
 
     // a section of the i-th block that was placed
     void set(size_t i_block, size_t i_section, const uint8_t * src);
+
+    // Where it belongs, if that is memory of the host and in few parts; none otherwise.
+    std::vector<clex_block_part> parts(size_t i_block, size_t i_section) const;
+
+    // zeros in the i-th block that was placed: no product with what is masked may be anything else
+    void wipe(size_t i_block);
 
     // what the cells of the i-th block that was placed are
     void set_tables(size_t i_block, const llama_token * tokens, const int32_t * tables, const int32_t * buckets, bool alone);
@@ -102,7 +112,7 @@ private:
     size_t section_size(const section & s) const { return s.size_row*(s.n_rows ? s.n_rows : 1)*LLAMA_CLEX_STORE_BLOCK; }
 
     template <typename F>
-    void for_each_run(const section & s, const uint32_t * cells, F f) const;
+    static void for_each_run(const uint32_t * cells, F f);
 
     llama_kv_cache & kv;
 

@@ -54,31 +54,65 @@ void clex_store_restore::find(const llama_token * tokens, int32_t n_blocks, bool
     search(tokens, n_blocks, exact);
 }
 
-bool clex_store_restore::load_block(
-        const llama_token * tokens, size_t i, size_t i0, size_t iw, std::vector<uint8_t> & buffer, clex_block_header & header) {
+void clex_store_restore::check(const clex_block_file & file, const llama_token * tokens, size_t i) const {
+    const auto & header = file.header;
+
+    std::vector<uint64_t> expected = sizes;
+    if (file.sections.size() > sizes.size()) {
+        expected.insert(expected.end(), window_sizes.begin(), window_sizes.end());
+    }
+    const bool right = header.name == best[i].name && header.config == config && header.index == i &&
+        std::equal(tokens + i*CLEX_BLOCK, tokens + (i + 1)*CLEX_BLOCK, header.tokens) &&
+        file.sections.size() == expected.size() &&
+        std::equal(expected.begin(), expected.end(), file.sections.begin(), [](uint64_t size, const clex_block_section & s) { return size == s.size; }) &&
+        std::all_of(header.buckets, header.buckets + CLEX_BLOCK, [&](int32_t bucket) { return cache.has_bucket(bucket); });
+    if (!right) {
+        throw std::runtime_error("it is another block");
+    }
+}
+
+void clex_store_restore::read(clex_block_file & file, llama_clex_store_cache & to, size_t i_block, std::vector<uint8_t> & buffer) {
+    try {
+        for (size_t k = 0; k < to.n_sections(); ++k) {
+            const auto parts = to.parts(i_block, k);
+            if (parts.empty()) {
+                to.set(i_block, k, file.read(buffer));
+            } else {
+                file.read(parts);
+            }
+        }
+    } catch (const std::exception &) {
+        to.wipe(i_block);
+        throw;
+    }
+}
+
+std::unique_ptr<clex_block_file> clex_store_restore::expect(size_t i) const {
+    if (i >= best.size()) {
+        return nullptr;
+    }
+    try {
+        auto file = std::make_unique<clex_block_file>(best[i].path);
+        file->expect();
+        return file;
+    } catch (const std::exception &) {
+        return nullptr; // it is opened again when it is its turn
+    }
+}
+
+bool clex_store_restore::load_block(const llama_token * tokens, const place_of & at, size_t i, std::unique_ptr<clex_block_file> file,
+        std::vector<uint8_t> & buffer, clex_block_header & header) {
     const auto & l = best[i];
     try {
-        clex_block_file file(l.path);
-        header = file.header;
-
-        std::vector<uint64_t> expected = sizes;
-        if (file.sections.size() > sizes.size()) {
-            expected.insert(expected.end(), window_sizes.begin(), window_sizes.end());
+        if (!file) {
+            file = std::make_unique<clex_block_file>(l.path);
         }
-        const bool right = header.name == l.name && header.config == config && header.index == i &&
-            std::equal(tokens + i*CLEX_BLOCK, tokens + (i + 1)*CLEX_BLOCK, header.tokens) &&
-            file.sections.size() == expected.size() &&
-            std::equal(expected.begin(), expected.end(), file.sections.begin(), [](uint64_t size, const clex_block_section & s) { return size == s.size; }) &&
-            std::all_of(header.buckets, header.buckets + CLEX_BLOCK, [&](int32_t bucket) { return cache.has_bucket(bucket); });
-        if (!right) {
-            throw std::runtime_error("it is another block");
+        check(*file, tokens, i);
+        read(*file, cache, i - at.i0, buffer);
+        if (window && i >= at.iw) {
+            read(*file, *window, i - at.iw, buffer);
         }
-        for (size_t k = 0; k < sizes.size(); ++k) {
-            cache.set(i - i0, k, file.read(buffer));
-        }
-        for (size_t k = 0; i >= iw && k < window_sizes.size(); ++k) {
-            window->set(i - iw, k, file.read(buffer));
-        }
+        header = file->header;
         return true;
     } catch (const std::system_error & err) {
         // too many open files, say: nothing is wrong with the block
@@ -95,8 +129,8 @@ bool clex_store_restore::load_block(
     }
 }
 
-size_t clex_store_restore::load(const llama_token * tokens, size_t i0, size_t iw, std::vector<clex_block_header> & headers) {
-    const size_t n = best.size() - i0;
+size_t clex_store_restore::load(const llama_token * tokens, const place_of & at, std::vector<clex_block_header> & headers) {
+    const size_t n = best.size() - at.i0;
 
     std::vector<char> right(n, 0);
 
@@ -105,9 +139,19 @@ size_t clex_store_restore::load(const llama_token * tokens, size_t i0, size_t iw
 
     const auto work = [&] {
         std::vector<uint8_t> buffer;
-        for (size_t i = next++; i < n && !wrong; i = next++) {
-            right[i] = load_block(tokens, i0 + i, i0, iw, buffer, headers[i]);
+
+        size_t i    = next++;
+        auto   file = expect(at.i0 + i);
+        while (i < n && !wrong) {
+            // the disk reads the one while the other is copied
+            const size_t i_next    = next++;
+            auto         file_next = expect(at.i0 + i_next);
+
+            right[i] = load_block(tokens, at, at.i0 + i, std::move(file), buffer, headers[i]);
             wrong = wrong || !right[i];
+
+            i    = i_next;
+            file = std::move(file_next);
         }
     };
 
@@ -214,7 +258,7 @@ int32_t clex_store_restore::try_restore(const llama_token * tokens, int32_t n_to
     size_t n_right = 0;
     try {
         headers.resize(best.size() - i0);
-        n_right = load(tokens, i0, iw, headers);
+        n_right = load(tokens, { i0, iw }, headers);
     } catch (const std::exception & err) {
         // the cells that were placed have no data
         LLAMA_LOG_WARN("%s: %s\n", __func__, err.what());

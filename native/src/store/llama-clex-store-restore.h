@@ -8,6 +8,7 @@
 #include <atomic>
 #include <cstddef>
 #include <cstdint>
+#include <memory>
 #include <string>
 #include <vector>
 
@@ -29,10 +30,25 @@ private:
     void find(const llama_token * tokens, int32_t n_blocks, bool exact);
     void search(const llama_token * tokens, int32_t n_blocks, bool exact);
 
-    // Blocks from the i0-th on into cells that were placed, and into those of layers with a window from the iw-th on; headers
-    // are those of the blocks from i0 on. Returns how many were right.
-    size_t load(const llama_token * tokens, size_t i0, size_t iw, std::vector<clex_block_header> & headers);
-    bool   load_block(const llama_token * tokens, size_t i, size_t i0, size_t iw, std::vector<uint8_t> & buffer, clex_block_header & header);
+    // first blocks of which the caches have cells: those of layers that see everything, and those of layers with a window
+    struct place_of {
+        size_t i0;
+        size_t iw;
+    };
+
+    // Blocks into cells that were placed; headers are those of the blocks from i0 on. Returns how many were right.
+    size_t load(const llama_token * tokens, const place_of & at, std::vector<clex_block_header> & headers);
+    bool   load_block(const llama_token * tokens, const place_of & at, size_t i, std::unique_ptr<clex_block_file> file,
+            std::vector<uint8_t> & buffer, clex_block_header & header);
+
+    // an open file of a block, which the disk begins with; null where there is none
+    std::unique_ptr<clex_block_file> expect(size_t i) const;
+
+    // throws where it is not the i-th block of the text
+    void check(const clex_block_file & file, const llama_token * tokens, size_t i) const;
+
+    // The next sections into the cells of a block. Where one is wrong, they have zeros.
+    static void read(clex_block_file & file, llama_clex_store_cache & to, size_t i_block, std::vector<uint8_t> & buffer);
 
     // Shorten the chain until its end has what layers with a window see from there. Returns the first block of which they get
     // their part.

@@ -2,6 +2,7 @@
 
 #include "llama-clex-store-block.h"
 
+#include "llama-context.h"
 #include "llama-impl.h"
 #include "llama-model.h"
 
