@@ -31,7 +31,7 @@ class StoredPrompt:
         self._llm = llm
         self._exact = exact
         self._stopped = False  # it was said that no more is stored
-        self._saved = 0  # blocks of the sequence that were handed to the store
+        self._saved = 0  # blocks of the sequence that were handed to the store for this prompt
 
     @classmethod
     def of(cls, llm: Completions, store: bool | str | os.PathLike[str] | None, *, exact: bool) -> Self | None:
@@ -65,6 +65,7 @@ class StoredPrompt:
             Tokens that the cache has as it had them; those behind them came from the store.
         """
         self.restored = 0
+        self._saved = 0  # what was stored may have been removed since the last prompt
         llm = self._llm
         cached = common_prefix(llm.input_ids[: llm.n_tokens], tokens)
         if len(tokens) - 1 - cached < BLOCK:
@@ -76,7 +77,6 @@ class StoredPrompt:
             llm._requires_eval = True
         llm.input_ids[cached:found] = tokens[cached:found]
         llm.n_tokens = found
-        self._saved = found // BLOCK
         self.restored = max(0, found - cached)
         if llm.verbose and self.restored:
             print(f"clex_local: {self.restored:,} tokens from the document store", file=sys.stderr)

@@ -24,7 +24,7 @@ llama_clex_store * server_clex_store::get() {
 
 int32_t server_clex_store::restore(
         llama_context * ctx, llama_seq_id seq_id, server_tokens & has, const server_tokens & prompt, int32_t n_past, bool exact) {
-    n_saved[seq_id] = n_past/BLOCK;
+    n_saved[seq_id] = 0; // what was stored may have been removed since the last request
 
     const int32_t n_tokens = (int32_t) prompt.size();
     if (n_tokens - 1 - n_past < BLOCK || prompt.has_mtmd || !get() || !llama_clex_store_takes(get(), ctx, nullptr, 0)) {
@@ -41,7 +41,6 @@ int32_t server_clex_store::restore(
     for (int32_t i = n_past; i < n; ++i) {
         has.push_back(tokens[i]);
     }
-    n_saved[seq_id] = n/BLOCK;
     return n;
 }
 

@@ -31,5 +31,5 @@ private:
 
     bool tried = false;
 
-    std::map<llama_seq_id, int32_t> n_saved; // blocks of each sequence that were handed over
+    std::map<llama_seq_id, int32_t> n_saved; // blocks of each sequence that were handed over for its request
 };

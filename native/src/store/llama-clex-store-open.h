@@ -3,7 +3,6 @@
 // An open store: its folder, the thread that writes, and what this process knows and has done.
 
 #include "llama-clex-store-folder.h"
-#include "llama-clex-store-name.h"
 #include "llama-clex-store-writer.h"
 #include "llama-clex-store.h"
 
@@ -11,7 +10,6 @@
 #include <cstdint>
 #include <map>
 #include <mutex>
-#include <set>
 #include <string>
 
 class llama_clex_files;
@@ -37,12 +35,10 @@ struct llama_clex_store {
     std::atomic<int64_t> t_restore_us = { 0 };
     std::atomic<int64_t> t_store_us   = { 0 };
 
-    std::mutex            mutex;
-    std::set<clex_digest> known; // blocks that this process has stored or seen: not stored again where they were evicted
-
 private:
     int64_t share_of_disk() const;
 
+    std::mutex                         mutex;
     std::map<std::string, std::string> digests; // by the fingerprints of files
 
     const int64_t pid;

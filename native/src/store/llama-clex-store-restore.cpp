@@ -122,9 +122,6 @@ bool clex_store_restore::load_block(const llama_token * tokens, const place_of &
     } catch (const std::exception & err) {
         LLAMA_LOG_DEBUG("%s: %s: %s\n", __func__, l.path.c_str(), err.what());
         store.n_damaged += clex_store_folder::remove(l.path);
-
-        const std::lock_guard<std::mutex> lock(store.mutex);
-        store.known.erase(l.name);
         return false;
     }
 }
@@ -286,10 +283,6 @@ int32_t clex_store_restore::try_restore(const llama_token * tokens, int32_t n_to
     // all at once, so that a text is never older than what goes on from it
     clex_store_folder::touch(paths);
 
-    const std::lock_guard<std::mutex> lock(store.mutex);
-    for (const auto & l : best) {
-        store.known.insert(l.name);
-    }
     return (int32_t) best.size()*CLEX_BLOCK;
 }
 

@@ -39,8 +39,11 @@ void clex_store_save::describe(clex_block_header & header, const llama_token * t
     std::copy_n(text.data(), size, header.begin);
 }
 
-bool clex_store_save::store_block(const llama_token * tokens, const llama_clex_store_cache::cell * cells,
-        const llama_clex_store_cache::cell * windowed, int32_t index, const clex_digest & parent, const link & l) {
+bool clex_store_save::store_block(const llama_token * tokens, size_t index, const std::vector<llama_clex_store_cache::cell> & all_cells,
+        const llama_clex_store_cache::cell * windowed, const part & p, const clex_store_writer::text & files) {
+    const auto * cells = all_cells.data() + index*CLEX_BLOCK;
+    tokens += index*CLEX_BLOCK;
+
     std::vector<uint64_t> all = sizes;
     if (windowed) {
         all.insert(all.end(), window_sizes.begin(), window_sizes.end());
@@ -52,10 +55,10 @@ bool clex_store_save::store_block(const llama_token * tokens, const llama_clex_s
 
     auto & header = block->header;
     header.config    = config;
-    header.parent    = parent;
-    header.name      = l.name;
+    header.parent    = p.parent;
+    header.name      = p.name;
     header.t_created = time(nullptr);
-    header.index     = index;
+    header.index     = (uint32_t) index;
     header.type_k    = cache.type_k();
     header.type_v    = cache.type_v();
     header.flags     = clex_flags(cells);
@@ -77,8 +80,29 @@ bool clex_store_save::store_block(const llama_token * tokens, const llama_clex_s
         window->get(windowed, block->data.data() + std::accumulate(sizes.begin(), sizes.end(), (uint64_t) 0));
     }
 
-    store.writer.push(std::move(block), l.path);
+    store.writer.push(std::move(block), files);
     return true;
+}
+
+std::vector<clex_store_save::part> clex_store_save::name_blocks(const llama_token * tokens, const std::vector<llama_clex_store_cache::cell> & cells) const {
+    std::vector<part> res;
+
+    clex_digest parent = {};
+    for (size_t i = 0; (i + 1)*CLEX_BLOCK <= cells.size(); ++i) {
+        const auto * block_cells = cells.data() + i*CLEX_BLOCK;
+
+        int32_t tables [CLEX_BLOCK];
+        int32_t buckets[CLEX_BLOCK];
+        for (int32_t k = 0; k < CLEX_BLOCK; ++k) {
+            tables [k] = block_cells[k].table;
+            buckets[k] = block_cells[k].bucket;
+        }
+        const clex_digest key = clex_block_key(config, parent, tokens + i*CLEX_BLOCK);
+
+        res.push_back({ make_link(key, (uint32_t) i, clex_block_label(tables, buckets, clex_flags(block_cells))), parent });
+        parent = res.back().name;
+    }
+    return res;
 }
 
 int32_t clex_store_save::save(const llama_token * tokens, int32_t n_tokens) {
@@ -93,54 +117,40 @@ int32_t clex_store_save::save(const llama_token * tokens, int32_t n_tokens) {
         windowed = window->match_window(tokens, (int32_t) cells.size());
     }
 
+    const auto blocks = name_blocks(tokens, cells);
+
     std::vector<std::string> paths;
-
-    int32_t n_new = 0;
-    clex_digest parent = {};
-    for (int32_t i = 0; (i + 1)*CLEX_BLOCK <= (int32_t) cells.size(); ++i) {
-        const auto * block_tokens = tokens + (size_t) i*CLEX_BLOCK;
-        const auto * block_cells  = cells.data() + (size_t) i*CLEX_BLOCK;
-
-        int32_t tables [CLEX_BLOCK];
-        int32_t buckets[CLEX_BLOCK];
-        for (int32_t k = 0; k < CLEX_BLOCK; ++k) {
-            tables [k] = block_cells[k].table;
-            buckets[k] = block_cells[k].bucket;
-        }
-
-        const clex_digest key = clex_block_key(config, parent, block_tokens);
-        const link l = make_link(key, i, clex_block_label(tables, buckets, clex_flags(block_cells)));
-
-        bool known;
-        {
-            const std::lock_guard<std::mutex> lock(store.mutex);
-            known = store.known.count(l.name) > 0;
-        }
-        if (!known && !clex_store_folder::exists(l.path)) {
-            // what layers with a window do not have any more is not needed, but at the end of a text
-            const auto * part = window ? windowed.data() + (size_t) i*CLEX_BLOCK : nullptr;
-            if (part && std::any_of(part, part + CLEX_BLOCK, [](const auto & c) { return c.i == llama_clex_store_cache::NONE; })) {
-                part = nullptr;
-            }
-            if (!store_block(block_tokens, block_cells, part, i, parent, l)) {
-                store.n_skipped += 1;
-                break;
-            }
-            ++n_new;
-        }
-        if (!known) {
-            const std::lock_guard<std::mutex> lock(store.mutex);
-            store.known.insert(l.name);
-        }
-        paths.push_back(l.path);
-        parent = l.name;
+    for (const auto & block : blocks) {
+        paths.push_back(block.path);
     }
+    const auto files = std::make_shared<const std::vector<std::string>>(paths);
 
-    const auto n_stored = (int32_t) paths.size()*CLEX_BLOCK;
-    if (n_new > 0) {
+    bool   any = false;
+    size_t n   = 0;
+    for (; n < blocks.size(); ++n) {
+        // in this order: it is there before it does not wait any more
+        if (store.writer.waits(paths[n]) || clex_store_folder::exists(paths[n])) {
+            continue;
+        }
+        if (store.writer.is_crowded(paths[n])) {
+            break;
+        }
+        // what layers with a window do not have any more is not needed, but at the end of a text
+        const auto * seen = window ? windowed.data() + n*CLEX_BLOCK : nullptr;
+        if (seen && std::any_of(seen, seen + CLEX_BLOCK, [](const auto & c) { return c.i == llama_clex_store_cache::NONE; })) {
+            seen = nullptr;
+        }
+        if (!store_block(tokens, n, cells, seen, blocks[n], files)) {
+            store.n_skipped += 1;
+            break;
+        }
+        any = true;
+    }
+    if (any) {
+        paths.resize(n);
         store.writer.used(std::move(paths));
     }
     store.t_store_us += ggml_time_us() - t_start_us;
 
-    return n_stored;
+    return (int32_t) n*CLEX_BLOCK;
 }

@@ -3,6 +3,7 @@
 #include "llama-impl.h"
 
 #include <algorithm>
+#include <iterator>
 #include <stdexcept>
 
 // memory for blocks that wait for the disk; at least two
@@ -10,6 +11,9 @@ static constexpr size_t CLEX_WAITING_MAX = 256*1024*1024;
 
 // other processes write too: look at the folder again after so many bytes
 static constexpr int64_t CLEX_SCAN_AFTER = 1024ll*1024*1024;
+
+// what there was no room for is not tried again for so long
+static constexpr int64_t CLEX_CROWDED_US = 60*1000*1000;
 
 clex_store_writer::clex_store_writer(const clex_store_folder & folder, int64_t max_bytes) : folder(folder), max_bytes(max_bytes) {}
 
@@ -47,7 +51,10 @@ std::unique_ptr<clex_block> clex_store_writer::next(size_t n_data) {
 void clex_store_writer::push(job && j) {
     {
         const std::lock_guard<std::mutex> lock(mutex);
-        n_waiting += j.block ? j.block->data.size() : 0;
+        if (j.block) {
+            n_waiting += j.block->data.size();
+            waiting.insert(j.path());
+        }
         jobs.push_back(std::move(j));
         if (!thread.joinable()) {
             thread = std::thread([this] { run(); });
@@ -56,12 +63,36 @@ void clex_store_writer::push(job && j) {
     changed.notify_all();
 }
 
-void clex_store_writer::push(std::unique_ptr<clex_block> block, std::string path) {
-    push(job { std::move(block), { std::move(path) } });
+void clex_store_writer::push(std::unique_ptr<clex_block> block, const text & files) {
+    push(job { std::move(block), files });
 }
 
 void clex_store_writer::used(std::vector<std::string> paths) {
-    push(job { nullptr, std::move(paths) });
+    push(job { nullptr, std::make_shared<const std::vector<std::string>>(std::move(paths)) });
+}
+
+bool clex_store_writer::waits(const std::string & path) const {
+    const std::lock_guard<std::mutex> lock(mutex);
+    return waiting.count(path) > 0;
+}
+
+bool clex_store_writer::is_crowded(const std::string & path) const {
+    const std::lock_guard<std::mutex> lock(mutex);
+
+    const auto it = crowded.find(path);
+    return it != crowded.end() && ggml_time_us() - it->second < CLEX_CROWDED_US;
+}
+
+void clex_store_writer::set_crowded(const std::string & path) {
+    const std::lock_guard<std::mutex> lock(mutex);
+
+    const int64_t now = ggml_time_us();
+    if (crowded.size() >= 4096) {
+        for (auto it = crowded.begin(); it != crowded.end();) {
+            it = now - it->second < CLEX_CROWDED_US ? std::next(it) : crowded.erase(it);
+        }
+    }
+    crowded[path] = now;
 }
 
 bool clex_store_writer::flush() {
@@ -91,7 +122,7 @@ void clex_store_writer::run() {
 
         lock.unlock();
         if (!j.block) {
-            clex_store_folder::touch(j.paths);
+            clex_store_folder::touch(*j.files);
         } else if (!stopped) {
             write(j);
         }
@@ -99,6 +130,7 @@ void clex_store_writer::run() {
 
         if (j.block) {
             n_waiting -= j.block->data.size();
+            waiting.erase(j.path());
             if (spare.size() < 2) {
                 spare.push_back(std::move(j.block));
             }
@@ -108,18 +140,25 @@ void clex_store_writer::run() {
     }
 }
 
-void clex_store_writer::write(job & j) {
+void clex_store_writer::write(const job & j) {
+    const auto & block = *j.block;
     try {
-        if (clex_store_folder::exists(j.paths[0])) {
+        if (clex_store_folder::exists(j.path())) {
             return; // another process was faster
         }
-        make_room(j.block->file_size());
-        folder.write(j.paths[0], j.block->front(), j.block->data);
+        if (block.header.index > 0 && !clex_store_folder::exists((*j.files)[block.header.index - 1])) {
+            return; // nothing would lead to it
+        }
+        if (!make_room(j)) {
+            set_crowded(j.path());
+            return;
+        }
+        folder.write(j.path(), j.block->front(), block.data);
 
         const std::lock_guard<std::mutex> lock(mutex);
         n.n_stored += 1;
-        n.n_bytes  += j.block->file_size();
-        n_since_scan += j.block->file_size();
+        n.n_bytes  += block.file_size();
+        n_since_scan += block.file_size();
     } catch (const std::exception & err) {
         LLAMA_LOG_WARN("%s: nothing more is stored: %s\n", __func__, err.what());
 
@@ -128,13 +167,17 @@ void clex_store_writer::write(job & j) {
     }
 }
 
-void clex_store_writer::make_room(uint64_t n_bytes) {
-    const int64_t known = get_counts().n_bytes;
-    if (known >= 0 && known + (int64_t) n_bytes <= max_bytes && n_since_scan < CLEX_SCAN_AFTER) {
-        return;
+bool clex_store_writer::make_room(const job & j) {
+    const int64_t n_bytes = j.block->file_size();
+    const int64_t known   = get_counts().n_bytes;
+    if (known >= 0 && known + n_bytes <= max_bytes && n_since_scan < CLEX_SCAN_AFTER) {
+        return true;
+    }
+    if (n_bytes > max_bytes) {
+        throw std::runtime_error("its limit is smaller than one block");
     }
 
-    auto files = folder.scan();
+    const auto files = folder.scan();
 
     int64_t total = 0;
     for (const auto & file : files) {
@@ -142,20 +185,23 @@ void clex_store_writer::make_room(uint64_t n_bytes) {
     }
 
     int64_t n_evicted = 0;
-    if (total + (int64_t) n_bytes > max_bytes) {
+    if (total + n_bytes > max_bytes) {
+        const std::set<std::string> needed(j.files->begin(), j.files->end());
+
         // some more, so that not every block has to look for another
-        const int64_t wanted = std::max<int64_t>(0, max_bytes - max_bytes/16 - (int64_t) n_bytes);
-        for (; total > wanted && !files.empty(); files.pop_back()) {
-            total -= files.back().size;
-            n_evicted += clex_store_folder::remove(files.back().path);
+        const int64_t wanted = std::max<int64_t>(0, max_bytes - max_bytes/16 - n_bytes);
+        for (auto file = files.rbegin(); file != files.rend() && total > wanted; ++file) {
+            if (needed.count(file->path) == 0 && clex_store_folder::remove(file->path)) {
+                total     -= file->size;
+                n_evicted += 1;
+                set_crowded(file->path);
+            }
         }
-    }
-    if (n_bytes > (uint64_t) max_bytes) {
-        throw std::runtime_error("its limit is smaller than one block");
     }
 
     const std::lock_guard<std::mutex> lock(mutex);
     n.n_bytes    = total;
     n.n_evicted += n_evicted;
     n_since_scan = 0;
+    return total + n_bytes <= max_bytes;
 }
