@@ -7,6 +7,8 @@
 #include "llama-kv-cache.h"
 #include "llama-model.h"
 
+#include "ggml-backend.h"
+
 #include <numeric>
 
 std::vector<llama_kv_cache *> llama_clex_store_context::caches() const {
@@ -49,6 +51,21 @@ std::string llama_clex_store_context::refusal() const {
     return "";
 }
 
+// Where weights are decides what multiplies with them. Those of a mapped file are as those that were read.
+static std::string clex_weights_are(const llama_model & model) {
+    static const std::string mapped = "_Mapped";
+
+    std::string res;
+    for (const auto & [name, tensor] : model.tensors_by_name) {
+        std::string type = tensor->buffer ? ggml_backend_buft_name(ggml_backend_buffer_get_type(tensor->buffer)) : "";
+        if (type.size() > mapped.size() && type.compare(type.size() - mapped.size(), mapped.size(), mapped) == 0) {
+            type.resize(type.size() - mapped.size());
+        }
+        res += type + '\n';
+    }
+    return res;
+}
+
 clex_digest llama_clex_store_context::config(const std::string & model_digest, llama_seq_id seq_id) const {
     static const std::string build   = clex_store_build();
     static const std::string devices = clex_store_devices();
@@ -57,7 +74,7 @@ clex_digest llama_clex_store_context::config(const std::string & model_digest, l
     const auto & cparams = ctx.get_cparams();
 
     clex_hasher hasher;
-    hasher.add(build).add(devices).add(model_digest).add(model.clex_files.overrides());
+    hasher.add(build).add(devices).add(model_digest).add(model.clex_files.overrides()).add(clex_weights_are(model));
 
     for (const float value : { cparams.rope_freq_base, cparams.rope_freq_scale, cparams.yarn_ext_factor, cparams.yarn_attn_factor,
             cparams.yarn_beta_fast, cparams.yarn_beta_slow }) {

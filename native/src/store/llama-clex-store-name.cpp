@@ -68,8 +68,9 @@ std::string clex_store_devices() {
             res += std::string(feature->name) + '=' + feature->value + '\n';
         }
     }
-    for (const char * name : { "GGML_CLEX_ATTN_DISABLE", "GGML_CLEX_TILES", "GGML_AMX_DISABLE" }) {
-        res += std::getenv(name) ? '1' : '0';
+    for (const char * name : { "GGML_CLEX_ATTN_DISABLE", "GGML_CLEX_MATMUL_DISABLE", "GGML_CLEX_TILES", "GGML_AMX_DISABLE" }) {
+        const char * value = std::getenv(name);
+        res += value ? std::string("=") + value + '\n' : "\n";
     }
     return res;
 }
