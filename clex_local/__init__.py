@@ -6,8 +6,8 @@ import it before ``llama_cpp``.
 ``open_model`` loads a file with a context that its tables and the memory hold; ``Llama``, which it gives, is
 llama-cpp-python's class with every argument of it, and an ``on_prefill`` that is told of a prompt's progress.
 ``Session`` is a conversation with a model, ``inspect`` tells what is in a file, and ``install`` gives our class to
-frameworks that make ``llama_cpp.Llama`` themselves. ``serve`` answers other programs over HTTP. What a person can mend
-is a ``ClexError``; its kinds are here too.
+frameworks that make ``llama_cpp.Llama`` themselves. ``serve`` answers other programs over HTTP. A ``DocumentStore`` has
+what was computed of texts, for later processes. What a person can mend is a ``ClexError``; its kinds are here too.
 """
 
 from __future__ import annotations

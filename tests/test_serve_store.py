@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import pytest
+from click.testing import CliRunner
 
 from clex_local import Llama
+from clex_local.cache_command import main as cache_command
 from clex_local.store import DocumentStore, store_folder
-from helpers.random_gguf import random_tokens
+from helpers.random_gguf import make_lora, random_tokens
 from helpers.stored_texts import block_files
 from test_serve import complete, make, serving
 
@@ -68,6 +70,34 @@ def test_conversation_that_was_moved_out_of_its_slot_is_stored_on(path, folder):
         complete(client, IDS[:1300])  # and comes back
     with DocumentStore(folder) as store:
         assert max(document.tokens for document in store.documents()) >= 1280
+
+
+def test_what_was_removed_under_a_server_is_stored_again(path, folder):
+    with serving(path, **OPTIONS) as client:
+        first = complete(client, IDS[:1300])
+        assert CliRunner().invoke(cache_command, ["clear", "--yes"]).exit_code == 0
+        assert not block_files(folder)
+        again = complete(client, IDS[:1300])
+        assert again["tokens"] == first["tokens"]
+    with serving(path, **OPTIONS) as client:
+        assert complete(client, IDS[:1300])["timings"]["restored_n"] == 1280
+
+
+def test_what_an_adapter_changes_is_not_stored(path, folder, tmp_path):
+    adapter = make_lora(tmp_path / "lora.gguf", width=64)
+    with serving(path, "--lora", str(adapter), **OPTIONS) as client:
+        adapted = complete(client, IDS[:1300])
+        assert not block_files(folder)
+        plain = complete(client, IDS[:1300], lora=[{"id": 0, "scale": 0.0}])
+        assert plain["tokens"] != adapted["tokens"]
+    assert len(block_files(folder)) >= 5
+    with serving(path, "--lora", str(adapter), **OPTIONS) as client:
+        again = complete(client, IDS[:1300])
+        assert "restored_n" not in again["timings"]
+        assert again["tokens"] == adapted["tokens"]
+        again = complete(client, IDS[:1300], lora=[{"id": 0, "scale": 0.0}])
+        assert again["timings"]["restored_n"] == 1280
+        assert again["tokens"] == plain["tokens"]
 
 
 def test_off(path, folder):

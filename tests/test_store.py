@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import shutil
 
@@ -13,7 +14,7 @@ from clex_local import llama_clex
 from clex_local.store import DocumentStore
 from helpers.low_level import F16, F32, Q4_0, Q8_0, Context, Model
 from helpers.random_architectures import make_architecture
-from helpers.random_gguf import make_model, random_tokens
+from helpers.random_gguf import make_lora, make_model, random_tokens
 from helpers.stored_texts import BLOCK, block_files, go_on, read, stored
 
 pytestmark = [pytest.mark.native, pytest.mark.sanitize]
@@ -286,6 +287,53 @@ def test_model_in_memory_is_not_what_its_file_holds_now(store, tmp_path):
     take(store, after, IDS[:600], expected=256)
     before.close()
     after.close()
+
+
+class Adapter:
+    """What changes the values that a context of the model computes; a LoRA or a control vector."""
+
+    def __init__(self, kind: str, model: Model, context: Context, folder) -> None:
+        self.kind, self.context = kind, context
+        if kind == "lora":
+            path = make_lora(folder / "lora.gguf", width=128)
+            self.adapter = llama_cpp.llama_adapter_lora_init(model.pointer, str(path).encode())
+            assert self.adapter
+
+    def set(self, on: bool) -> None:
+        if self.kind == "lora":
+            adapters = (llama_cpp.llama_adapter_lora_p_ctypes * 1)(self.adapter)
+            status = llama_cpp.llama_set_adapters_lora(
+                self.context.pointer, adapters, int(on), (ctypes.c_float * 1)(1.0)
+            )
+        else:
+            data = (ctypes.c_float * 256)(*np.linspace(-1, 1, 256)) if on else None
+            status = llama_cpp.llama_set_adapter_cvec(self.context.pointer, data, 256, 128, 1, 2)
+        assert status == 0
+
+
+@pytest.mark.parametrize("kind", ["lora", "control vector"])
+def test_what_adapters_change_is_not_stored(store, open_model, tmp_path, kind):
+    model = open_model("deep", n_layer=3, n_head=4)
+    with Context(model, **F32_CACHE) as context:
+        expected = read(context, IDS[:600])
+        adapter = Adapter(kind, model, context, tmp_path)
+        adapter.set(True)
+        context.clear()
+        assert store.refusal(context.pointer) == "it has adapters or a control vector"
+        assert not np.allclose(read(context, IDS[:600]), expected)
+        assert stored(store, context, IDS[:600]) == 0
+        adapter.set(False)
+        # computed with it before, and going on from that
+        assert stored(store, context, IDS[:600]) == 0
+        context.feed(IDS[600:900], 600)
+        assert stored(store, context, IDS[:900]) == 0
+        context.clear()
+        assert np.array_equal(read(context, IDS[:600]), expected)
+        assert stored(store, context, IDS[:600]) == 512
+        adapter.set(True)
+        context.clear()
+        assert store.restore(context.pointer, IDS[:600]) == 0
+    take(store, model, IDS[:600], expected=512)
 
 
 #

@@ -113,6 +113,17 @@ def test_interrupted_reading_goes_on_where_it_was(path, folder):
         assert np.array_equal(answer(llm, IDS[:1400])[1], found[1])
 
 
+def test_what_was_removed_meanwhile_is_stored_again(path, folder):
+    with open_llama(path, folder) as llm, DocumentStore(folder) as other:
+        answer(llm, IDS[:900])
+        llm._stored.store.flush()
+        other.clear()
+        answer(llm, IDS[:900])
+    with open_llama(path, folder) as llm:
+        answer(llm, IDS[:900])
+        assert llm.restored_tokens == 768
+
+
 def test_exact_takes_what_the_prompt_alone_gives(path, folder):
     with open_llama(path, folder) as llm:
         answer(llm, IDS[:500])

@@ -96,6 +96,24 @@ def model_parts(
     return keys, tensors
 
 
+def make_lora(path: Path, *, width: int = 64, layer: int = 0, rank: int = 2) -> Path:
+    """Write a LoRA adapter for the outputs of the attention of a layer, and return its path."""
+    rng = np.random.default_rng(3)
+    name = f"blk.{layer}.attn_output.weight"
+    tensors = {
+        f"{name}.lora_a": rng.standard_normal((rank, width), np.float32),
+        f"{name}.lora_b": rng.standard_normal((width, rank), np.float32),
+    }
+    keys = {
+        "general.type": "adapter",
+        "general.architecture": "llama",
+        "adapter.type": "lora",
+        "adapter.lora.alpha": np.float32(rank),
+    }
+    path.write_bytes(gguf_bytes(keys, tensors))
+    return path
+
+
 def random_tokens(count: int, seed: int = 0) -> list[int]:
     """Tokens that are neither special nor end the text."""
     return np.random.default_rng(seed).integers(3, N_VOCAB, count).tolist()

@@ -9,9 +9,10 @@ import numpy as np
 
 from clex_local.low_level import Context as AnyContext
 from clex_local.store import DocumentStore
-from helpers.low_level import Context
+from helpers.low_level import F16, Context
 
 BLOCK = 256
+TEXT_OPTIONS = {"n_ctx": 2048, "n_ubatch": BLOCK, "type_k": F16, "type_v": F16}
 
 
 def read(context: Context, ids: Sequence[int], start: int = 0, *, piece: int = 256, sequence: int = 0) -> np.ndarray:

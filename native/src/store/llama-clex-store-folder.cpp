@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <atomic>
 #include <cerrno>
+#include <cstdlib>
 #include <cstring>
 #include <ctime>
 #include <filesystem>
@@ -35,6 +36,9 @@ std::string clex_store_folder::path(const std::string & model_id, const clex_dig
 
 // files that are being written are as old as their last write
 static constexpr int64_t CLEX_PART_AGE = 3600;
+
+// seconds that the clocks of machines that share a folder may differ
+static constexpr int64_t CLEX_CLOCK_SLACK = 60;
 
 namespace {
 
@@ -191,7 +195,7 @@ std::vector<clex_store_entry> clex_store_folder::scan() const {
         if (lstat(path.c_str(), &st) != 0 || !S_ISREG(st.st_mode)) {
             return;
         }
-        if (ends_with(path, CLEX_PART) && st.st_mtim.tv_sec < time(nullptr) - CLEX_PART_AGE) {
+        if (ends_with(path, CLEX_PART) && std::abs((int64_t) st.st_mtim.tv_sec - (int64_t) time(nullptr)) > CLEX_PART_AGE) {
             remove(path);
         }
         if (ends_with(path, CLEX_SUFFIX)) {
@@ -206,7 +210,14 @@ std::vector<clex_store_entry> clex_store_folder::scan() const {
         });
     });
 
-    std::sort(res.begin(), res.end(), [](const auto & a, const auto & b) {
+    // used in the future: before the clock was set back
+    const int64_t end  = (time(nullptr) + CLEX_CLOCK_SLACK)*1000000000ll;
+    const auto    late = [&](const clex_store_entry & file) { return file.t_used > end; };
+
+    std::sort(res.begin(), res.end(), [&](const auto & a, const auto & b) {
+        if (late(a) != late(b)) {
+            return late(b);
+        }
         return a.t_used != b.t_used ? a.t_used > b.t_used : a.index < b.index;
     });
     return res;

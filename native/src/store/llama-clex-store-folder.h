@@ -40,8 +40,9 @@ public:
     // Remove a file that is ours; returns whether it is gone because of that.
     static bool remove(const std::string & path);
 
-    // all blocks, those used last first, and of those used at once the one with the smallest index; what processes left that
-    // were killed while they wrote is removed
+    // All blocks, those used last first, and of those used at once the one with the smallest index; those that were used in
+    // the future, by a clock that was set back since, come last. What processes left that were killed while they wrote is
+    // removed.
     std::vector<clex_store_entry> scan() const;
 
     // bytes free on the disk
