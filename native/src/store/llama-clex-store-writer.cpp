@@ -146,8 +146,11 @@ void clex_store_writer::write(const job & j) {
         if (clex_store_folder::exists(j.path())) {
             return; // another process was faster
         }
-        if (block.header.index > 0 && !clex_store_folder::exists((*j.files)[block.header.index - 1])) {
-            return; // nothing would lead to it
+        if (block.header.index > 0) {
+            const std::string & before = (*j.files)[block.header.index - 1];
+            if (!waits(before) && !clex_store_folder::exists(before)) {
+                return; // nothing would lead to it
+            }
         }
         if (!make_room(j)) {
             set_crowded(j.path());
