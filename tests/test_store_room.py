@@ -112,8 +112,10 @@ def test_texts_that_do_not_fit_beside_each_other(tmp_path, model, size):
 
 
 def test_limit_below_one_block(tmp_path, model):
-    with DocumentStore(tmp_path / "documents", limit=1000) as store:
-        fill(store, model, IDS)
+    with DocumentStore(tmp_path / "documents", limit=1000) as store, Context(model, **OPTIONS) as context:
+        read(context, IDS)
+        store.save(context.pointer, IDS)
+        assert not store.flush()
         assert store.stats.stopped
         assert not block_files(store.folder)
 

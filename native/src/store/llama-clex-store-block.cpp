@@ -1,15 +1,13 @@
 #include "llama-clex-store-block.h"
 
 #include "llama-clex-store-folder.h"
+#include "llama-clex-store-sum.h"
 
 #include "llama-impl.h"
-
-#include "hash/xxhash/xxhash.h"
 
 #include <algorithm>
 #include <cerrno>
 #include <cstring>
-#include <memory>
 #include <stdexcept>
 #include <system_error>
 
@@ -18,7 +16,7 @@ static constexpr uint32_t CLEX_SECTIONS_MAX = 1 << 14;
 
 static constexpr size_t CLEX_PAGE = 4096;
 
-// read and summed at once: what fits into a core's cache is still there when it is summed
+// read at once, and summed while it is still in the core's cache
 static constexpr size_t CLEX_PIECE = 256*1024;
 
 static size_t clex_front_size(size_t n_sections) {
@@ -38,7 +36,10 @@ std::vector<uint8_t> clex_block::front() {
 
     const uint8_t * ptr = data.data();
     for (auto & section : sections) {
-        section.sum = XXH3_64bits(ptr, section.size);
+        section.sum = 0;
+        for (uint64_t i = 0; i < section.size; i += CLEX_PIECE) {
+            section.sum = clex_sum(ptr + i, std::min<uint64_t>(CLEX_PIECE, section.size - i), section.sum);
+        }
         ptr += section.size;
     }
 
@@ -48,7 +49,7 @@ std::vector<uint8_t> clex_block::front() {
     memcpy(res.data() + sizeof(header), sections.data(), sections.size()*sizeof(clex_block_section));
 
     const size_t   n   = res.size() - sizeof(uint64_t);
-    const uint64_t sum = XXH3_64bits(res.data(), n);
+    const uint64_t sum = clex_sum(res.data(), n);
     memcpy(res.data() + n, &sum, sizeof(sum));
     return res;
 }
@@ -58,14 +59,6 @@ std::vector<uint8_t> clex_block::front() {
 #include <fcntl.h>
 #include <sys/stat.h>
 #include <unistd.h>
-
-namespace {
-
-struct sum_closer {
-    void operator()(XXH3_state_t * state) const { XXH3_freeState(state); }
-};
-
-} // namespace
 
 clex_block_file::clex_block_file(const std::string & path) : fd(open(path.c_str(), O_RDONLY | O_NOFOLLOW | O_CLOEXEC | O_NONBLOCK)) {
     if (fd < 0) {
@@ -133,7 +126,7 @@ void clex_block_file::check(const std::string & path) {
 
     uint64_t sum;
     memcpy(&sum, front.data() + n_front - sizeof(sum), sizeof(sum));
-    if (sum != XXH3_64bits(front.data(), n_front - sizeof(sum))) {
+    if (sum != clex_sum(front.data(), n_front - sizeof(sum))) {
         throw std::runtime_error("its header is damaged");
     }
     sections.resize(header.n_sections);
@@ -162,31 +155,24 @@ void clex_block_file::expect() const {
 #endif
 }
 
-const uint8_t * clex_block_file::read(std::vector<uint8_t> & buffer) {
-    buffer.resize(sections.at(i_section).size);
-    read({ { buffer.data(), buffer.size() } });
-    return buffer.data();
-}
-
-void clex_block_file::read(const std::vector<clex_block_part> & parts) {
+void clex_block_file::read(uint8_t * dst) {
     const auto & section = sections.at(i_section++);
 
-    const std::unique_ptr<XXH3_state_t, sum_closer> state(XXH3_createState());
-    XXH3_64bits_reset(state.get());
-
-    uint64_t n_left = section.size;
-    for (const auto & part : parts) {
-        for (size_t i = 0; i < part.size && n_left > 0;) {
-            const size_t n = std::min<uint64_t>({ CLEX_PIECE, part.size - i, n_left });
-            read_at(part.data + i, n);
-            XXH3_64bits_update(state.get(), part.data + i, n);
-            n_left -= n;
-            i      += n;
-        }
+    uint64_t sum = 0;
+    for (uint64_t i = 0; i < section.size; i += CLEX_PIECE) {
+        const size_t n = std::min<uint64_t>(CLEX_PIECE, section.size - i);
+        read_at(dst + i, n);
+        sum = clex_sum(dst + i, n, sum);
     }
-    if (n_left > 0 || XXH3_64bits_digest(state.get()) != section.sum) {
+    if (sum != section.sum) {
         throw std::runtime_error("its data is damaged");
     }
+}
+
+const uint8_t * clex_block_file::read(std::vector<uint8_t> & buffer) {
+    buffer.resize(sections.at(i_section).size);
+    read(buffer.data());
+    return buffer.data();
 }
 
 #else
@@ -197,8 +183,8 @@ clex_block_file::~clex_block_file() {}
 
 void clex_block_file::expect() const {}
 
-const uint8_t * clex_block_file::read(std::vector<uint8_t> & buffer) { return buffer.data(); }
+void clex_block_file::read(uint8_t * dst) { GGML_UNUSED(dst); }
 
-void clex_block_file::read(const std::vector<clex_block_part> & parts) { GGML_UNUSED(parts); }
+const uint8_t * clex_block_file::read(std::vector<uint8_t> & buffer) { return buffer.data(); }
 
 #endif

@@ -61,12 +61,6 @@ struct clex_block {
     std::vector<uint8_t> front();
 };
 
-// memory that a part of a section belongs to
-struct clex_block_part {
-    uint8_t * data;
-    size_t    size;
-};
-
 // An open file of a block. What is wrong with it is an exception: std::runtime_error with what is wrong.
 class clex_block_file {
 public:
@@ -82,11 +76,11 @@ public:
     // let the disk begin with it
     void expect() const;
 
-    // The next section, checked, in a buffer that is used again.
-    const uint8_t * read(std::vector<uint8_t> & buffer);
+    // The next section, into memory of its size. Where its checksum is wrong, that has been written to.
+    void read(uint8_t * dst);
 
-    // The next section in these parts, which have its size together. Where its checksum is wrong they have been written to.
-    void read(const std::vector<clex_block_part> & parts);
+    // the same in a buffer that is used again
+    const uint8_t * read(std::vector<uint8_t> & buffer);
 
 private:
     void check(const std::string & path);

@@ -1,6 +1,5 @@
 #include "llama-clex-store-cells.h"
 
-#include "llama-clex-store-block.h"
 #include "llama-clex-store-name.h"
 
 #include "llama-batch.h"
@@ -10,9 +9,6 @@
 #include "ggml-backend.h"
 
 #include <algorithm>
-
-// scattered cells are copied to, not read into one by one
-static constexpr size_t PARTS_MAX = 8;
 
 llama_clex_store_cache::llama_clex_store_cache(llama_kv_cache & kv, llama_seq_id seq_id) :
     kv(kv), seq_id(seq_id), stream(kv.seq_to_stream[seq_id]), first_row((size_t) stream*kv.get_size()) {
@@ -244,19 +240,19 @@ void llama_clex_store_cache::set(size_t i_block, size_t i_section, const uint8_t
     });
 }
 
-std::vector<clex_block_part> llama_clex_store_cache::parts(size_t i_block, size_t i_section) const {
-    const auto & s = sections[i_section];
+uint8_t * llama_clex_store_cache::data(size_t i_block, size_t i_section) const {
+    const auto & s     = sections[i_section];
+    const auto * cells = placed.data() + i_block*LLAMA_CLEX_STORE_BLOCK;
 
-    std::vector<clex_block_part> res;
-    if (s.n_rows == 0 && ggml_backend_buffer_is_host(s.tensor->buffer)) {
-        for_each_run(placed.data() + i_block*LLAMA_CLEX_STORE_BLOCK, [&](size_t, size_t cell, size_t n) {
-            res.push_back({ static_cast<uint8_t *>(s.tensor->data) + s.offset + cell*s.size_row, n*s.size_row });
-        });
+    for (uint32_t i = 1; i < LLAMA_CLEX_STORE_BLOCK; ++i) {
+        if (cells[i] != cells[0] + i) {
+            return nullptr;
+        }
     }
-    if (res.size() > PARTS_MAX) {
-        res.clear();
+    if (s.n_rows > 0 || !ggml_backend_buffer_is_host(s.tensor->buffer)) {
+        return nullptr;
     }
-    return res;
+    return static_cast<uint8_t *>(s.tensor->data) + s.offset + cells[0]*s.size_row;
 }
 
 void llama_clex_store_cache::wipe(size_t i_block) {

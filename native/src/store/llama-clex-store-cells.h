@@ -15,8 +15,6 @@
 class clex_hasher;
 class llama_kv_cache;
 
-struct clex_block_part;
-
 // what the document store looks into a cache with
 class llama_clex_store_cache {
 public:
@@ -74,8 +72,8 @@ public:
     // a section of the i-th block that was placed
     void set(size_t i_block, size_t i_section, const uint8_t * src);
 
-    // Where it belongs, if that is memory of the host and in few parts; none otherwise.
-    std::vector<clex_block_part> parts(size_t i_block, size_t i_section) const;
+    // where it belongs, if that is memory of the host and in one piece; null otherwise
+    uint8_t * data(size_t i_block, size_t i_section) const;
 
     // zeros in the i-th block that was placed: no product with what is masked may be anything else
     void wipe(size_t i_block);

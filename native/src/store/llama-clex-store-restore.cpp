@@ -74,11 +74,10 @@ void clex_store_restore::check(const clex_block_file & file, const llama_token *
 void clex_store_restore::read(clex_block_file & file, llama_clex_store_cache & to, size_t i_block, std::vector<uint8_t> & buffer) {
     try {
         for (size_t k = 0; k < to.n_sections(); ++k) {
-            const auto parts = to.parts(i_block, k);
-            if (parts.empty()) {
-                to.set(i_block, k, file.read(buffer));
+            if (uint8_t * data = to.data(i_block, k)) {
+                file.read(data);
             } else {
-                file.read(parts);
+                to.set(i_block, k, file.read(buffer));
             }
         }
     } catch (const std::exception &) {
