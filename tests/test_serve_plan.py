@@ -64,6 +64,11 @@ def test_model_that_goes_back_without_them_has_none(tmp_path):
     assert "to go back" not in " ".join(plan.lines())
 
 
+@pytest.mark.parametrize(("name", "storable"), [("llama", True), ("gemma2", True), ("lfm2", False)])
+def test_folder_is_named_where_something_is_kept_in_it(tmp_path, name, storable):
+    assert plan_service(make(tmp_path / "model.gguf", name), OPTIONS).storable is storable
+
+
 def test_checkpoints_are_as_many_as_fit(tmp_path):
     path = make(tmp_path / "model.gguf", "gemma2", np.uint32(1024))
     many = plan_service(path, OPTIONS, available=4096 * MIB)
