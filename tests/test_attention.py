@@ -94,13 +94,20 @@ def test_prefill_is_as_exact_as_stock_and_as_f32(ggml, ours, stock, case):
         assert measure(error) <= floor
 
 
-@given(case=cases(st.integers(9, 150)))
+@given(case=cases(st.integers(9, 63)))
 @settings(max_examples=EXAMPLES, deadline=None)
 def test_prefill_in_tiles_is_as_exact_as_stock(ggml, tiles, stock, case):
-    error = check(ggml, tiles, stock, case)
-    # Both factors have 16 bits: a tenth of what an F16 would cost.
+    check(ggml, tiles, stock, case)
+
+
+@given(case=cases(st.integers(9, 150)))
+@settings(max_examples=EXAMPLES, deadline=None)
+def test_prefill_in_tiles_has_sixteen_bits_of_each_factor(ggml, tiles, case):
+    """Stock computes 64 queries and more in F32, as vectors do. An F16 would be a hundred times as far off."""
+    tensors = ggml.make(case)
+    error = np.abs(tiles.attend(tensors) - ggml.reference(tensors))
     for measure, floor in FLOORS.items():
-        assert measure(error) <= 20 * floor
+        assert measure(error) <= 10 * floor
 
 
 @given(case=cases(st.integers(9, 150)))

@@ -10,6 +10,7 @@
 #include "ggml-cpu.h"
 #include "repack.h"
 
+#include <algorithm>
 #include <type_traits>
 
 #if defined(GGML_CLEX_TILES) && defined(__AMX_INT8__) && defined(__AVX512VNNI__)
@@ -169,15 +170,44 @@ struct int8_rows {
 
 #if defined(GGML_CLEX_PANEL_FOLDED)
 
-// the same with one scale for each block of 256, see W::folded
-template <typename Weights, typename Rows = plain_rows<typename Weights::block>>
-struct folded_rows {
+// blocks of 256 with whole scales and minima, see product_whole
+template <typename Weights, bool FOLDED, typename Rows>
+struct whole_rows {
     using W = Weights;
-    using L = folded_layout<W::MIN>;
+    using L = whole_layout;
+    static constexpr int    PARTS       = 32/W::PART;
+    static constexpr int    N           = W::N/W::PART;
     static constexpr int    TOGETHER    = Rows::TOGETHER;
     static constexpr bool   PACKED      = Rows::PACKED;
     static constexpr size_t BLOCK_BYTES = sizeof(typename W::block);
-    static_assert(W::N == CHUNK, "a chunk is a block");
+    static_assert(W::N == CHUNK && W::WIDE && N/2 <= SCALE, "a chunk is a block");
+
+    // by: the scale of the block, and that of its minima
+    static void put_scales(panel & p, int64_t r, const int32_t * scales, const int16_t * mins, const float * by) {
+        for (int i = 0; !FOLDED && i < N; ++i) {
+            p.d[i][r] = (float) scales[i];
+        }
+        for (int i = 0; W::MIN && i < N/2; ++i) {
+            memcpy(&p.m[i][r], mins + 2*i, 4);
+        }
+        p.m[SCALE][r]           = by[0];
+        p.m[SCALE_OF_MINIMA][r] = by[1];
+    }
+
+    static void unpack_row(const typename W::block & b, int8_t * q, panel & p, int64_t r) {
+        int32_t scales[N] = {}, whole_mins[N];
+        int16_t mins[N] = {};
+        float   by[2] = {};
+        if constexpr (FOLDED) {
+            W::folded(b, q, by, mins);
+        } else {
+            float d[N], m[N];
+            W::unpack(b, q, d, m);
+            W::whole(b, scales, whole_mins, by);
+            std::copy_n(whole_mins, N, mins);
+        }
+        put_scales(p, r, scales, mins, by);
+    }
 
     static void unpack(const weight_rows & rows, int64_t first, int64_t n, int64_t k, int64_t n_terms, panel & p) {
         Rows from(rows, first);
@@ -185,19 +215,12 @@ struct folded_rows {
         for (int64_t v = 0; v < VECTORS; ++v) {
             for (int64_t lane = 0; lane < LANES; ++lane) {
                 const int64_t r = v*LANES + lane;
-                float   d[2] = {};
-                int16_t m[CHUNK/16] = {};
                 if (r < n) {
-                    W::folded(from(r, k/W::N), q[lane], d, m);
+                    unpack_row(from(r, k/W::N), q[lane], p, r);
                 } else {
+                    static constexpr int32_t zeros[N] = {};
                     memset(q[lane], 0, CHUNK);
-                }
-                p.d[0][r] = d[0];
-                if (W::MIN) {
-                    p.d[1][r] = d[1];
-                    for (int i = 0; i < CHUNK/32; ++i) {
-                        memcpy(&p.m[i][r], m + 2*i, 4);
-                    }
+                    put_scales(p, r, zeros, (const int16_t *) zeros, (const float *) zeros);
                 }
             }
             transpose(q, p, v, n_terms, W::MIN ? 0 : 0x80);
@@ -205,12 +228,12 @@ struct folded_rows {
     }
 
     static void pack(const float * const * x, int64_t k, int64_t n_terms, char * y) {
-        pack_folded<W::MIN>(x, k, n_terms, y);
+        pack_whole<PARTS, W::MIN>(x, k, n_terms, y);
     }
 
     template <int T>
     static void product(const panel & p, const char * a, float * c, int64_t c_row, int n, bool first) {
-        product_folded<T, W::MIN>(p, a, c, c_row, n, first);
+        product_whole<T, PARTS, W::MIN, FOLDED>(p, a, c, c_row, n, first);
     }
 };
 
@@ -555,13 +578,13 @@ static weight_kinds kinds() {
     return { vector_kind<Rows>(), tile_kind<Rows>(), "ggml" };
 }
 
-// where vectors take a sum with one scale, and tiles the scales of each part
-template <typename W, typename... Order>
-static weight_kinds folded_kinds() {
+// Where vectors take whole scales, and tiles those of each part; FOLDED: there are none.
+template <typename W, bool FOLDED = false, typename Rows = plain_rows<typename W::block>>
+static weight_kinds whole_kinds() {
 #if defined(GGML_CLEX_PANEL_FOLDED)
-    return { vector_kind<folded_rows<W, Order...>>(), tile_kind<int8_rows<W, Order...>>(), "ggml" };
+    return { vector_kind<whole_rows<W, FOLDED, Rows>>(), tile_kind<int8_rows<W, Rows>>(), "ggml" };
 #else
-    return kinds<int8_rows<W, Order...>>();
+    return kinds<int8_rows<W, Rows>>();
 #endif
 }
 
@@ -586,13 +609,13 @@ static weight_kinds plain_kinds(ggml_type type) {
         case GGML_TYPE_Q8_0:    return kinds<int8_rows<q8_0>>();
         case GGML_TYPE_Q1_0:    return kinds<int8_rows<q1_0>>();
         case GGML_TYPE_Q2_0:    return kinds<int8_rows<q2_0>>();
-        case GGML_TYPE_Q2_K:    return folded_kinds<q2_K>();
-        case GGML_TYPE_Q3_K:    return folded_kinds<q3_K>();
-        case GGML_TYPE_Q4_K:    return kinds<int8_rows<q4_K>>();
-        case GGML_TYPE_Q5_K:    return kinds<int8_rows<q5_K>>();
+        case GGML_TYPE_Q2_K:    return whole_kinds<q2_K, true>();
+        case GGML_TYPE_Q3_K:    return whole_kinds<q3_K, true>();
+        case GGML_TYPE_Q4_K:    return whole_kinds<q4_K>();
+        case GGML_TYPE_Q5_K:    return whole_kinds<q5_K>();
         case GGML_TYPE_Q6_K:    return kinds<int8_rows<q6_K>>();
-        case GGML_TYPE_TQ1_0:   return kinds<int8_rows<tq1_0>>();
-        case GGML_TYPE_TQ2_0:   return kinds<int8_rows<tq2_0>>();
+        case GGML_TYPE_TQ1_0:   return whole_kinds<tq1_0, true>();
+        case GGML_TYPE_TQ2_0:   return whole_kinds<tq2_0, true>();
         case GGML_TYPE_IQ1_S:   return kinds<int8_rows<iq1_s>>();
         case GGML_TYPE_IQ1_M:   return kinds<int8_rows<iq1_m>>();
         case GGML_TYPE_IQ2_XXS: return kinds<int8_rows<iq2_xxs>>();
@@ -616,8 +639,8 @@ static weight_kinds repacked_kinds(ggml_type type) {
         case GGML_TYPE_Q4_0:   return kinds<int8_rows<q4_0,   rows_8x8<block_q4_0,   block_q4_0x8>>>();
         case GGML_TYPE_IQ4_NL: return kinds<int8_rows<iq4_nl, rows_8x8<block_iq4_nl, block_iq4_nlx8>>>();
         case GGML_TYPE_MXFP4:  return kinds<int8_rows<mxfp4,  rows_8x8<block_mxfp4,  block_mxfp4x8>>>();
-        case GGML_TYPE_Q2_K:   return folded_kinds<q2_K, rows_8x8<block_q2_K, block_q2_Kx8>>();
-        case GGML_TYPE_Q4_K:   return kinds<int8_rows<q4_K,   rows_8x8<block_q4_K,   block_q4_Kx8>>>();
+        case GGML_TYPE_Q2_K:   return whole_kinds<q2_K, true, rows_8x8<block_q2_K, block_q2_Kx8>>();
+        case GGML_TYPE_Q4_K:   return whole_kinds<q4_K, false, rows_8x8<block_q4_K, block_q4_Kx8>>();
         default:               break;
     }
 #endif

@@ -451,85 +451,167 @@ static inline void product(const panel & p, const char * a, float * c, int64_t c
 
 #if defined(GGML_CLEX_PANEL_FOLDED)
 
-// Weights whose scales of 16 are small whole numbers, and are multiplied into the weights: one exact sum over a block of 256. Minima are whole
-// numbers as well. A panel has one such block: d[0] is its scale, d[1] that of the minima, m has pairs of minima of 16 bits.
+// Weights in blocks of 256 whose scales of 32 or 16 are whole numbers times one of the block, and so are minima, which cost half as much as pairs of 16
+// bits. A panel has one block: d has the whole scales of the parts, m pairs of minima, and in its last rows the scales of the block. Scales
+// that fit are multiplied into the weights: these are folded, have no scales of parts, and one exact sum.
 
-// A block of 32 activations: numbers, scale, what the sum over the whole block of 256 starts from (the first has it), and the sums of
-// both halves as 16-bit numbers.
-template <bool MIN>
-struct folded_layout {
+constexpr int SCALE = CHUNK/16 - 2; // the row of m with the scale of the block
+constexpr int SCALE_OF_MINIMA = CHUNK/16 - 1;
+
+// A block of 32 activations: numbers, scale, and what is for minima or for weights that had 128 added. The former: sums of two parts of the weights
+// as a pair of 16-bit numbers, those of this block, or where the parts are as long as it, those of this and the next, in every other
+// block. The latter: in the first block, what the sum over all of them starts from.
+struct whole_layout {
     static constexpr int D    = 32*TOKENS;
-    static constexpr int BIAS = D    + 4*TOKENS;
-    static constexpr int SUM  = BIAS + 4*TOKENS;
-    static constexpr int SIZE = SUM  + (MIN ? 4*TOKENS : 0);
+    static constexpr int SUM  = D   + 4*TOKENS;
+    static constexpr int SIZE = SUM + 4*TOKENS;
 };
 
-template <bool MIN>
-static inline void pack_folded(const float * const * x, int64_t k, int64_t n, char * y) {
-    using L = folded_layout<MIN>;
+// n is 256
+template <int PARTS, bool MIN>
+static inline void pack_whole(const float * const * x, int64_t k, int64_t n, char * y) {
+    using L = whole_layout;
     for (int t = 0; t < TOKENS; ++t) {
         const step by(x[t] ? x[t] + k : nullptr, n);
         int32_t total = 0;
+        int16_t pair[2] = {};
         char * block = y;
-        for (int64_t i = k; i < k + n; i += 32, block += L::SIZE) {
+        for (int64_t i = 0; i < n; i += 32, block += L::SIZE) {
             int32_t sum[2];
-            by.round(x[t] ? x[t] + i : nullptr, (int8_t *) block + 32*t, sum);
-            total += sum[0] + sum[1];
+            by.round(x[t] ? x[t] + k + i : nullptr, (int8_t *) block + 32*t, sum);
             ((float *) (block + L::D))[t] = by.size;
-            if (MIN) {
-                const int16_t pair[2] = { (int16_t) sum[0], (int16_t) sum[1] };
+            total += sum[0] + sum[1];
+            if (MIN && PARTS == 2) {
+                pair[0] = (int16_t) sum[0];
+                pair[1] = (int16_t) sum[1];
                 memcpy(block + L::SUM + 4*t, pair, 4);
+            } else if (MIN) {
+                pair[i/32%2] = (int16_t) (sum[0] + sum[1]);
+                memcpy(block - i/32%2*L::SIZE + L::SUM + 4*t, pair, 4);
             }
         }
-        ((int32_t *) (y + L::BIAS))[t] = -128*total;
+        if (!MIN) {
+            ((int32_t *) (y + L::SUM))[t] = -128*total;
+        }
     }
 }
 
-// as above, with n blocks of 32 that are one of 256
-template <int T, bool MIN>
-static inline void product_folded(const panel & p, const char * a, float * c, int64_t c_row, int n, bool first) {
-    using L = folded_layout<MIN>;
+// adds the minima to sums without them: pairs of minima times pairs of sums
+template <int T, int PARTS>
+static inline void add_minima(const panel & p, const char * a, fvec (&sum)[T][VECTORS]) {
     ivec x[T][VECTORS];
     for (int t = 0; t < T; ++t) {
-        for (int v = 0; v < VECTORS; ++v) { // weights with minima are not negative, and have nothing added
-            x[t][v] = MIN ? i_zero() : i_set((const int32_t *) (a + L::BIAS) + t);
+        for (int v = 0; v < VECTORS; ++v) {
+            x[t][v] = i_zero();
         }
     }
-    const int8_t * w = p.w[0][0];
-    for (int b = 0; b < n; ++b) {
-#pragma GCC unroll 8
-        for (int q = 0; q < 8; ++q, w += 4*ROWS) {
+    for (int i = 0; i < 4*PARTS; ++i) {
 #pragma GCC unroll 16
-            for (int t = 0; t < T; ++t) {
+        for (int t = 0; t < T; ++t) {
+            const ivec pair = a_load((const int8_t *) a + i*2/PARTS*whole_layout::SIZE + whole_layout::SUM + 4*t);
 #pragma GCC unroll 4
-                for (int v = 0; v < VECTORS; ++v) {
-                    x[t][v] = dot(x[t][v], w_load(w + v*4*LANES), a_load((const int8_t *) a + b*L::SIZE + 32*t + 4*q));
-                }
+            for (int v = 0; v < VECTORS; ++v) {
+                x[t][v] = dot_pairs(x[t][v], w_load((const int8_t *) (p.m[i] + v*LANES)), pair);
             }
         }
     }
-    fvec sum[T][VECTORS];
     for (int t = 0; t < T; ++t) {
         for (int v = 0; v < VECTORS; ++v) {
-            sum[t][v] = f_mul(f_from(x[t][v]), f_load(p.d[0] + v*LANES));
-            x[t][v]   = i_zero();
+            sum[t][v] = f_fma(f_from(x[t][v]), f_load(p.m[SCALE_OF_MINIMA] + v*LANES), sum[t][v]);
         }
     }
-    for (int b = 0; MIN && b < n; ++b) {
+}
+
+// N times four numbers of a part
+template <int T, int N>
+static inline void add_products(ivec (&x)[T][VECTORS], const int8_t * w, const char * a) {
+#pragma GCC unroll 8
+    for (int q = 0; q < N; ++q) {
+        ivec y[VECTORS];
+#pragma GCC unroll 4
+        for (int v = 0; v < VECTORS; ++v) {
+            y[v] = w_load(w + (q*ROWS + v*LANES)*4);
+        }
+#pragma GCC unroll 16
+        for (int t = 0; t < T; ++t) {
+            const ivec z = a_load((const int8_t *) a + 32*t + 4*q);
+#pragma GCC unroll 4
+            for (int v = 0; v < VECTORS; ++v) {
+                x[t][v] = dot(x[t][v], y[v], z);
+            }
+        }
+    }
+}
+
+// the sums of folded weights
+template <int T, bool MIN>
+static inline void sum_folded(const panel & p, const char * a, int n, fvec (&sum)[T][VECTORS]) {
+    ivec x[T][VECTORS];
+    for (int t = 0; t < T; ++t) {
+        for (int v = 0; v < VECTORS; ++v) {
+            x[t][v] = MIN ? i_zero() : i_set((const int32_t *) (a + whole_layout::SUM) + t);
+        }
+    }
+    for (int b = 0; b < n; ++b) {
+        add_products<T, 8>(x, p.w[8*b][0], a + b*whole_layout::SIZE);
+    }
+    for (int t = 0; t < T; ++t) {
+        for (int v = 0; v < VECTORS; ++v) {
+            sum[t][v] = f_from(x[t][v]);
+        }
+    }
+}
+
+// those of weights with scales of 32
+template <int T>
+static inline void sum_scaled(const panel & p, const char * a, int n, fvec (&sum)[T][VECTORS]) {
+    for (int t = 0; t < T; ++t) {
+        for (int v = 0; v < VECTORS; ++v) {
+            sum[t][v] = f_zero();
+        }
+    }
+    for (int b = 0; b < n; ++b) {
+        ivec x[T][VECTORS];
 #pragma GCC unroll 16
         for (int t = 0; t < T; ++t) {
 #pragma GCC unroll 4
             for (int v = 0; v < VECTORS; ++v) {
-                x[t][v] = dot_pairs(x[t][v], w_load((const int8_t *) (p.m[b] + v*LANES)), a_load((const int8_t *) a + b*L::SIZE + L::SUM + 4*t));
+                x[t][v] = i_zero();
+            }
+        }
+        add_products<T, 8>(x, p.w[8*b][0], a + b*whole_layout::SIZE);
+#pragma GCC unroll 4
+        for (int v = 0; v < VECTORS; ++v) {
+            const fvec scale = f_load(p.d[b] + v*LANES);
+#pragma GCC unroll 16
+            for (int t = 0; t < T; ++t) {
+                sum[t][v] = f_fma(f_from(x[t][v]), scale, sum[t][v]);
             }
         }
     }
+}
+
+// as `product`, n is 8
+template <int T, int PARTS, bool MIN, bool FOLDED>
+static inline void product_whole(const panel & p, const char * a, float * c, int64_t c_row, int n, bool first) {
+    static_assert(FOLDED || (MIN && PARTS == 1), "others have fewer steps with `product`");
+    fvec sum[T][VECTORS];
+    if constexpr (FOLDED) {
+        sum_folded<T, MIN>(p, a, n, sum);
+    } else {
+        sum_scaled(p, a, n, sum);
+    }
     for (int t = 0; t < T; ++t) {
-        const fvec s = f_set((const float *) (a + L::D) + t);
         for (int v = 0; v < VECTORS; ++v) {
-            if (MIN) {
-                sum[t][v] = f_fma(f_from(x[t][v]), f_load(p.d[1] + v*LANES), sum[t][v]);
-            }
+            sum[t][v] = f_mul(sum[t][v], f_load(p.m[SCALE] + v*LANES));
+        }
+    }
+    if (MIN) {
+        add_minima<T, PARTS>(p, a, sum);
+    }
+    for (int t = 0; t < T; ++t) {
+        const fvec s = f_set((const float *) (a + whole_layout::D) + t);
+        for (int v = 0; v < VECTORS; ++v) {
             float * y = c + t*c_row + v*LANES;
             f_store(y, first ? f_mul(sum[t][v], s) : f_fma(sum[t][v], s, f_load(y)));
         }

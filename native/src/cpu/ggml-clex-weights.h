@@ -14,8 +14,8 @@
 
 namespace clex_weights {
 
-// What all types say of themselves. Some have another form: `folded`, with whole numbers that are weights times the scale of their 16, what these
-// are multiplied with, and minima likewise.
+// What all types say of themselves. Those of 256 have whole scales and minima as well: `whole` gives them and what both are multiplied
+// with. Small ones are folded: `folded` gives whole numbers that are weights times their scales, minima, and what both are multiplied with.
 template <typename B, int N_, int PART_, bool MIN_>
 struct type {
     using block = B;
@@ -257,6 +257,11 @@ struct tq2_0 : type<block_tq2_0, QK_K, 32, false> {
             d[i] = from_half(b.d);
         }
     }
+    static void folded(const block & b, int8_t * q, float * d, int16_t *) {
+        float parts[8];
+        unpack(b, q, parts, nullptr);
+        d[0] = parts[0];
+    }
 };
 
 struct tq1_0 : type<block_tq1_0, QK_K, 32, false> {
@@ -278,19 +283,38 @@ struct tq1_0 : type<block_tq1_0, QK_K, 32, false> {
             d[i] = from_half(b.d);
         }
     }
+    static void folded(const block & b, int8_t * q, float * d, int16_t *) {
+        float parts[8];
+        unpack(b, q, parts, nullptr);
+        d[0] = parts[0];
+    }
 };
 
-// scale and minimum i of the eight of q4_K and q5_K, 6 bits each
-static inline void scale_and_min(const uint8_t * x, int i, float d, float dmin, float * scale, float * min) {
-    const int s = i < 4 ? x[i] & 63     : (x[i + 4] & 15) | (x[i - 4] >> 6 << 4);
-    const int m = i < 4 ? x[i + 4] & 63 : (x[i + 4] >> 4) | (x[i] >> 6 << 4);
-    *scale = d*s;
-    *min   = -dmin*m;
+// the eight scales and minima of q4_K and q5_K, 6 bits each
+static inline void six_bits(const uint8_t * x, int32_t * scales, int32_t * mins) {
+    for (int i = 0; i < 8; ++i) {
+        scales[i] = i < 4 ? x[i] & 63     : (x[i + 4] & 15) | (x[i - 4] >> 6 << 4);
+        mins[i]   = i < 4 ? x[i + 4] & 63 : (x[i + 4] >> 4) | (x[i] >> 6 << 4);
+    }
+}
+
+// d and m of a block from whole numbers
+template <typename W>
+static inline void from_whole(const typename W::block & b, float * d, float * m) {
+    static constexpr int N = W::N/W::PART;
+    int32_t scales[N], mins[N] = {};
+    float by[2] = {};
+    W::whole(b, scales, mins, by);
+    for (int i = 0; i < N; ++i) {
+        d[i] = by[0]*scales[i];
+        if (W::MIN) {
+            m[i] = by[1]*mins[i];
+        }
+    }
 }
 
 struct q4_K : type<block_q4_K, QK_K, 32, true> {
     static void unpack(const block & b, int8_t * q, float * d, float * m) {
-        const float scale = from_half(b.data.data.d), min = from_half(b.data.data.dmin);
         for (int i = 0; i < 4; ++i) {
             for (int j = 0; j < 2; ++j) {
                 const bytes x = b_load(b.qs + 32*i + 16*j);
@@ -298,15 +322,17 @@ struct q4_K : type<block_q4_K, QK_K, 32, true> {
                 b_store(q + 64*i + 16*j + 32, b_high(x));
             }
         }
-        for (int i = 0; i < 8; ++i) {
-            scale_and_min(b.scales, i, scale, min, d + i, m + i);
-        }
+        from_whole<q4_K>(b, d, m);
+    }
+    static void whole(const block & b, int32_t * scales, int32_t * mins, float * by) {
+        six_bits(b.scales, scales, mins);
+        by[0] = from_half(b.data.data.d);
+        by[1] = -from_half(b.data.data.dmin);
     }
 };
 
 struct q5_K : type<block_q5_K, QK_K, 32, true> {
     static void unpack(const block & b, int8_t * q, float * d, float * m) {
-        const float scale = from_half(b.data.data.d), min = from_half(b.data.data.dmin);
 #pragma GCC unroll 8
         for (int i = 0; i < 8; ++i) {
             for (int j = 0; j < 32; j += 16) {
@@ -314,8 +340,13 @@ struct q5_K : type<block_q5_K, QK_K, 32, true> {
                 const bytes high = b_and(b_shift_by(b_load(b.qh + j), i), 1);
                 b_store(q + 32*i + j, b_or(low, b_times_16(high)));
             }
-            scale_and_min(b.scales, i, scale, min, d + i, m + i);
         }
+        from_whole<q5_K>(b, d, m);
+    }
+    static void whole(const block & b, int32_t * scales, int32_t * mins, float * by) {
+        six_bits(b.scales, scales, mins);
+        by[0] = from_half(b.data.data.d);
+        by[1] = -from_half(b.data.data.dmin);
     }
 };
 
@@ -331,10 +362,13 @@ struct q6_K : type<block_q6_K, QK_K, 16, false> {
                 b_store(to + j + 64, b_sub(b_or(b_high(l), b_bits<4>(h)), 32));
             }
         }
-        const float scale = from_half(b.d);
+        from_whole<q6_K>(b, d, nullptr);
+    }
+    static void whole(const block & b, int32_t * scales, int32_t *, float * by) {
         for (int i = 0; i < 16; ++i) {
-            d[i] = scale*b.scales[i];
+            scales[i] = b.scales[i];
         }
+        by[0] = from_half(b.d);
     }
 };
 
@@ -404,18 +438,22 @@ struct q3_K : type<block_q3_K, QK_K, 16, false> {
 
 struct iq4_xs : type<block_iq4_xs, QK_K, 32, false> {
     static void unpack(const block & b, int8_t * q, float * d, float *) {
-        const float scale = from_half(b.d);
         for (int i = 0; i < 8; ++i) {
             nibbles_of_table(b.qs + 16*i, kvalues_iq4nl, q + 32*i);
-            d[i] = scale*(((b.scales_l[i/2] >> i%2*4 & 15) | (b.scales_h >> 2*i & 3) << 4) - 32);
         }
+        from_whole<iq4_xs>(b, d, nullptr);
+    }
+    static void whole(const block & b, int32_t * scales, int32_t *, float * by) {
+        for (int i = 0; i < 8; ++i) {
+            scales[i] = ((b.scales_l[i/2] >> i%2*4 & 15) | (b.scales_h >> 2*i & 3) << 4) - 32;
+        }
+        by[0] = from_half(b.d);
     }
 };
 
 struct iq2_xxs : type<block_iq2_xxs, QK_K, 32, false> {
     static void unpack(const block & b, int8_t * q, float * d, float *) {
         uint8_t signs[QK_K/8];
-        const float scale = from_half(b.d);
         for (int i = 0; i < 8; ++i) {
             uint8_t  index[4];
             uint32_t rest;
@@ -425,44 +463,55 @@ struct iq2_xxs : type<block_iq2_xxs, QK_K, 32, false> {
                 write_8(q + 32*i + 8*j, iq2xxs_grid[index[j]]);
                 signs[4*i + j] = ksigns_iq2xs[rest >> 7*j & 127];
             }
-            d[i] = scale*(0.5f + (rest >> 28))*0.25f;
         }
         negate(signs, QK_K, q);
+        from_whole<iq2_xxs>(b, d, nullptr);
+    }
+    static void whole(const block & b, int32_t * scales, int32_t *, float * by) {
+        for (int i = 0; i < 8; ++i) {
+            scales[i] = 2*(b.qs[4*i + 3] >> 12) + 1;
+        }
+        by[0] = from_half(b.d)*0.125f;
     }
 };
 
 struct iq2_xs : type<block_iq2_xs, QK_K, 16, false> {
     static void unpack(const block & b, int8_t * q, float * d, float *) {
         uint8_t signs[QK_K/8];
-        const float scale = from_half(b.d);
         for (int i = 0; i < 32; ++i) {
             write_8(q + 8*i, iq2xs_grid[b.qs[i] & 511]);
             signs[i] = ksigns_iq2xs[b.qs[i] >> 9];
         }
         negate(signs, QK_K, q);
+        from_whole<iq2_xs>(b, d, nullptr);
+    }
+    static void whole(const block & b, int32_t * scales, int32_t *, float * by) {
         for (int i = 0; i < 16; ++i) {
-            d[i] = scale*(0.5f + (b.scales[i/2] >> i%2*4 & 15))*0.25f;
+            scales[i] = 2*(b.scales[i/2] >> i%2*4 & 15) + 1;
         }
+        by[0] = from_half(b.d)*0.125f;
     }
 };
 
 struct iq2_s : type<block_iq2_s, QK_K, 16, false> {
     static void unpack(const block & b, int8_t * q, float * d, float *) {
-        const float scale = from_half(b.d);
         for (int i = 0; i < 32; ++i) {
             write_8(q + 8*i, iq2s_grid[b.qs[i] | (b.qh[i/4] >> i%4*2 & 3) << 8]);
         }
         negate(b.qs + QK_K/8, QK_K, q);
+        from_whole<iq2_s>(b, d, nullptr);
+    }
+    static void whole(const block & b, int32_t * scales, int32_t *, float * by) {
         for (int i = 0; i < 16; ++i) {
-            d[i] = scale*(0.5f + (b.scales[i/2] >> i%2*4 & 15))*0.25f;
+            scales[i] = 2*(b.scales[i/2] >> i%2*4 & 15) + 1;
         }
+        by[0] = from_half(b.d)*0.125f;
     }
 };
 
 struct iq3_xxs : type<block_iq3_xxs, QK_K, 32, false> {
     static void unpack(const block & b, int8_t * q, float * d, float *) {
         uint8_t signs[QK_K/8];
-        const float scale = from_half(b.d);
         for (int i = 0; i < 8; ++i) {
             uint32_t rest;
             memcpy(&rest, b.qs + QK_K/4 + 4*i, 4);
@@ -471,24 +520,35 @@ struct iq3_xxs : type<block_iq3_xxs, QK_K, 32, false> {
                 write_8(q + 32*i + 8*j, iq3xxs_grid[index[0]] | (uint64_t) iq3xxs_grid[index[1]] << 32);
                 signs[4*i + j] = ksigns_iq2xs[rest >> 7*j & 127];
             }
-            d[i] = scale*(0.5f + (rest >> 28))*0.5f;
         }
         negate(signs, QK_K, q);
+        from_whole<iq3_xxs>(b, d, nullptr);
+    }
+    static void whole(const block & b, int32_t * scales, int32_t *, float * by) {
+        for (int i = 0; i < 8; ++i) {
+            scales[i] = 2*(b.qs[QK_K/4 + 4*i + 3] >> 4) + 1;
+        }
+        by[0] = from_half(b.d)*0.25f;
     }
 };
 
 struct iq3_s : type<block_iq3_s, QK_K, 32, false> {
     static void unpack(const block & b, int8_t * q, float * d, float *) {
-        const float scale = from_half(b.d);
-        for (int i = 0; i < 32; ++i) {
-            const int first  = b.qs[2*i]     | (b.qh[i/4] >> i%4*2     & 1) << 8;
-            const int second = b.qs[2*i + 1] | (b.qh[i/4] >> (i%4*2 + 1) & 1) << 8;
-            write_8(q + 8*i, iq3s_grid[first] | (uint64_t) iq3s_grid[second] << 32);
+        for (int i = 0; i < 8; ++i) {
+            const uint32_t high = b.qh[i] << 8;
+#pragma GCC unroll 8
+            for (int j = 0; j < 8; ++j) {
+                memcpy(q + 32*i + 4*j, &iq3s_grid[b.qs[8*i + j] | (high >> j & 256)], 4);
+            }
         }
         negate(b.signs, QK_K, q);
+        from_whole<iq3_s>(b, d, nullptr);
+    }
+    static void whole(const block & b, int32_t * scales, int32_t *, float * by) {
         for (int i = 0; i < 8; ++i) {
-            d[i] = scale*(1 + 2*(b.scales[i/2] >> i%2*4 & 15));
+            scales[i] = 1 + 2*(b.scales[i/2] >> i%2*4 & 15);
         }
+        by[0] = from_half(b.d);
     }
 };
 
@@ -501,29 +561,37 @@ static inline uint64_t eighths(uint64_t grid, bool less) {
 struct iq1_s : type<block_iq1_s, QK_K, 32, false> {
     static void unpack(const block & b, int8_t * q, float * d, float *) {
         static_assert(IQ1S_DELTA == 0.125f);
-        const float scale = from_half(b.d);
         for (int i = 0; i < 8; ++i) {
             for (int j = 0; j < 4; ++j) {
                 write_8(q + 32*i + 8*j, eighths(iq1s_grid[b.qs[4*i + j] | (b.qh[i] >> 3*j & 7) << 8], b.qh[i] & 0x8000));
             }
-            d[i] = scale*(2*(b.qh[i] >> 12 & 7) + 1)*IQ1S_DELTA;
         }
+        from_whole<iq1_s>(b, d, nullptr);
+    }
+    static void whole(const block & b, int32_t * scales, int32_t *, float * by) {
+        for (int i = 0; i < 8; ++i) {
+            scales[i] = 2*(b.qh[i] >> 12 & 7) + 1;
+        }
+        by[0] = from_half(b.d)*IQ1S_DELTA;
     }
 };
 
 struct iq1_m : type<block_iq1_m, QK_K, 16, false> {
     static void unpack(const block & b, int8_t * q, float * d, float *) {
-        static_assert(IQ1M_DELTA == 0.125f);
-        uint16_t scales[4];
-        memcpy(scales, b.scales, 8);
-        const float scale = from_half((ggml_half) (scales[0] >> 12 | (scales[1] >> 8 & 0xf0) | (scales[2] >> 4 & 0xf00) | (scales[3] & 0xf000)));
         for (int i = 0; i < 32; ++i) {
             const int high = b.qh[i/2] >> i%2*4;
             write_8(q + 8*i, eighths(iq1s_grid[b.qs[i] | (high & 7) << 8], high & 8));
         }
+        from_whole<iq1_m>(b, d, nullptr);
+    }
+    static void whole(const block & b, int32_t * scales, int32_t *, float * by) {
+        static_assert(IQ1M_DELTA == 0.125f);
+        uint16_t x[4];
+        memcpy(x, b.scales, 8);
         for (int i = 0; i < 16; ++i) {
-            d[i] = scale*(2*(scales[i/4] >> i%4*3 & 7) + 1)*IQ1M_DELTA;
+            scales[i] = 2*(x[i/4] >> i%4*3 & 7) + 1;
         }
+        by[0] = from_half((ggml_half) (x[0] >> 12 | (x[1] >> 8 & 0xf0) | (x[2] >> 4 & 0xf00) | (x[3] & 0xf000)))*IQ1M_DELTA;
     }
 };
 
