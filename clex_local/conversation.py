@@ -167,7 +167,8 @@ class Chat:
 
     def add(self, attachment: Attachment) -> None:
         """Let something that was read wait for the next message; what is in the conversation already does not."""
-        sent = [file for exchange in self.session.exchanges for file in exchange.files]
+        in_prompts = self.session.exchanges[self.session.left_out :]
+        sent = [file for exchange in in_prompts for file in exchange.files]
         attachment, twice = without_twice(attachment, [*sent, *self.waiting_files])
         for name in twice:
             self.terminal.note(f"{escaped(name, 60)}: attached already; it is sent once")

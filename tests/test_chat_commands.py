@@ -134,9 +134,9 @@ def test_edit_keeps_the_files_of_the_message(chat, told, tmp_path, folder):
     with pytest.raises(ClexError, match="needs the new text"):
         do(chat, "/edit")
     do(chat, "/edit Which number?")
-    assert said(chat) == ["The number is 4711.\n\nWhich number?"]
+    assert said(chat) == ["File: note.txt\n\nThe number is 4711.\n\nWhich number?"]
     (turn,) = json.loads((folder / "s.json").read_text())["turns"]
-    assert (turn["message"], turn["typed_from"], len(turn["files"])) == (said(chat)[0], 21, 1)
+    assert (turn["message"], turn["typed_from"], len(turn["files"])) == (said(chat)[0], 37, 1)
     assert chat.session.exchanges[0].typed == "Which number?"
 
 
@@ -358,7 +358,7 @@ def test_names_are_there_once_and_help_has_all():
     names = [name for command in COMMANDS for name in (command.name, *command.others)]
     assert len(set(names)) == len(names)
     assert all(command.usage in help_text() for command in COMMANDS)
-    assert max(map(len, help_text().splitlines())) < 100
+    assert max(map(len, help_text().splitlines())) < 110
 
 
 def test_words_that_leave_are_whole_lines():
@@ -393,6 +393,7 @@ STEPS = {
     "/help": ("/help", r"/file PATH(.|\n)*Ctrl-C stops an answer"),
     "/file": ("/file {tmp}/a.txt", r"a.txt: 10\d tokens, sent with"),
     "/drop": ("/drop a.txt", "a.txt: not sent"),
+    "/url": ("/url http://127.0.0.1:1/page", "127.0.0.1:1/page: "),
     "message": ("Hello", r"wrote \d.*in the context\]"),
     "/regenerate": ("/regenerate", r"wrote \d.*in the context\]"),
     "/edit": ("/edit\r{wait}, world", r"wrote \d.*in the context\]"),

@@ -61,7 +61,7 @@ def test_refused_by_default_with_the_ways_out(llm, monkeypatch, capsys):
         chat.turn(LONG)
 
 
-def test_oldest_turns_are_left_out_and_named(llm, monkeypatch, folder, capsys):
+def test_oldest_turns_are_left_out_and_named(llm, monkeypatch, folder, capsys, tmp_path):
     chat, told = talk(llm, monkeypatch, "drop-oldest")
     do(chat, "/save s")
     chat.turn(LONG)
@@ -77,6 +77,13 @@ def test_oldest_turns_are_left_out_and_named(llm, monkeypatch, folder, capsys):
     saved = json.loads((folder / "s.json").read_text())
     assert (len(saved["turns"]), saved["left_out"]) == (5, session.left_out)
     assert "turns left out" in chat.stats()
+    # A file that was left out can be attached again.
+    page = tmp_path / "report.txt"
+    page.write_text("report")
+    session.exchanges[0].files[:] = [AttachedFile.of(page)]
+    do(chat, f"/file {page}")
+    assert "sent with your next message" in told[-1]
+    do(chat, "/drop")
     # It goes on so in another process, and what was left out can come back to a larger context.
     before = (session.messages, session._text, session._tokens, session.left_out)
     do(chat, "/reset")
