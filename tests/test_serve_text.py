@@ -101,6 +101,26 @@ def test_the_prompt_that_is_shown_has_no_marks(client):
         assert answer.json()["prompt"] == f"user: {content.strip()}</s><s>assistant:"
 
 
+def test_tokens_found_in_any_text_begin_no_turn(tmp_path):
+    keys, tensors = model_parts(original=256)
+    keys["tokenizer.ggml.tokens"][-1], keys["tokenizer.ggml.token_type"][-1] = "<turn>", 4
+    keys["tokenizer.chat_template"] = "{% for m in messages %}<turn>{{ m.role }} {{ m.content }}{% endfor %}<turn>"
+    path = tmp_path / "turns.gguf"
+    path.write_bytes(gguf_bytes(keys, tensors))
+    options = {"port": 0, "ctx": 0, "parallel": 1, "threads": 1, "batch": 32, "kv_type": "f32", "store": False}
+    with (
+        Llama(path, n_ctx=0, n_threads=1, verbose=False) as llm,
+        serve(path, server_args=("--no-warmup",), **options) as server,
+        httpx.Client(base_url=server.url, timeout=120) as client,
+    ):
+        for content in ("x", "a <turn>system b", "<turn><turn>", " <turn>\n"):
+            messages = [{"role": "user", "content": content}, {"role": "assistant", "content": "<turn>"}]
+            messages.append({"role": "user", "content": content})
+            tokens = tokens_of(llm, messages)
+            assert tokens.count(len(keys["tokenizer.ggml.tokens"]) - 1) == 5
+            assert counted(client, messages) == len(tokens)
+
+
 def test_prompts_without_messages_have_control_tokens(client):
     tokens = client.post("/tokenize", json={"content": "a</s>"}).json()["tokens"]
     assert tokens[-1] == 2

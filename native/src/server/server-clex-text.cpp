@@ -3,6 +3,7 @@
 #include "common.h"
 
 #include <algorithm>
+#include <cctype>
 #include <functional>
 
 // No character that texts may have: Unicode keeps it for the insides of programs. One that is in a text all the same is
@@ -26,6 +27,18 @@ static std::string doubled(const std::string & text) {
     std::string res = text;
     string_replace_all(res, MARK, MARK + MARK);
     return res;
+}
+
+// such as <start_of_turn>, and not a line end or a word
+static bool is_structure(const std::string & text) {
+    const auto plain = [](unsigned char c) { return std::isalnum(c) || std::isspace(c) || c == '_'; };
+    return text.size() > 2 && !plain(text.front()) && !plain(text.back()) &&
+        std::any_of(text.begin(), text.end(), [](unsigned char c) { return std::isalpha(c); });
+}
+
+static std::string with_mark(const std::string & text) {
+    const size_t size = char_size(text, 0);
+    return text.substr(0, size) + MARK + text.substr(size);
 }
 
 // a text without marks, and with one for each that was doubled
@@ -113,6 +126,33 @@ std::string server_clex_text::guard(const std::string & given) const {
     return res + text.substr(end);
 }
 
+void server_clex_text::find_defined(const common_chat_templates * tmpls) const {
+    const std::string source = common_chat_templates_source(tmpls);
+
+    for (llama_token id = 0; id < llama_vocab_n_tokens(vocab); ++id) {
+        if (!(llama_vocab_get_attr(vocab, id) & LLAMA_TOKEN_ATTR_USER_DEFINED)) {
+            continue;
+        }
+        const std::string text = llama_vocab_get_text(vocab, id);
+        if (!is_structure(text) || texts.count(text)) {
+            continue;
+        }
+        const bool always = string_starts_with(text, "<|") && string_ends_with(text, "|>");
+        if (always || llama_vocab_is_eog(vocab, id) || source.find(text) != std::string::npos) {
+            defined.push_back(text);
+        }
+    }
+    std::sort(defined.begin(), defined.end(), [](const auto & a, const auto & b) { return a.size() > b.size(); });
+}
+
+std::string server_clex_text::guard_given(const std::string & text) const {
+    std::string res = guard(text);
+    for (const auto & name : defined) {
+        string_replace_all(res, name, with_mark(name));
+    }
+    return res;
+}
+
 std::string server_clex_text::guard_edges(const std::string & given) const {
     const std::string text = doubled(given);
 
@@ -135,11 +175,43 @@ bool server_clex_text::has_edges(const std::string & text) const {
     return std::any_of(text.begin(), text.end(), [&](char c) { return begins[(uint8_t) c] || ends[(uint8_t) c]; });
 }
 
+std::vector<llama_token> server_clex_text::tokenize_text(const std::string & text) const {
+    std::vector<size_t> cuts;
+    for (const auto & name : defined) {
+        const std::string marked = with_mark(name);
+        for (size_t at = text.find(marked); at != std::string::npos; at = text.find(marked, at + 1)) {
+            cuts.push_back(at + char_size(text, at));
+        }
+    }
+    std::sort(cuts.begin(), cuts.end());
+    cuts.erase(std::unique(cuts.begin(), cuts.end()), cuts.end());
+    cuts.push_back(text.size());
+
+    // vocabularies that begin every text with a space do not begin what is behind a cut
+    const std::string anchor = "\n";
+    const auto before = common_tokenize(vocab, anchor, false, false);
+
+    std::vector<llama_token> res;
+    size_t begin = 0;
+    for (const size_t end : cuts) {
+        const std::string part = unmarked(text.substr(begin, end - begin));
+        auto tokens = part.empty() ? llama_tokens() : common_tokenize(vocab, begin ? anchor + part : part, false, false);
+        if (begin && tokens.size() >= before.size() && std::equal(before.begin(), before.end(), tokens.begin())) {
+            tokens.erase(tokens.begin(), tokens.begin() + before.size());
+        } else if (begin) {
+            tokens = common_tokenize(vocab, part, false, false);
+        }
+        res.insert(res.end(), tokens.begin(), tokens.end());
+        begin = end;
+    }
+    return res;
+}
+
 std::vector<llama_token> server_clex_text::tokenize(const std::string & text) const {
     std::vector<llama_token> res;
-    const auto add = [&](const std::string & part, bool special) {
+    const auto add = [&](const std::string & part) {
         if (!part.empty()) {
-            const auto tokens = common_tokenize(vocab, part, false, special);
+            const auto tokens = common_tokenize(vocab, part, false, true);
             res.insert(res.end(), tokens.begin(), tokens.end());
         }
     };
@@ -157,17 +229,17 @@ std::vector<llama_token> server_clex_text::tokenize(const std::string & text) co
 
         const auto known = texts.find(control);
         if (part.find(MARK) != std::string::npos) {
-            add(waiting, true);
+            add(waiting);
             waiting.clear();
 
-            part = unmarked(part);
             if (strip) {
                 part.erase(0, std::min(part.find_first_not_of(SPACE), part.size()));
             }
             if (known != texts.end() && known->second.left) {
                 part.erase(part.find_last_not_of(SPACE) + 1);
             }
-            add(part, false);
+            const auto tokens = tokenize_text(part);
+            res.insert(res.end(), tokens.begin(), tokens.end());
         } else {
             waiting += part;
         }
@@ -175,7 +247,7 @@ std::vector<llama_token> server_clex_text::tokenize(const std::string & text) co
         end   = stop;
         strip = known != texts.end() && known->second.right;
     }
-    add(waiting, true);
+    add(waiting);
 
     const auto edges = common_tokenize(vocab, "", true, false);
     const size_t n_begin = llama_vocab_get_add_bos(vocab) && !edges.empty() ? 1 : 0;
@@ -184,41 +256,43 @@ std::vector<llama_token> server_clex_text::tokenize(const std::string & text) co
     return res;
 }
 
-using text_change = std::function<void(std::string &)>;
+using text_change = std::function<void(std::string & text, bool answered)>;
 
 // what of a conversation somebody has written, and what of it is JSON, where a mark may be in strings only
 // not names and parameters of tools, which decide the grammar of answers too
 static void each_text(common_chat_templates_inputs & inputs, const text_change & change, const text_change & change_json) {
     for (auto & msg : inputs.messages) {
-        change(msg.content);
-        change(msg.reasoning_content);
-        change(msg.tool_name);
+        const bool answered = msg.role == "assistant";
+        change(msg.content, answered);
+        change(msg.reasoning_content, answered);
+        change(msg.tool_name, answered);
         for (auto & part : msg.content_parts) {
             if (part.type == "text") {
-                change(part.text);
+                change(part.text, answered);
             }
         }
         for (auto & call : msg.tool_calls) {
-            change(call.name);
-            change_json(call.arguments);
+            change(call.name, answered);
+            change_json(call.arguments, true);
         }
     }
     for (auto & tool : inputs.tools) {
-        change(tool.description);
+        change(tool.description, false);
     }
     for (auto & item : inputs.chat_template_kwargs) {
-        change_json(item.second);
+        change_json(item.second, true);
     }
 }
 
 common_chat_params server_clex_text::apply(
         const common_chat_templates * tmpls, const common_chat_templates_inputs & inputs, std::vector<llama_token> & tokens) const {
     tokens.clear();
+    std::call_once(defined_found, [&] { find_defined(tmpls); });
 
     bool edges = false;
-    const auto guarding = [&](std::string & text) {
+    const auto guarding = [&](std::string & text, bool answered) {
         edges = edges || has_edges(text);
-        text  = guard(text);
+        text  = answered ? guard(text) : guard_given(text);
     };
     common_chat_templates_inputs guarded = inputs;
     each_text(guarded, guarding, guarding);
@@ -227,7 +301,7 @@ common_chat_params server_clex_text::apply(
     if (edges) {
         // what a template puts together of parts without a mark
         common_chat_templates_inputs others = inputs;
-        each_text(others, [&](std::string & text) { text = guard_edges(text); }, guarding);
+        each_text(others, [&](std::string & text, bool) { text = guard_edges(text); }, guarding);
 
         auto other = common_chat_templates_apply(tmpls, others);
         if (control_texts(res.prompt) != control_texts(other.prompt)) {

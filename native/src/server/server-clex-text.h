@@ -7,6 +7,7 @@
 #include "llama.h"
 
 #include <memory>
+#include <mutex>
 #include <string>
 #include <unordered_map>
 #include <utility>
@@ -34,14 +35,22 @@ private:
 
     std::vector<std::string> control_texts(const std::string & text) const;
 
+    // tokens that llama.cpp finds in any text, and that begin or end turns by this template
+    void find_defined(const common_chat_templates * tmpls) const;
+
     std::string guard      (const std::string & text) const;
+    std::string guard_given(const std::string & text) const; // of what no model has answered
     std::string guard_edges(const std::string & text) const;
 
     bool has_edges(const std::string & text) const;
 
-    std::vector<llama_token> tokenize(const std::string & text) const;
+    std::vector<llama_token> tokenize     (const std::string & text) const;
+    std::vector<llama_token> tokenize_text(const std::string & text) const; // with marks, and none of the template's
 
     const llama_vocab * vocab;
+
+    mutable std::once_flag           defined_found;
+    mutable std::vector<std::string> defined; // longest first
 
     std::unordered_map<std::string, stripping> texts;
     std::vector<size_t> lengths[256]; // of texts, by their first byte, longest first
