@@ -14,8 +14,8 @@ from pathlib import Path
 
 import pytest
 
+from clex_local.documents import attachments, encodings, folders, kinds, worker
 from clex_local.documents import docx as word
-from clex_local.documents import folders, worker
 from clex_local.documents import pdf as portable
 from clex_local.documents.attachments import attach, texts, without_twice
 from clex_local.documents.document import DocumentError
@@ -168,6 +168,17 @@ def test_what_needs_an_extra_says_so(monkeypatch):
     assert message.startswith("not a UTF-8 text file (byte 1 is 0xf6); pip install 'clex-local[documents]'")
     with pytest.raises(DocumentError, match=r"a PDF file; pip install 'clex-local\[documents\]'"):
         portable.read(pdf("x"), "a.pdf")
+
+
+def test_what_is_too_large(tmp_path, monkeypatch):
+    for module in (kinds, encodings, attachments):
+        monkeypatch.setattr(module, "LARGEST", 2**20)
+    assert refusal(pdf("x") + bytes(2**20), "a.pdf") == "a PDF file of more than 1 MiB; give a part of it"
+    assert refusal(b"a" * (2**20 + 1), "a.txt") == "more than 1 MiB of text, no context holds that"
+    for name in ("a.txt", "b.txt"):
+        (tmp_path / name).write_text(name * 110_000)
+    with pytest.raises(DocumentError, match="more than 1 MiB of text; name a part of it"):
+        attach(str(tmp_path))
 
 
 # A process of its own
