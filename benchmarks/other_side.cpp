@@ -83,7 +83,7 @@ int main(int argc, char ** argv) {
     llama_backend_init();
     llama_model_params model_params = llama_model_default_params();
     model_params.use_mmap = false;
-    llama_model * model = llama_load_model_from_file(argv[1], model_params);
+    llama_model * model = llama_model_load_from_file(argv[1], model_params);
     if (!model) {
         return 1;
     }

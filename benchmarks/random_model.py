@@ -33,7 +33,7 @@ def random_model(
         writer.add_block_count(n_layer)
         writer.add_context_length(1 << 20)
         writer.add_embedding_length(width)
-        writer.add_feed_forward_length(feed_forward)
+        writer.add_feed_forward_length(feed_forward // 4 if n_expert else feed_forward)
         writer.add_head_count(n_head)
         writer.add_head_count_kv(n_head_kv)
         writer.add_key_length(head)
