@@ -19,7 +19,7 @@ def regenerate(chat: Chat, _: str) -> None:
     """Have the last message answered once more, by other draws."""
     last = _last(chat)
     if chat.session.sampling.temp == 0:
-        chat.terminal.note("with temp = 0 the answer is the same each time: /set temp 0.8 draws others")
+        chat.terminal.note("with temp = 0 the likeliest words are taken again: /set temp 0.8 draws others")
     if chat.seed >= 0:  # the same draws again would be the same answer
         chat.session.llm.set_seed((chat.seed + 1) % (2**32 - 1))
     chat.answer(last.message, last.files, last.typed_from, replaces=True)

