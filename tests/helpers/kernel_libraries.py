@@ -53,7 +53,7 @@ def libraries(library: type[Library], functions: type[Ggml], **switch: str) -> t
         switch: of the environment, with which ours computes as ggml does.
 
     Returns:
-        Ours with vectors, ours with the switch, stock, and the functions in this process.
+        Ours, ours with the switch, stock, all with vectors alone, and the functions in this process.
     """
     from clex_local._library import library_path
 
@@ -65,13 +65,13 @@ def libraries(library: type[Library], functions: type[Ggml], **switch: str) -> t
 
     @pytest.fixture(scope="module")
     def disabled():
-        opened = library(library_path(), **switch)
+        opened = library(library_path(), GGML_AMX_DISABLE="1", **switch)
         yield opened
         opened.close()
 
     @pytest.fixture(scope="module")
     def stock(stock_library):
-        opened = library(stock_library)
+        opened = library(stock_library, GGML_AMX_DISABLE="1")
         yield opened
         opened.close()
 
