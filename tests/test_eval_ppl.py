@@ -365,7 +365,7 @@ def test_json_has_its_first_names_for_the_options(golden_gguf, words):
     assert settings["cache_type"] == "f32"
     assert settings.keys() == {
         *("text", "lengths", "tokens", "stride", "prefill", "chunk", "by", "original_context"),
-        *("cache_type", "flash_attn", "policy", "clamp", "batch", "threads", "n_gpu_layers"),
+        *("cache_type", "flash_attn", "policy", "clamp", "batch", "threads", "n_gpu_layers", "extend"),
     }
 
 
