@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from collections.abc import Iterator
 from typing import Any
@@ -76,10 +77,14 @@ def test_file_is_read_with_progress_and_the_table_of_its_length(page, tmp_path):
     (tmp_path / "report.txt").write_text(text + "The pass key is 71432. Remember it.")
     page.locator("input[type=file]").first.set_input_files(tmp_path / "report.txt")
     ask(page, "What is the pass key?")
-    page.get_by_text("Processing").filter(has_text="%").first.wait_for()
-    page.locator("[data-context-gauge-trigger]").wait_for()
+    page.get_by_text(re.compile(r"Processing \d+% \(ETA: \d+s\)")).first.wait_for()
+    said = meter(page)
+    assert "RoPE table t = 3" in said
+    assert "up to 1,536 tokens" in said
+    assert re.search(r"Context\s+·\s+[\d.]+K? / 2.05K", said)
+    assert page.screenshot(path=tmp_path / "page-reading.png")
     page.wait_for_function("() => !document.querySelector('.shimmer-text')")
     page.get_by_text("71432").last.wait_for()
     assert "RoPE table t = 3" in meter(page)
-    # That of the docs: pytest --basetemp build/page -k file, then its copy is docs/img/page.png.
+    # Those of the docs: pytest --basetemp build/page -k file, then their copies are in docs/img.
     assert page.screenshot(path=tmp_path / "page.png")
