@@ -60,7 +60,7 @@ def test_model_that_goes_back_without_them_has_none(tmp_path):
     path = make(tmp_path / "model.gguf", "llama")
     plan = plan_service(path, OPTIONS)
     assert (plan.checkpoints, plan.context.checkpoints) == (None, 0)
-    assert "ctx-checkpoints" not in server_settings(plan, OPTIONS)
+    assert "ctx-checkpoints" not in server_settings(plan, OPTIONS, tmp_path)
     assert "to go back" not in " ".join(plan.lines())
 
 
@@ -79,7 +79,7 @@ def test_checkpoints_are_as_many_as_fit(tmp_path):
     few = plan_service(path, OPTIONS, available=48 * MIB)
     assert few.checkpoints == LEAST_CHECKPOINTS
     for plan, available in [(many, 4096 * MIB), (some, 128 * MIB), (few, 48 * MIB)]:
-        assert server_settings(plan, OPTIONS)["ctx-checkpoints"] == str(plan.checkpoints)
+        assert server_settings(plan, OPTIONS, tmp_path)["ctx-checkpoints"] == str(plan.checkpoints)
         assert path.stat().st_size + plan.context.needed + plan.prompt_cache <= available
 
 
