@@ -48,6 +48,8 @@ def main(threads: int | None) -> None:
         ["benchmarks.stock", plain, "--tables", ntk],
         ["benchmarks.attention", plain, "--rounds", "6", "--limit", "20"],
         ["benchmarks.quantization", plain],
+        ["benchmarks.store", plain],
+        ["benchmarks.store", "1b", "--tokens", "16384", "--reads", "1"],
     ):
         if threads:
             arguments += ["--threads", str(threads)]

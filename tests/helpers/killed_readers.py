@@ -27,7 +27,7 @@ from helpers.stored_texts import BLOCK, TEXT_OPTIONS, block_files, read
 IDS = random_tokens(1100)
 PIECE = 64
 
-# Reads the text, then another one, in pieces; says after each that it was handed over.
+# Reads the text, then another one, in pieces; says after each how much was handed over, and how much of that is written.
 READER = """
 import sys
 from clex_local.store import DocumentStore
@@ -42,7 +42,7 @@ for ids in (IDS, random_tokens(1100, seed=int(sys.argv[3]))):
         for begin in range(0, len(ids), PIECE):
             context.feed(ids[begin : begin + PIECE], begin)
             store.save(context.pointer, ids[: begin + PIECE])
-            print(begin + PIECE, flush=True)
+            print(begin + PIECE, store.stats.stored, flush=True)
 store.close()
 """
 
@@ -53,7 +53,7 @@ class Killed:
 
     Attributes:
         rounds: processes that were killed.
-        lost: how often so many whole blocks that were handed over were not there.
+        lost: how often so many whole blocks were not there that had been handed over, and were on their way.
         restored: how often so many tokens were.
         unfinished: files that were being written.
     """
@@ -74,19 +74,19 @@ def kill(path: Path, folder: Path, rounds: int, seed: int = 2) -> Killed:
         seed: of the moments.
 
     Raises:
-        AssertionError: another answer, a damaged file, or more than one block lost.
+        AssertionError: another answer, a damaged file, or a block lost that was written.
     """
     rng, result = random.Random(seed), Killed()
     with closing(Model(path)) as model:
         with Context(model, **TEXT_OPTIONS) as context:
             expected = read(context, IDS)
         for _ in range(rounds):
-            done = _kill_one(path, folder, rng)
+            done, written = _kill_one(path, folder, rng)
             with DocumentStore(folder) as store, Context(model, **TEXT_OPTIONS) as context:
                 count = store.restore(context.pointer, IDS)
                 assert np.array_equal(read(context, IDS, count), expected), "another answer"
+                assert count >= written, "a block is lost that was written"
                 lost = max(0, done // BLOCK - count // BLOCK)
-                assert lost <= 1, f"{lost} blocks are lost"
                 assert count <= len(block_files(folder)) * BLOCK
                 check = store.check()
                 assert check.damaged == 0, "a block is damaged"
@@ -102,16 +102,16 @@ def kill(path: Path, folder: Path, rounds: int, seed: int = 2) -> Killed:
     return result
 
 
-def _kill_one(path: Path, folder: Path, rng: random.Random) -> int:
-    """Kill a reader between two of its lines: tokens of the first text that it had handed over."""
+def _kill_one(path: Path, folder: Path, rng: random.Random) -> tuple[int, int]:
+    """Kill a reader somewhere in the first text: tokens of it that were handed over, and that were written."""
     with run(READER, path, folder, 9) as process:
         assert process.stdout is not None
-        done = 0
+        done = written = 0
         for _ in range(rng.randrange(1, 1100 // PIECE)):
-            done = int(process.stdout.readline())
+            done, written = map(int, process.stdout.readline().split())
         time.sleep(rng.random() * 0.01)
         process.kill()
-    return done
+    return done, written
 
 
 def main() -> None:
