@@ -27,7 +27,7 @@ from helpers.stored_texts import BLOCK, TEXT_OPTIONS, block_files, read
 IDS = random_tokens(1100)
 PIECE = 64
 
-# Reads the text, then another one, in pieces; says after each how much was handed over, and how much of that is written.
+# Reads the text, then another one, in pieces; says after each how much was handed over, and how much is written.
 READER = """
 import sys
 from clex_local.store import DocumentStore

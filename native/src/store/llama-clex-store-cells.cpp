@@ -210,15 +210,14 @@ bool llama_clex_store_cache::place(const llama_token * tokens, int32_t n_past, i
     if (wanted && std::all_of(wanted->begin(), wanted->end(), [&](uint32_t i) { return i < all.size() && all.is_empty(i); })) {
         sinfo.idxs[0] = *wanted;
     }
+    // of no known text until their tables are known
+    kv.clex.adapted = true;
     kv.apply_ubatch(sinfo, ubatch);
+    kv.clex.adapted = false; // each batch says it anew
 
     placed     = sinfo.idxs[0];
     placed_sum = llama_clex_texts::BEGIN;
 
-    // until their tables are known
-    for (const uint32_t i : placed) {
-        kv.clex.texts.set(first_row + i, {});
-    }
     const auto & seq_cells = kv.v_cells[stream].seq_pos_get(seq_id);
     if (n_past > 0) {
         const auto it = seq_cells.lower_bound({ n_past - 1, 0 });

@@ -6,6 +6,7 @@
 #include "llama-kv-cache.h"
 
 #include <algorithm>
+#include <numeric>
 #include <set>
 #include <stdexcept>
 #include <system_error>
@@ -15,6 +16,9 @@ static constexpr int32_t CLEX_BLOCK = LLAMA_CLEX_STORE_BLOCK;
 
 // blocks that are looked at for one text, whatever ways of computing it the store has
 static constexpr size_t CLEX_SEARCH_MAX = 1 << 17;
+
+// that another thread is worth
+static constexpr uint64_t CLEX_THREAD_BYTES = 8*1024*1024;
 
 void clex_store_restore::search(const llama_token * tokens, int32_t n_blocks, bool exact) {
     const auto n_wanted = [](const chain & c) { return std::count_if(c.begin(), c.end(), [](const found & l) { return l.wanted; }); };
@@ -151,9 +155,11 @@ size_t clex_store_restore::load(const llama_token * tokens, const place_of & at,
         }
     };
 
-    // one thread reads at half the speed of the memory
+    // one thread reads at half the speed of the memory; another is waited for longer than little takes, where others compute
+    const size_t n_worth   = 1 + n*std::accumulate(sizes.begin(), sizes.end(), (uint64_t) 0)/CLEX_THREAD_BYTES;
+    const size_t n_threads = cache.on_host() ? std::min<size_t>({ n, n_worth, 4, std::max(1u, std::thread::hardware_concurrency()) }) : 1;
+
     std::vector<std::thread> others;
-    const size_t n_threads = cache.on_host() ? std::min<size_t>({ n, 4, std::max(1u, std::thread::hardware_concurrency()) }) : 1;
     try {
         for (size_t k = 1; k < n_threads; ++k) {
             others.emplace_back(work);
