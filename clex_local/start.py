@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import _thread
 import os
 import signal
+import sys
+from contextlib import suppress
 from importlib import import_module
 from typing import Any
 
@@ -13,6 +16,20 @@ _MODULES = {
     "clex_inspect": "clex_local.inspect_command",
     "clex_serve": "clex_local.serve_command",
 }
+
+
+def _come_again(unraisable: Any) -> None:
+    """Have Ctrl-C come once more where Python drops it: in ``__del__``, and in what runs when an object goes."""
+    if unraisable.exc_type is not KeyboardInterrupt:
+        sys.__unraisablehook__(unraisable)
+        return
+    # From another thread, which runs when this one has left the place. The system gives it to the main one, and wakes
+    # that; where Python is about to end, there is no thread any more.
+    with suppress(RuntimeError):
+        if sys.platform == "win32":
+            _thread.start_new_thread(signal.raise_signal, (signal.SIGINT,))
+        else:
+            _thread.start_new_thread(os.kill, (os.getpid(), signal.SIGINT))
 
 
 def __getattr__(name: str) -> Any:
@@ -26,6 +43,8 @@ def __getattr__(name: str) -> Any:
         os._exit(130)
 
     before = signal.getsignal(signal.SIGINT)
+    if sys.unraisablehook is sys.__unraisablehook__:
+        sys.unraisablehook = _come_again
     try:
         if before is signal.default_int_handler:  # not where a shell has it ignored
             signal.signal(signal.SIGINT, leave)

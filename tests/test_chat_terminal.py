@@ -156,6 +156,28 @@ def test_ctrl_z_suspends(tiny):
 START = "from clex_local.start import clex_chat; clex_chat()"
 
 
+def test_ctrl_c_where_python_drops_it_comes_again():
+    code = """
+import signal, time
+from clex_local import start
+start.clex_inspect
+
+class Thing:
+    def __del__(self):
+        signal.raise_signal(signal.SIGINT)
+        for _ in range(1000):
+            pass
+
+try:
+    Thing()
+    time.sleep(50)
+except KeyboardInterrupt:
+    print("interrupted")
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=100)
+    assert (done.stdout, done.stderr, done.returncode) == ("interrupted\n", "", 0)
+
+
 def test_ctrl_c_at_any_time_ends_with_a_line(tiny):
     """While Python imports, the model loads, the prompt is read and the answer is written."""
     arguments = [str(tiny), "-p", "word " * 2000, "--ctx", "65536", "--threads", "1", "--chat-template", "chatml"]
