@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from clex_local.completion import CompletionError
     from clex_local.decoding import DecodeError
     from clex_local.documents.document import DocumentError
+    from clex_local.devices import WorkerError
     from clex_local.embedding import EmbeddingError
     from clex_local.exchange import AttachedFile, Exchange
     from clex_local.extension import ExtensionError
@@ -55,6 +56,7 @@ _MODULES = {
     "arguments": ["ArgumentError", "ContextWarning"],
     "completion": ["CompletionError"],
     "decoding": ["DecodeError"],
+    "devices": ["WorkerError"],
     "embedding": ["EmbeddingError"],
     "documents.document": ["DocumentError"],
     "exchange": ["AttachedFile", "Exchange"],
@@ -124,6 +126,7 @@ __all__ = [
     "TemplateError",
     "TextError",
     "TokenError",
+    "WorkerError",
     "inspect",
     "install",
     "library_path",

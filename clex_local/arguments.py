@@ -14,6 +14,7 @@ from typing import Any, ParamSpec, TypeVar
 import llama_cpp
 
 from clex_local.bindings_arguments import BindingsArguments
+from clex_local.devices import has_gpu
 from clex_local.errors import ClexError
 from clex_local.memory import KV_TYPES, ContextPlan, choose_cache, default_threads, is_quantized
 from clex_local.model_facts import ModelFacts
@@ -24,7 +25,7 @@ Arguments = ParamSpec("Arguments")
 Result = TypeVar("Result")
 
 _NAMES = [name for name in inspect.signature(llama_cpp.Llama.__init__).parameters if name not in ("self", "kwargs")]
-_OWN = ["prefix_reuse", "policy", "clamp", "prompt_lookup", "store", "extend"]
+_OWN = ["prefix_reuse", "policy", "clamp", "prompt_lookup", "store", "extend", "rpc"]
 # Gone from llama-cpp-python, but other packages (LangChain, its own server) still pass them, given or not.
 _RETIRED = {"n_parts", "f16_kv", "n_gqa", "rms_norm_eps", "mul_mat_q", "low_vram", "memory_f16", "rpc_servers"}
 
@@ -133,8 +134,14 @@ def checked(given: BindingsArguments) -> dict[str, Any]:
     return arguments
 
 
-def completed(arguments: dict[str, Any], facts: ModelFacts, clamp: bool) -> dict[str, Any]:
+def completed(arguments: dict[str, Any], facts: ModelFacts, clamp: bool, workers: bool = False) -> dict[str, Any]:
     """The arguments for a file: no context beyond its tables, and what was not given chosen for this machine.
+
+    Args:
+        arguments: as `checked` gives them.
+        facts: of the file.
+        clamp: contexts beyond its tables are wanted.
+        workers: other machines compute layers, all of them unless it is said how many.
 
     Raises:
         ArgumentError: an argument would have no effect on this file.
@@ -148,6 +155,7 @@ def completed(arguments: dict[str, Any], facts: ModelFacts, clamp: bool) -> dict
     if facts.tables is not None and not clamp:
         n_ctx = min(n_ctx, facts.tables.max_context_length)
     arguments = {
+        **({"n_gpu_layers": -1} if workers else {}),
         **arguments,
         "n_ctx": n_ctx,
         "n_threads": threads,
@@ -155,14 +163,14 @@ def completed(arguments: dict[str, Any], facts: ModelFacts, clamp: bool) -> dict
     }
     chosen = arguments["type_k"] is None and arguments["type_v"] is None
     if arguments["flash_attn"] is None or (arguments["flash_attn"] and chosen):
-        plan = _cache_for(arguments, facts)
+        plan = _cache_for(arguments, facts, workers)
         arguments["flash_attn"] = plan.flash_attn
         if chosen:
             arguments["type_k"] = arguments["type_v"] = KV_TYPES[plan.kv_type][0]
     return arguments
 
 
-def _cache_for(arguments: Mapping[str, Any], facts: ModelFacts) -> ContextPlan:
+def _cache_for(arguments: Mapping[str, Any], facts: ModelFacts, workers: bool) -> ContextPlan:
     """Flash attention and the type of cache, where they are not given."""
     # Types that are not among ours are quantized. Of two, the one that needs flash attention or more memory counts.
     codes = (arguments["type_k"], arguments["type_v"])
@@ -173,7 +181,7 @@ def _cache_for(arguments: Mapping[str, Any], facts: ModelFacts) -> ContextPlan:
         kv_type=max(given, key=lambda name: (is_quantized(name), KV_TYPES[name][2]), default=None),
         flash_attn=arguments["flash_attn"],
         batch=min(arguments.get("n_batch", 512), arguments.get("n_ubatch", 512)),
-        n_gpu_layers=arguments.get("n_gpu_layers", 0) if llama_cpp.llama_supports_gpu_offload() else 0,
+        n_gpu_layers=arguments.get("n_gpu_layers", 0) if workers or has_gpu() else 0,
     )
 
 

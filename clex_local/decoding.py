@@ -8,12 +8,13 @@ from contextlib import contextmanager
 
 from clex_local.errors import ClexError
 
-NOT_FINITE = -4  # LLAMA_CLEX_NOT_FINITE of llama-clex.h
+NOT_FINITE, DEVICE_LOST = -4, -5  # LLAMA_CLEX_NOT_FINITE and LLAMA_CLEX_DEVICE_LOST of llama-clex.h
 
 _REASONS = {
     1: "the context is full",
     2: "the computation was aborted",
     -2: "there is not enough memory to compute it; use a smaller n_ubatch or a shorter context",
+    DEVICE_LOST: "a worker of `rpc` is gone, with what it held; start it again, and load the model anew",
     NOT_FINITE: (
         "its outputs are no numbers (NaN); the file is damaged, or its values are too large for the types that it is "
         "computed with: download or convert it again, and try an F32 cache"

@@ -37,6 +37,7 @@ from clex_local.chat_formats import ChatFormats
 from clex_local.clex_state import ClexState, too_long
 from clex_local.completion import Completions
 from clex_local.decoding import NOT_FINITE, DecodeError, decode_errors
+from clex_local.devices import devices_with
 from clex_local.embedding import embeddings
 from clex_local.errors import ClexError, ModelError
 from clex_local.extension import Extension
@@ -118,9 +119,11 @@ class Llama(Completions, ChatFormats):
         prompt_lookup: guess the next tokens from the text so far, as a ``draft_model`` does; see ``PromptLookup``.
         store: keep what is computed of texts on disk, and take from there what a prompt begins with: True for the
             folder of the commands, or a folder. ``CLEX_STORE=0`` in the environment is none. What cannot be stored
-            (recurrent models, adapters) is computed as without.
+            (recurrent models, adapters, layers of other machines) is computed as without.
         extend: make tables for a file without any, kept in memory: ``"4x"`` for four times its context, ``"ntk:4x"``
             with a method of clex-convert's. What is computed is what the converted file computes.
+        rpc: workers that compute layers in place of this machine, ``host:port`` each, where ``clex-worker`` listens;
+            all layers, unless ``n_gpu_layers`` says how many.
         flash_attn: None uses flash attention where it is faster, and where the cache does not fit in memory without.
         type_k: ggml type of the key cache; with neither type given it is F16, or q8_0 where only that fits in memory.
         type_v: ggml type of the value cache, in the same way.
@@ -143,6 +146,7 @@ class Llama(Completions, ChatFormats):
             tables break a rule of the metadata (``TablesError``); the message says which.
         ArgumentError: an argument would have no effect on this file.
         StoreError: the folder of ``store`` cannot be used.
+        WorkerError: a worker of ``rpc`` cannot be reached.
         TypeError: a keyword is no argument of this class; the message has those it may stand for.
     """
 
@@ -160,6 +164,7 @@ class Llama(Completions, ChatFormats):
         prompt_lookup: bool = False,
         store: bool | str | os.PathLike[str] | None = False,
         extend: str | float | None = None,
+        rpc: Sequence[str] = (),
         **kwargs: Unpack[BindingsArguments],
     ) -> None:
         self.on_prefill: Callable[[int, int], None] | None = None
@@ -182,7 +187,8 @@ class Llama(Completions, ChatFormats):
         if given.get("lora_path") is not None:
             given["lora_path"] = check_adapter(file_path(given["lora_path"]))
         facts = ModelFacts.read(path, extend)
-        self._load(path, completed(given, facts, clamp), facts.extension)
+        self._devices = devices_with(rpc) if rpc else None
+        self._load(path, completed(given, facts, clamp, workers=bool(rpc)), facts.extension)
         close_at_exit(self)
         if self._has_tables:
             fixed = llama_clex.Policy.FIXED if policy == "fixed" else llama_clex.Policy.BY_LENGTH
@@ -200,6 +206,7 @@ class Llama(Completions, ChatFormats):
             "prompt_lookup": prompt_lookup,
             "store": store,
             "extend": extend,
+            "rpc": tuple(rpc),
         }
         if prompt_lookup:
             self._draft = PromptLookup()
@@ -252,6 +259,8 @@ class Llama(Completions, ChatFormats):
     @model_params.setter
     def model_params(self, params: llama_cpp.llama_model_params) -> None:
         params.progress_callback = progress
+        if self._devices is not None:
+            params.devices = ctypes.addressof(self._devices)  # pyright: ignore[reportAttributeAccessIssue]
         self._model_params = params
 
     @property
@@ -538,9 +547,16 @@ class Llama(Completions, ChatFormats):
 
     @_reading
     def save_state(self) -> LlamaState:
-        """As llama-cpp-python's; for ``load_state`` of the same file and the same kind of cache."""
-        with kept_until_return():
+        """As llama-cpp-python's; for ``load_state`` of the same file and the same kind of cache.
+
+        Raises:
+            StateError: llama.cpp cannot read what is cached, as where a worker is gone.
+        """
+        with kept_until_return(), logged(ERROR, forward=self.verbose) as errors:
             state = super().save_state()
+        if not state.llama_state_size:  # of which the bindings make an empty state
+            reason = errors[-1].split("error saving state: ")[-1] if errors else "llama.cpp did not write it"
+            raise StateError(f"{self.model_path}: cannot save the state: {reason}")
         state.clex_computed = self._computed[: self.n_tokens].copy()  # pyright: ignore[reportAttributeAccessIssue]
         seal(state, scores=self._logits_all)
         return state

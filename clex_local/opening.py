@@ -7,6 +7,7 @@ import os
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+from clex_local.devices import WorkerError, has_gpu
 from clex_local.errors import ClexError
 from clex_local.memory import KV_TYPES, plan_context
 from clex_local.model_facts import ModelFacts
@@ -38,15 +39,16 @@ def open_model(path: str | os.PathLike[str], options: RunOptions) -> Llama:
         kv_type=options.kv_type,
         flash_attn=options.flash_attn,
         batch=options.batch,
-        n_gpu_layers=options.n_gpu_layers or 0 if supports_gpu() else 0,
+        n_gpu_layers=offloaded_layers(options),
         weights=os.path.getsize(path),
     )
     options = replace(options, ctx=plan.n_ctx, kv_type=plan.kv_type, flash_attn=plan.flash_attn)
     try:
         return load(path, options)
     except (ClexError, ValueError, RuntimeError, MemoryError) as error:
-        gpu = supports_gpu() and options.n_gpu_layers
-        hint = "; if it is the GPU's memory, pass a smaller `n_gpu_layers`" if gpu else ""
+        where = "a worker" if options.rpc else "the GPU"
+        is_memory = offloaded_layers(options) and not isinstance(error, WorkerError)
+        hint = f"; if it is {where}'s memory, pass a smaller `n_gpu_layers`" if is_memory else ""
         raise ClexError(f"{error}{hint}") from error
 
 
@@ -74,6 +76,7 @@ def load(path: str | os.PathLike[str], options: RunOptions, **more: Any) -> Llam
         "n_threads": options.threads,
         "n_threads_batch": options.threads_batch,
         "n_gpu_layers": options.n_gpu_layers,
+        "rpc": options.rpc,
         "type_k": kv_type,
         "type_v": kv_type,
         "flash_attn": options.flash_attn,
@@ -91,14 +94,12 @@ def load(path: str | os.PathLike[str], options: RunOptions, **more: Any) -> Llam
 
 
 def on_this_machine(options: RunOptions) -> RunOptions:
-    """The options with a number of layers for the GPU: all where there is one, unless it was given."""
+    """The options with a number of layers for GPUs and workers: all where there are any, unless it was given."""
     if options.n_gpu_layers is not None:
         return options
-    return replace(options, n_gpu_layers=-1 if supports_gpu() else 0)
+    return replace(options, n_gpu_layers=-1 if options.rpc or has_gpu() else 0)
 
 
-def supports_gpu() -> bool:
-    """Whether the library can compute on a GPU."""
-    import llama_cpp
-
-    return llama_cpp.llama_supports_gpu_offload()
+def offloaded_layers(options: RunOptions) -> int:
+    """Layers that are computed on GPUs or by workers, -1 for all."""
+    return on_this_machine(options).n_gpu_layers or 0 if options.rpc or has_gpu() else 0

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from clex_local.extension import extension_text
+from clex_local.devices import addresses
 from clex_local.memory import KV_TYPES
 from clex_local.options import documented, option
 
@@ -38,10 +39,16 @@ class RunOptions:
     )
     n_gpu_layers: int | None = option(
         None,
-        "Layers computed on a GPU; -1: all.",
-        default_text="all if there is a GPU",
+        "Layers computed on a GPU, or by workers; -1: all.",
+        default_text="all if there is either",
         metavar="N",
         minimum=-1,
+    )
+    rpc: tuple[str, ...] = option(
+        (),
+        "Workers on other machines, which compute layers in place of this one: where each listens.",
+        metavar="HOST:PORT,...",
+        parse=addresses,
     )
     prompt_lookup: bool = option(
         False, "Guess tokens that repeat the text so far, and compute them together: faster where an answer quotes it."

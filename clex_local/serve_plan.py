@@ -9,12 +9,13 @@ from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 
+from clex_local.devices import has_gpu
 from clex_local.errors import ClexError
 from clex_local.extension import OVERLAY, Extension
 from clex_local.gguf_file import GGUFFile
 from clex_local.memory import CELLS, ContextPlan, ModelShape, available_bytes, default_threads, plan_context
 from clex_local.model_facts import ModelFacts
-from clex_local.opening import on_this_machine, supports_gpu
+from clex_local.opening import offloaded_layers
 from clex_local.serve_options import PARALLEL, ServeOptions
 from clex_local.sizes import readable_size
 
@@ -97,7 +98,7 @@ def plan_service(path: str | os.PathLike[str], options: ServeOptions, available:
     """
     facts = ModelFacts.read(path, options.extend)
     facts.check_context(options.ctx)
-    layers = on_this_machine(options).n_gpu_layers or 0
+    layers = offloaded_layers(options)
     if available is None:
         available = available_bytes()
     weights = os.path.getsize(path)
@@ -114,7 +115,7 @@ def plan_service(path: str | os.PathLike[str], options: ServeOptions, available:
             kv_type=options.kv_type,
             flash_attn=options.flash_attn,
             batch=options.batch,
-            n_gpu_layers=layers if supports_gpu() else 0,
+            n_gpu_layers=layers,
             weights=weights + min(PROMPT_CACHE, available // 8),
             available=available,
         )
@@ -211,8 +212,10 @@ def server_settings(plan: ServePlan, options: ServeOptions, folder: Path) -> dic
         settings["override-kv"] = f'"{override}"' if "," in override else override
     if options.prompt_lookup:
         settings |= _LOOKUP
-    if supports_gpu():
-        layers = on_this_machine(options).n_gpu_layers or 0
+    if options.rpc:
+        settings["rpc"] = ",".join(options.rpc)
+    if options.rpc or has_gpu():
+        layers = offloaded_layers(options)
         settings["n-gpu-layers"] = "all" if layers < 0 else str(layers)
     if plan.embeddings:
         settings["embeddings"] = ""

@@ -38,11 +38,24 @@ def server_program() -> Path:
     Raises:
         ServerError: this installation was built without it.
     """
-    program = library_path() / ("llama-server.exe" if sys.platform == "win32" else "llama-server")
+    return _program("llama-server", "its server", "CLEX_SERVER=OFF")
+
+
+def worker_program() -> Path:
+    """The program that computes layers for other machines.
+
+    Raises:
+        ServerError: this installation was built without it.
+    """
+    return _program("ggml-rpc-server", "its program for workers", "CLEX_SERVER=OFF and GGML_RPC=OFF")
+
+
+def _program(name: str, what: str, options: str) -> Path:
+    program = library_path() / (f"{name}.exe" if sys.platform == "win32" else name)
     if not program.is_file():
         raise ServerError(
-            f"{program} is missing: this clex-local was built without its server; "
-            "install it again without CLEX_SERVER=OFF in CMAKE_ARGS"
+            f"{program} is missing: this clex-local was built without {what}; "
+            f"install it again without {options} in CMAKE_ARGS"
         )
     return program
 

@@ -80,7 +80,7 @@ def _store(options: ServeOptions) -> dict[str, str]:
     """What the server is told of the document store."""
     from clex_local.store import size_limit, store_wanted  # with the library, which a build without the server may lack
 
-    folder = store_wanted(options.store)
+    folder = None if options.rpc else store_wanted(options.store)  # workers may compute other bits another time
     return {"LLAMA_CLEX_STORE": str(folder or ""), "LLAMA_CLEX_STORE_SIZE": str(size_limit() if folder else 0)}
 
 

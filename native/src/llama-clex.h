@@ -92,6 +92,9 @@ LLAMA_API int32_t llama_clex_bucket(const struct llama_model * model, int64_t n_
 // to be cleared with its data, since values that are no numbers reach every later token.
 #define LLAMA_CLEX_NOT_FINITE (-4)
 
+// What it returns when an RPC server is gone that computes layers: nothing can be computed until the model is loaded anew.
+#define LLAMA_CLEX_DEVICE_LOST (-5)
+
 //
 // the sequences of a context
 //

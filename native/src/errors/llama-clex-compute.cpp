@@ -39,12 +39,34 @@ llm_graph_result * llama_clex_compute(ggml_status & status, const std::function<
     }
 }
 
-int32_t llama_clex_process(const std::function<int32_t()> & process) {
-    try {
-        return process();
-    } catch (...) {
-        return clex_thrown() == GGML_STATUS_ALLOC_FAILED ? -2 : -3;
+// which device cannot be reached any more, null if none
+static const char * clex_lost(ggml_backend_sched_t sched) {
+    for (int i = 0; sched && i < ggml_backend_sched_get_n_backends(sched); ++i) {
+        ggml_backend_t     backend = ggml_backend_sched_get_backend(sched, i);
+        ggml_backend_dev_t dev     = ggml_backend_get_device(backend);
+        ggml_backend_reg_t reg     = dev ? ggml_backend_dev_backend_reg(dev) : nullptr;
+
+        auto * lost = reg ? (const char * (*)(ggml_backend_t)) ggml_backend_reg_get_proc_address(reg, "ggml_backend_lost") : nullptr;
+        if (const char * name = lost ? lost(backend) : nullptr) {
+            return name;
+        }
     }
+    return nullptr;
+}
+
+int32_t llama_clex_process(ggml_backend_sched_t sched, const std::function<int32_t()> & process) {
+    int32_t ret;
+    try {
+        ret = process();
+    } catch (...) {
+        ret = clex_thrown() == GGML_STATUS_ALLOC_FAILED ? -2 : -3;
+    }
+    // asked for outputs that did not arrive, too
+    if (const char * name = clex_lost(sched)) {
+        LLAMA_LOG_ERROR("%s: %s, which computes layers of this model, is gone\n", __func__, name);
+        return LLAMA_CLEX_DEVICE_LOST;
+    }
+    return ret;
 }
 
 bool llama_clex_finite(const float * values, int64_t n) {

@@ -9,6 +9,7 @@
 
 #include "ggml-backend.h"
 
+#include <cstring>
 #include <numeric>
 
 std::vector<llama_kv_cache *> llama_clex_store_context::caches() const {
@@ -41,6 +42,13 @@ std::string llama_clex_store_context::refusal() const {
     }
     if (model.clex_files.empty()) {
         return "its model was not loaded from files";
+    }
+    for (const auto & device : model.devices) {
+        // what computes there may be another machine the next time
+        auto * reg = ggml_backend_dev_backend_reg(device.dev);
+        if (reg && strcmp(ggml_backend_reg_name(reg), "RPC") == 0) {
+            return "other machines compute layers of its model";
+        }
     }
     if (ctx.clex_adapted()) {
         return "it has adapters or a control vector";

@@ -178,7 +178,12 @@ size_t llama_clex_state::write(uint8_t * dst, size_t size, const std::function<s
         seed = kv->clex.on_device[seq_id] = ++kv->clex.n_on_device;
     }
 
-    const size_t res = write(size - std::min(size, sum_size()));
+    size_t res = 0;
+    try {
+        res = write(size - std::min(size, sum_size()));
+    } catch (const std::exception & err) { // cells are read last, from a device that may be gone
+        LLAMA_LOG_ERROR("%s: error saving state: %s\n", __func__, err.what());
+    }
     if (res == 0 || !kv) {
         return res;
     }
@@ -232,7 +237,12 @@ size_t llama_clex_state::read(const uint8_t * src, size_t size, const std::funct
         return 0;
     }
 
-    const size_t res = read(size - sum_size());
+    size_t res = 0;
+    try {
+        res = read(size - sum_size());
+    } catch (const std::exception & err) { // as in write()
+        LLAMA_LOG_ERROR("%s: error loading state: %s\n", __func__, err.what());
+    }
 
     return res > 0 ? res + sum_size() : 0;
 }
