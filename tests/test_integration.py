@@ -73,6 +73,39 @@ def test_bindings_with_a_library_keep_it_until_clex_local_is_imported(bindings, 
     assert wrong.returncode == 0
 
 
+NOT_INSTALLED = """
+from importlib.machinery import PathFinder
+find = PathFinder.find_spec
+PathFinder.find_spec = lambda name, path=None, target=None: (
+    None if name == "llama_cpp" and path is None else find(name, path, target)
+)
+"""
+
+
+@pytest.mark.parametrize("first", ["", "import clex_local;"])
+def test_bindings_that_are_not_installed_come_with_the_package(first):
+    done = run("-c", f"{NOT_INSTALLED}\n{first}import llama_cpp; {IS_OURS}; print(llama_cpp.__file__)")
+    ours, path = done.stdout.splitlines()
+    assert (ours, done.stderr) == ("True", "")
+    assert Path(path).parts[-4:] == ("clex_local", "_bindings", "llama_cpp", "__init__.py")
+    assert (Path(path).parents[1] / "LICENSE.md").is_file()
+
+
+def test_bindings_that_are_not_installed_take_a_chosen_library(stock_library):
+    done = run("-c", f"{NOT_INSTALLED}\nimport llama_cpp; {IS_OURS}", LLAMA_CPP_LIB_PATH=str(stock_library))
+    assert (done.stdout, done.stderr) == ("False\n", "")
+
+
+@pytest.mark.parametrize("first", ["", "import clex_local;"])
+def test_bindings_of_another_release_do_not_get_our_library(bindings, first):
+    """Their structs may have other fields."""
+    package = bindings / "llama_cpp" / "__init__.py"
+    package.write_text('__version__ = "0.2.0"\nraise SystemExit("executed")\n')
+    done = run("-c", f"{first}import llama_cpp; {IS_OURS}; print(llama_cpp.__version__)", PYTHONPATH=str(bindings))
+    assert (done.stdout.splitlines()[0], done.stderr) == ("True", "")
+    assert "0.2.0" not in done.stdout
+
+
 def test_a_broken_installation_breaks_no_other_program(bindings):
     startup = Path(__file__).parent.parent / "startup"
     for path in startup.iterdir():

@@ -92,14 +92,23 @@ class Ggml:
             "ggml_quantize_chunk", size, integer, pointer, pointer, *[ctypes.c_int64] * 3, pointer
         )
         self.type_traits = self.function("ggml_get_type_traits", ctypes.POINTER(self.TypeTraits), integer)
-        self.cpu_init = self.function("ggml_backend_cpu_init", pointer)
-        self.set_threads = self.function("ggml_backend_cpu_set_n_threads", None, pointer, integer)
         self.allocate = self.function("ggml_backend_alloc_ctx_tensors", pointer, pointer, pointer)
         self.release = self.function("ggml_backend_buffer_free", None, pointer)
         self.set = self.function("ggml_backend_tensor_set", None, pointer, pointer, size, size)
         self.get = self.function("ggml_backend_tensor_get", None, pointer, pointer, size, size)
         self.compute = self.function("ggml_backend_graph_compute", integer, pointer, pointer)
-        self.backend = self.cpu_init()
+        self.backend, self.set_threads = self._cpu()
+
+    def _cpu(self) -> tuple[Any, Any]:
+        """The CPU's backend, which may be a library of its own, and the function that sets its threads."""
+        pointer, integer = ctypes.c_void_p, ctypes.c_int
+        self.function("ggml_backend_load_all", None)()
+        device = self.function("ggml_backend_dev_by_type", pointer, integer)(0)
+        backend = self.function("ggml_backend_dev_init", pointer, pointer, pointer)(device, None)
+        registry = self.function("ggml_backend_dev_backend_reg", pointer, pointer)(device)
+        find = self.function("ggml_backend_reg_get_proc_address", pointer, pointer, ctypes.c_char_p)
+        address = find(registry, b"ggml_backend_set_n_threads")
+        return backend, ctypes.CFUNCTYPE(None, pointer, integer)(address)
 
     def function(self, name: str, result: Any, *arguments: Any) -> Any:
         found = getattr(self.library, name)
