@@ -91,7 +91,7 @@ _REASONS = (
 
 
 def _reason(lines: list[str], code: int) -> str:
-    if code == -signal.SIGKILL:
+    if code == -9:  # SIGKILL, a name that Windows does not have
         return "its process was killed, as the system does when memory runs out; close other programs and try again"
     for pattern in _REASONS:
         for line in reversed(lines):

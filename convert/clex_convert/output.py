@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import hashlib
 import os
 import re
 import secrets
 import shutil
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -81,7 +81,7 @@ class Output:
                 self._temporary[path] = None
                 descriptor = self._temporary[path] = os.open(path, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o666)
                 with contextlib.suppress(OSError):  # file systems without locks have nobody who takes it for stale
-                    fcntl.flock(descriptor, fcntl.LOCK_EX)
+                    _lock(descriptor, wait=True)
                 # Another run may have come between the last two steps and removed it.
                 if os.fstat(descriptor).st_nlink:
                     return path
@@ -108,10 +108,17 @@ class Output:
 
     def discard(self, path: Path) -> None:
         """Removes a temporary file that is needed no more."""
+        if sys.platform == "win32":
+            self._close(path)
         with contextlib.suppress(OSError):
             path.unlink()
-        descriptor = self._temporary.pop(path, None)
+        self._close(path)
+        self._temporary.pop(path, None)
+
+    def _close(self, path: Path) -> None:
+        descriptor = self._temporary.get(path)
         if descriptor is not None:
+            self._temporary[path] = None
             os.close(descriptor)
 
     def commit(self, path: Path) -> str:
@@ -130,6 +137,8 @@ class Output:
                 digest = _sha256(path)
                 synced.result()
             self._check()
+            if sys.platform == "win32":  # where a file that is open keeps its name
+                self._close(path)
             if self.overwrite:
                 os.replace(path, self.path)
             else:
@@ -148,12 +157,23 @@ class Output:
 
 
 def _remove_unlocked(path: Path) -> None:
+    if sys.platform == "win32":
+        path.unlink()  # refused while its process lives, which has it open
+        return
     descriptor = os.open(path, os.O_RDONLY)
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        _lock(descriptor, wait=False)
         path.unlink()
     finally:
         os.close(descriptor)
+
+
+def _lock(descriptor: int, *, wait: bool) -> None:
+    """Locks a file; an OSError where another process has the lock and this one does not wait."""
+    if sys.platform != "win32":  # where nobody removes a file that is open
+        import fcntl
+
+        fcntl.flock(descriptor, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
 def _sha256(path: Path) -> str:
