@@ -1,6 +1,9 @@
 #include "llama-clex-compute.h"
 
+#include "llama-context.h"
 #include "llama-impl.h"
+
+#include "ggml-backend.h"
 
 #include <cstring>
 #include <exception>
@@ -39,7 +42,7 @@ llm_graph_result * llama_clex_compute(ggml_status & status, const std::function<
     }
 }
 
-// which device cannot be reached any more, null if none
+// which device cannot be reached any more, null if none; a batch may make the scheduler anew
 static const char * clex_lost(ggml_backend_sched_t sched) {
     for (int i = 0; sched && i < ggml_backend_sched_get_n_backends(sched); ++i) {
         ggml_backend_t     backend = ggml_backend_sched_get_backend(sched, i);
@@ -54,7 +57,7 @@ static const char * clex_lost(ggml_backend_sched_t sched) {
     return nullptr;
 }
 
-int32_t llama_clex_process(ggml_backend_sched_t sched, const std::function<int32_t()> & process) {
+int32_t llama_clex_process(const llama_context & ctx, const std::function<int32_t()> & process) {
     int32_t ret;
     try {
         ret = process();
@@ -62,7 +65,7 @@ int32_t llama_clex_process(ggml_backend_sched_t sched, const std::function<int32
         ret = clex_thrown() == GGML_STATUS_ALLOC_FAILED ? -2 : -3;
     }
     // asked for outputs that did not arrive, too
-    if (const char * name = clex_lost(sched)) {
+    if (const char * name = clex_lost(ctx.get_sched())) {
         LLAMA_LOG_ERROR("%s: %s, which computes layers of this model, is gone\n", __func__, name);
         return LLAMA_CLEX_DEVICE_LOST;
     }
