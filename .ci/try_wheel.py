@@ -38,12 +38,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("wheel", nargs="?", type=Path)
     parser.add_argument("--here", action="store_true", help="use this interpreter's environment")
+    parser.add_argument("--without-server", action="store_true", help="it was built with CLEX_SERVER=OFF")
     args = parser.parse_args()
     if args.here == (args.wheel is not None):
         parser.error("give a wheel, or --here")
     with tempfile.TemporaryDirectory(prefix="clex-wheel-", ignore_cleanup_errors=True) as folder:
         trial = Trial(Path(folder), None if args.here else args.wheel.resolve())
-        trial.run()
+        trial.run(server=not args.without_server)
 
 
 class Trial:
@@ -100,7 +101,7 @@ class Trial:
         if code:
             sys.exit(f"{command[0]} ended with {code}")
 
-    def run(self) -> None:
+    def run(self, *, server: bool) -> None:
         """What the README shows, and the demo."""
         self.call("-c", FACTS)
         (self.folder / "report.txt").write_text(REPORT)
@@ -112,7 +113,9 @@ class Trial:
             "clex-chat", "long.gguf", "-f", "report.txt", "-p", "Who wrote this, and why?", "--max-tokens", "40"
         )
         self.command("clex-cache")
-        self.command("clex-serve", "long.gguf", "--", "--version")
+        if server:
+            self.command("clex-serve", "long.gguf", "--", "--version")
+            self.command("clex-worker", "--version")
         self.call("demo.py")
 
 
