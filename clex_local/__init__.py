@@ -23,8 +23,8 @@ if TYPE_CHECKING:
     from clex_local.clex_state import ClexState
     from clex_local.completion import CompletionError
     from clex_local.decoding import DecodeError
-    from clex_local.documents.document import DocumentError
     from clex_local.devices import WorkerError
+    from clex_local.documents.document import DocumentError
     from clex_local.embedding import EmbeddingError
     from clex_local.exchange import AttachedFile, Exchange
     from clex_local.extension import ExtensionError

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from clex_local.extension import extension_text
 from clex_local.devices import addresses
+from clex_local.extension import extension_text
 from clex_local.memory import KV_TYPES
 from clex_local.options import documented, option
 
