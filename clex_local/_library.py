@@ -112,9 +112,28 @@ def _load_ours(extensions: Any) -> None:
     def load_shared_library(name: str, directory: Path) -> Any:
         if name in ("llama", "ggml") and not os.environ.get(_VARIABLE):
             directory = library_path()
-        return load(name, directory)
+        library = load(name, directory)
+        if name == "llama" and any(directory.glob("*ggml-cpu-*")):
+            _load_backends(directory)
+        return library
 
     extensions.load_shared_library = load_shared_library
+
+
+def _load_backends(directory: Path) -> None:
+    """Load the CPU's code for this processor, of which a wheel has several: not every program has llama.cpp do it."""
+    import ctypes
+
+    ggml = ctypes.CDLL(
+        str(directory / {"win32": "ggml.dll", "darwin": "libggml.dylib"}.get(sys.platform, "libggml.so"))
+    )
+    base = load_ggml()
+    quiet = ctypes.CFUNCTYPE(None, ctypes.c_int, ctypes.c_char_p, ctypes.c_void_p)(lambda *_: None)
+    base.ggml_log_set(quiet, None)
+    try:
+        ggml.ggml_backend_load_all()
+    finally:
+        base.ggml_log_set(None, None)
 
 
 def _declare_lengths(llama: Any) -> None:
