@@ -77,11 +77,13 @@ def test_file_is_read_with_progress_and_the_table_of_its_length(page, tmp_path):
     (tmp_path / "report.txt").write_text(text + "The pass key is 71432. Remember it.")
     page.locator("input[type=file]").first.set_input_files(tmp_path / "report.txt")
     ask(page, "What is the pass key?")
+    reading = page.locator("[data-reading-context]").filter(has_text="RoPE table t = 3, up to 1,536 tokens")
+    reading.wait_for()
     page.get_by_text(re.compile(r"Processing \d+% \(ETA: \d+s\)")).first.wait_for()
+    assert re.search(r"[\d,]+ of 1,\d+ tokens read, context 2,048", reading.inner_text())
     said = meter(page)
     assert "RoPE table t = 3" in said
     assert "up to 1,536 tokens" in said
-    assert re.search(r"Context\s+·\s+[\d.]+K? / 2.05K", said)
     assert page.screenshot(path=tmp_path / "page-reading.png")
     page.wait_for_function("() => !document.querySelector('.shimmer-text')")
     page.get_by_text("71432").last.wait_for()
