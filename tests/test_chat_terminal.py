@@ -206,7 +206,8 @@ def test_ctrl_c_at_any_time_ends_with_a_line(tiny):
 def test_ctrl_c_ends_a_batch_that_takes_long(smollm_ntk, tmp_path):
     """Within the batch: all of the prompt is one."""
     (tmp_path / "long.txt").write_text("word " * 7000)
-    pty = Pty(smollm_ntk, "--ctx", "8192", "--batch", "8192", "--no-store", XDG_STATE_HOME=str(tmp_path))
+    options = ("--ctx", "8192", "--batch", "8192", "--no-store", "--max-tokens", "8")
+    pty = Pty(smollm_ntk, *options, XDG_STATE_HOME=str(tmp_path))
     pty.prompt(" 0 of 8,192")
     pty.chat.send(f"/file {tmp_path}/long.txt\r")
     pty.prompt("long.txt")
@@ -218,8 +219,6 @@ def test_ctrl_c_ends_a_batch_that_takes_long(smollm_ntk, tmp_path):
     pty.chat.send("/drop\r")
     pty.prompt(" 0 of 8,192")
     pty.chat.send("Hello\r")
-    pty.expect(r"[A-Za-z]{3}")
-    pty.chat.sendintr()
     pty.prompt(r" [1-9]\d* of 8,192")
     pty.chat.sendeof()
     assert pty.close() == 0

@@ -89,6 +89,7 @@ HARMLESS = {
     "logits_to_logprobs",
 }
 HARMLESS |= {"longest_token_prefix", "metadata", "model_params", "restored_tokens", "set_cache", "set_seed", "settings"}
+HARMLESS |= {"stored_tokens"}
 HARMLESS |= {"create_chat_completion_openai_v1"}  # needs another package, and calls create_chat_completion
 STATE = llama_cpp.llama.LlamaState(np.zeros(0, np.intc), np.zeros((0, 0), np.single), 0, b"", 0, 0)
 
