@@ -28,7 +28,7 @@ def in_turns(
     for turn in range(warm_up + rounds):
         for name in list(sides)[:: -1 if turn % 2 else 1]:
             found[name].append(sides[name]())
-        if turn and time.monotonic() - began > limit:
+        if turn > warm_up and time.monotonic() - began > limit:
             break
     return {name: values[warm_up:] for name, values in found.items()}
 
