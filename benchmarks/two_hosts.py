@@ -104,7 +104,6 @@ def main(model: Path, text: Path, prompt: int, tokens: int, ctx: int, delay: flo
         expected, *alone = generate(llm, words, tokens)
     with hosts(delay, threads) as found:
         with Llama(model, rpc=[host.address for host in found], **options) as llm:
-            start = time.perf_counter()
             answer, *spread = generate(llm, words, tokens)
             print(row(["", "prompt, tokens/s", "then, tokens/s"]))
             print(row(["---", "---:", "---:"]))

@@ -18,7 +18,11 @@ if TYPE_CHECKING:
     import ctypes
 
 _VARIABLE = "LLAMA_CPP_LIB_PATH"
-_NAMES = {"win32": "llama.dll", "darwin": "libllama.dylib"}
+
+
+def library_file(name: str) -> str:
+    """What the file of a library is called on this system, such as ``libggml.so`` for ``ggml``."""
+    return {"win32": "{}.dll", "darwin": "lib{}.dylib"}.get(sys.platform, "lib{}.so").format(name)
 
 
 def library_path() -> Path:
@@ -29,7 +33,7 @@ def library_path() -> Path:
     """
     if chosen := os.environ.get(_VARIABLE):
         return Path(chosen)
-    name = _NAMES.get(sys.platform, "libllama.so")
+    name = library_file("llama")
     if library := _built(f"lib/{name}"):
         return library.parent
     raise ClexError(f"{name} is missing from the clex_local package; install it again with `pip install .`")
@@ -54,9 +58,7 @@ def load_ggml() -> ctypes.CDLL:
     """
     import ctypes
 
-    path = library_path() / {"win32": "ggml-base.dll", "darwin": "libggml-base.dylib"}.get(
-        sys.platform, "libggml-base.so"
-    )
+    path = library_path() / library_file("ggml-base")
     try:
         return ctypes.CDLL(str(path))
     except OSError as error:
@@ -124,9 +126,7 @@ def _load_backends(directory: Path) -> None:
     """Load the CPU's code for this processor, of which a wheel has several: not every program has llama.cpp do it."""
     import ctypes
 
-    ggml = ctypes.CDLL(
-        str(directory / {"win32": "ggml.dll", "darwin": "libggml.dylib"}.get(sys.platform, "libggml.so"))
-    )
+    ggml = ctypes.CDLL(str(directory / library_file("ggml")))
     base = load_ggml()
     quiet = ctypes.CFUNCTYPE(None, ctypes.c_int, ctypes.c_char_p, ctypes.c_void_p)(lambda *_: None)
     base.ggml_log_set(quiet, None)

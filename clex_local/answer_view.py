@@ -14,6 +14,7 @@ from rich.text import Text
 from clex_local.markdown_stream import MarkdownStream
 from clex_local.reading_time import readable_time
 from clex_local.thoughts import Thoughts
+from clex_local.word_wrap import show
 
 CONTROLS = {code: None for code in [*range(32), *range(127, 160)] if chr(code) not in "\n\t"}
 # Characters that turn the direction of what follows: what is shown would not be in the order in which it is.
@@ -132,7 +133,7 @@ class MarkdownView:
     def _redraw(self, line: str) -> None:
         self._console.file.write("\r\x1b[2K")
         fitting = set_cell_size(line, min(Text(line).cell_len, max(self._console.width - 1, 1)))
-        self._console.print(Text(fitting, style="dim"), end="", soft_wrap=True)
+        show(self._console, fitting, "dim")
         self._has_line = True
 
 

@@ -20,7 +20,8 @@ from clex_local.chat_options import SCRIPT_TOKENS, ChatOptions
 from clex_local.command import INTERRUPTED, SETTINGS, Command, say
 from clex_local.command_options import given_options, options_from
 from clex_local.conversation import Chat
-from clex_local.documents.attachments import STANDARD_INPUT, Attachment, attach, texts, without_twice
+from clex_local.documents.attachments import Attachment, attach, texts, without_twice
+from clex_local.documents.files import STANDARD_INPUT
 from clex_local.errors import ClexError, escaped
 from clex_local.exchange import AttachedFile
 from clex_local.found_models import found_models, listing, model_path, places

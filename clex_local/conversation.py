@@ -198,12 +198,13 @@ class Chat:
             raise ClexError(f"/drop needs a name, or all: {', '.join(names)}")
         if name and name != "all" and name not in names:
             raise ClexError(f"no file {escaped(name, 60)} waits; there are {', '.join(names)}")
-        # Of several with one name, the last is the one that was attached by mistake.
-        last = len(names) - 1 - names[::-1].index(name) if name in names else 0
-        dropped = names if name in ("", "all") else [self.attachments[last].name]
-        kept = [] if name in ("", "all") else self.attachments[:last] + self.attachments[last + 1 :]
-        self.attachments[:] = kept
-        self.terminal.note(f"{', '.join(dropped)}: not sent")
+        if name in ("", "all"):
+            self.attachments.clear()
+        else:
+            # Of several with one name, the last is the one that was attached by mistake.
+            del self.attachments[-1 - names[::-1].index(name)]
+            names = [name]
+        self.terminal.note(f"{', '.join(names)}: not sent")
 
     def reset(self, _: str) -> None:
         """Forget the conversation and the files that wait."""

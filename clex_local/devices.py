@@ -5,11 +5,10 @@ from __future__ import annotations
 import ctypes
 import functools
 import re
-import sys
 from collections.abc import Sequence
 from typing import Any
 
-from clex_local._library import library_path, load_ggml
+from clex_local._library import library_file, library_path, load_ggml
 from clex_local.errors import ClexError
 
 _GPU, _INTEGRATED_GPU = 1, 2  # of enum ggml_backend_dev_type
@@ -92,8 +91,7 @@ def _local_gpus() -> list[int]:
 @functools.cache
 def _ggml() -> Any:
     """The library of ggml's registry, with its backends, and with the types of what is called here."""
-    name = {"win32": "ggml.dll", "darwin": "libggml.dylib"}.get(sys.platform, "libggml.so")
-    library, base = ctypes.CDLL(str(library_path() / name)), load_ggml()
+    library, base = ctypes.CDLL(str(library_path() / library_file("ggml"))), load_ggml()
     pointer, size, text = ctypes.c_void_p, ctypes.c_size_t, ctypes.c_char_p
     for where, function, result, *arguments in (
         (library, "ggml_backend_load_all", None),

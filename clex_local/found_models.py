@@ -14,10 +14,10 @@ from clex_local.errors import ClexError, escaped
 from clex_local.gguf_file import GGUFFile
 from clex_local.model_keys import ModelKeys
 from clex_local.sizes import readable_size
+from clex_local.split_files import part_name, split_name
 from clex_local.tables import tables_of
 
 MOST = 1000  # models, and ten times as many files and folders, that are looked at in one place
-_PART = re.compile(r"(.*)-(\d{5})-of-(\d{5})\.gguf")
 _BLOB = re.compile(r"sha256[:-][0-9a-f]{64}")
 _OLLAMA_MODEL = "application/vnd.ollama.image.model"
 _OLLAMA_DEFAULTS = ("registry.ollama.ai", "library")  # host and namespace that Ollama leaves out of names
@@ -231,16 +231,17 @@ def _gguf_files(folder: Path, deep: int) -> Iterator[Path]:
     """Models in a folder: single files, and of split ones the first part."""
     for path in _files(folder, deep):
         if path.suffix == ".gguf" and not path.name.startswith("mmproj"):
-            part = _PART.fullmatch(path.name)
-            if not part or int(part[2]) == 1:
+            part = split_name(path.name)
+            if not part or part[1] == 1:
                 yield path
 
 
 def _parts(path: Path) -> list[Path]:
-    part = _PART.fullmatch(path.name)
+    part = split_name(path.name)
     if not part:
         return [path]
-    names = (f"{part[1]}-{number:05d}-of-{part[3]}.gguf" for number in range(1, min(int(part[3]), MOST) + 1))
+    prefix, _, count = part
+    names = (part_name(prefix, number, count) for number in range(1, min(count, MOST) + 1))
     return [found for name in names if (found := path.with_name(name)).is_file()]
 
 

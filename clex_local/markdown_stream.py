@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from clex_local.word_wrap import WordWrap
+from clex_local.word_wrap import WordWrap, show
 
 _LONGEST = 600  # characters that an element in a line may have; longer ones are text
 _CODE = "cyan"
@@ -112,7 +112,7 @@ class MarkdownStream:
             if line.strip().startswith(self._fence) and not line.strip(self._fence[0] + " "):
                 self._fence = ""
             else:
-                self._print(f"{line}\n", _CODE)
+                show(self._console, f"{line}\n", _CODE)
             return
         if not self._begun:
             if line.lstrip().startswith("|"):
@@ -122,10 +122,10 @@ class MarkdownStream:
             if fence := _FENCE.match(line):
                 self._fence = fence[1]
                 if fence[2]:
-                    self._print(f"{fence[2]}\n", "dim")
+                    show(self._console, f"{fence[2]}\n", "dim")
                 return
             if _RULE.match(line):
-                self._print("─" * min(40, self._console.width - 1) + "\n", "dim")
+                show(self._console, "─" * min(40, self._console.width - 1) + "\n", "dim")
                 return
             self._line = line
             self._begin()
@@ -145,7 +145,7 @@ class MarkdownStream:
         rows, self._rows = self._rows, []
         if len(rows) < 2 or not _DIVIDER.match(rows[1]):
             for row in rows:
-                self._print(f"{row}\n")
+                show(self._console, f"{row}\n")
             return
         cells = [[cell.strip() for cell in _cells(row)] for row in rows]
         table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
@@ -157,9 +157,6 @@ class MarkdownStream:
         for row in cells[2:]:
             table.add_row(*map(_styled, (row + [""] * len(cells[0]))[: len(cells[0])]))
         self._console.print(table)
-
-    def _print(self, text: str, style: str = "") -> None:
-        self._console.print(Text(text, style=style), end="", soft_wrap=True)
 
 
 def inline(line: str, before: str, last: bool) -> Iterator[tuple[str, str, int]]:

@@ -159,9 +159,7 @@ class Session:
         self.exchanges: list[Exchange] = []
         self.left_out, self.summary = 0, ""
         self._begin(datetime.now().isoformat(timespec="seconds"))
-        self.messages: list[dict[str, str]] = []
-        if self.system is not None:
-            self.messages.append({"role": "system", "content": self.system})
+        self.messages = self._opening()
         self._text = ""
         self._tokens: list[int] = []
 
@@ -248,6 +246,10 @@ class Session:
         """Whether the template has this name in it."""
         return bool(re.search(rf"\b{re.escape(name)}\b", self._template.source))
 
+    def _opening(self) -> list[dict[str, str]]:
+        """What a conversation begins with: the system message, if there is one."""
+        return [{"role": "system", "content": self.system}] if self.system is not None else []
+
     def _with_message(self, text: str) -> list[dict[str, str]]:
         """The messages with one more of the user, which has the summary in front of it where it is the first."""
         if self.summary and len(self.exchanges) == self.left_out:
@@ -284,8 +286,8 @@ class Session:
         Raises:
             ClexError: the template refuses the message, or the text is not Unicode.
         """
-        start = [{"role": "system", "content": self.system}] if self.system is not None else []
-        text = self._template.render([*start, {"role": "user", "content": message}], **self.template_arguments)
+        messages = [*self._opening(), {"role": "user", "content": message}]
+        text = self._template.render(messages, **self.template_arguments)
         if not self.has_own_template:
             return self._whole(f"{text}\n{self.llm.control_tokens.guard(answer)}" if answer else text)
         return self._whole(text) + self._tokenize(answer, special=False)
@@ -338,7 +340,7 @@ class Session:
             PromptTooLong: they do not fit.
             ClexError: the template refuses them.
         """
-        messages = [{"role": "system", "content": self.system}] if self.system is not None else []
+        messages = self._opening()
         for exchange in exchanges:
             messages.append({"role": "user", "content": exchange.message})
             messages.append({"role": "assistant", "content": exchange.answer})

@@ -144,6 +144,14 @@ def write_frame(stream: IO[bytes], data: bytes) -> None:
     stream.flush()
 
 
+def limit_to(kind: int, wanted: int) -> None:
+    """Set a soft limit of this process, such as ``resource.RLIMIT_AS``, or to the hard one where that is lower."""
+    import resource
+
+    _, most = resource.getrlimit(kind)
+    resource.setrlimit(kind, (wanted if most < 0 else min(wanted, most), most))
+
+
 def _limiter() -> Callable[[float, int], None]:
     """A function that gives this process so many more seconds of processor time, and so many bytes."""
     try:
@@ -159,9 +167,7 @@ def _limiter() -> Callable[[float, int], None]:
         # Processor time, not the clock's: a busy computer is not the template's fault.
         signal.setitimer(signal.ITIMER_PROF, seconds)
         if occupied:
-            _, most = resource.getrlimit(resource.RLIMIT_AS)
-            wanted = occupied + memory
-            resource.setrlimit(resource.RLIMIT_AS, (wanted if most < 0 else min(wanted, most), most))
+            limit_to(resource.RLIMIT_AS, occupied + memory)
 
     return limit
 

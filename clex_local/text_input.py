@@ -10,52 +10,24 @@ import threading
 import time
 from contextlib import suppress
 
+from clex_local.documents.document import LARGEST
+from clex_local.documents.encodings import utf8_text
+from clex_local.documents.files import STANDARD_INPUT, STDIN_NAME, read_file, read_standard_input
 from clex_local.documents.kinds import text_of
 from clex_local.errors import ClexError
-from clex_local.sizes import readable_size
 
-LARGEST_TEXT = 256 * 2**20  # bytes; no context holds more, and nobody waits for it to be cut into tokens
 FIRST_BYTE_TIMEOUT = 5.0  # seconds that a pipe may take until its first byte
-_NAME = "standard input"
 
 
 def read_text(path: str | os.PathLike[str]) -> str:
-    """Read a text file, or standard input for ``-``.
+    """Read a UTF-8 text file, or standard input for ``-``.
 
     Raises:
         ClexError: it cannot be read, is not UTF-8 text, or is larger than any context.
     """
-    name = _NAME if str(path) == "-" else str(path)
-    try:
-        if str(path) == "-":
-            if sys.stdin is None:
-                raise ClexError(f"{_NAME}: closed")
-            data = sys.stdin.buffer.read(LARGEST_TEXT + 1)
-        else:
-            with open(path, "rb") as file:
-                data = file.read(LARGEST_TEXT + 1)
-    except OSError as error:
-        raise ClexError(f"{name}: {error.strerror or error}") from error
-    except ValueError as error:  # a NUL in a path
-        raise ClexError(f"{name}: {error}") from error
-    return decoded(data, name)
-
-
-def decoded(data: bytes, name: str) -> str:
-    """The text that is in a file.
-
-    Raises:
-        ClexError: it is not UTF-8 text, or larger than any context.
-    """
-    if len(data) > LARGEST_TEXT:
-        raise ClexError(f"{name}: more than {readable_size(LARGEST_TEXT, memory=True)} of text, no context holds that")
-    try:
-        text = data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ClexError(f"{name}: not a UTF-8 text file (byte {error.start} is {data[error.start]:#04x})") from error
-    if "\0" in text:
-        raise ClexError(f"{name}: a binary file, not text")
-    return text
+    if str(path) == STANDARD_INPUT:
+        return utf8_text(read_standard_input(), STDIN_NAME)
+    return utf8_text(read_file(path)[0], str(path))
 
 
 def join(parts: list[str]) -> str:
@@ -94,7 +66,7 @@ class Piped:
             mode = os.fstat(number).st_mode
         except io.UnsupportedOperation:  # put in place of standard input by a program in this process
             with suppress(OSError):
-                self._chunks.append(sys.stdin.buffer.read(LARGEST_TEXT + 1))
+                self._chunks.append(sys.stdin.buffer.read(LARGEST + 1))
             return False
         except (OSError, ValueError):
             return False
@@ -110,7 +82,7 @@ class Piped:
     def _read(self, number: int) -> None:
         size = 0
         try:
-            while size <= LARGEST_TEXT and (chunk := os.read(number, 1 << 20)):
+            while size <= LARGEST and (chunk := os.read(number, 1 << 20)):
                 self._chunks.append(chunk)
                 size += len(chunk)
                 self._begun.set()
@@ -130,7 +102,7 @@ class Piped:
             return ""
         self._ended.wait()
         if self._error is not None:
-            raise ClexError(f"{_NAME}: {self._error.strerror or self._error}") from self._error
-        text, notes = text_of(b"".join(self._chunks), _NAME)
-        self.notes = [f"{_NAME}: {note}" for note in notes]
+            raise ClexError(f"{STDIN_NAME}: {self._error.strerror or self._error}") from self._error
+        text, notes = text_of(b"".join(self._chunks), STDIN_NAME)
+        self.notes = [f"{STDIN_NAME}: {note}" for note in notes]
         return text

@@ -11,6 +11,11 @@ from rich.text import Text
 _PARTS = re.compile(r"\n|[^\S\n]+|\S+")
 
 
+def show(console: Console, text: str, style: str = "") -> None:
+    """Write a text as it is, where the line goes on behind it."""
+    console.print(Text(text, style=style), end="", soft_wrap=True)
+
+
 class WordWrap:
     """Writes pieces of a text to a terminal.
 
@@ -36,9 +41,9 @@ class WordWrap:
         """Write a piece."""
         for part in _PARTS.findall(text) if self._wraps else [text]:
             if not self._wraps:
-                self._print(part, style)
+                show(self._console, part, style)
             elif part == "\n":
-                self._print("\n")
+                show(self._console, "\n")
                 self._column, self._word, self._indent = 0, [], []
             elif part.isspace():
                 self._write_space(part, style)
@@ -52,7 +57,7 @@ class WordWrap:
         self._word = []
         # At the end of a line it is left out: what comes begins the next one.
         if self._column + cell_len(text) < self._room:
-            self._print(text, style)
+            show(self._console, text, style)
         self._column += cell_len(text.expandtabs(8))
 
     def _write_word(self, text: str, style: str) -> None:
@@ -64,11 +69,11 @@ class WordWrap:
         if self._column + size > self._room and self._column - shown > begin:
             if shown:
                 self._console.file.write(f"\x1b[{shown}D\x1b[K")
-            self._print("\n")
+            show(self._console, "\n")
             for part, its_style in [*self._indent, *self._word]:
-                self._print(part, its_style)
+                show(self._console, part, its_style)
             self._column = begin + shown
-        self._print(text, style)
+        show(self._console, text, style)
         self._column += size
         self._word.append((text, style))
         if self._column > self._room:  # longer than a line: the terminal has broken it
@@ -78,6 +83,3 @@ class WordWrap:
     def _room(self) -> int:
         # In the last column, terminals differ in where the cursor is.
         return self._console.width - 1
-
-    def _print(self, text: str, style: str = "") -> None:
-        self._console.print(Text(text, style=style), end="", soft_wrap=True)

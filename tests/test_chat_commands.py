@@ -19,19 +19,14 @@ from clex_local.conversation import Chat
 from clex_local.session import CHATML
 from clex_local.terminal import Terminal
 from clex_local.transcript import without_thoughts
-from helpers.chat_command import Pty
+from helpers.chat_command import Pty, sessions_folder
 from helpers.random_gguf import make_model
 
 pytestmark = pytest.mark.chat
 
+folder = sessions_folder()
+
 needs_terminal = pytest.mark.skipif(sys.platform == "win32", reason="needs a pseudo-terminal")
-
-
-@pytest.fixture(autouse=True)
-def folder(tmp_path, monkeypatch):
-    monkeypatch.setenv("CLEX_SESSIONS", str(tmp_path / "sessions"))
-    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
-    return tmp_path / "sessions"
 
 
 @pytest.fixture(scope="module")

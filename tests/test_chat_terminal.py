@@ -12,17 +12,12 @@ import time
 
 import pytest
 
-from helpers.chat_command import COMMAND, Pty
+from helpers.chat_command import COMMAND, Pty, sessions_folder
 from helpers.random_gguf import make_model
 
 pytestmark = [pytest.mark.chat, pytest.mark.skipif(sys.platform == "win32", reason="needs a pseudo-terminal")]
 
-
-@pytest.fixture(autouse=True)
-def folder(tmp_path, monkeypatch):
-    monkeypatch.setenv("CLEX_SESSIONS", str(tmp_path / "sessions"))
-    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
-    return tmp_path / "sessions"
+folder = sessions_folder()
 
 
 @pytest.fixture(scope="module")

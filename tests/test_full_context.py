@@ -14,21 +14,17 @@ from clex_local.exchange import AttachedFile, Exchange
 from clex_local.repetition import is_stuck
 from clex_local.session import SUMMARY
 from clex_local.terminal import Terminal
-from helpers.chat_command import run
+from helpers.chat_command import run, sessions_folder
 
 pytestmark = pytest.mark.chat
+
+folder = sessions_folder()
 
 
 @pytest.fixture(scope="module")
 def llm(small_buckets):
     with closing(open_model(small_buckets, ctx=512, batch=64, threads=1, seed=0)) as llm:
         yield llm
-
-
-@pytest.fixture(autouse=True)
-def folder(tmp_path, monkeypatch):
-    monkeypatch.setenv("CLEX_SESSIONS", str(tmp_path / "sessions"))
-    return tmp_path / "sessions"
 
 
 def talk(llm, monkeypatch, policy: str) -> tuple[Chat, list[str]]:

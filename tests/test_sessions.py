@@ -21,21 +21,16 @@ from clex_local.exchange import Exchange
 from clex_local.session import CHATML
 from clex_local.session_keeper import SessionKeeper
 from clex_local.terminal import Terminal
-from helpers.chat_command import COMMAND, Pty, run
+from helpers.chat_command import COMMAND, Pty, run, sessions_folder
 from helpers.random_gguf import make_model
 
 pytestmark = pytest.mark.chat
 
+folder = sessions_folder()
+
 needs_terminal = pytest.mark.skipif(sys.platform == "win32", reason="needs a pseudo-terminal")
 QUESTIONS = ["Tell me about the sea.", "And what is above it?", "Say that shorter."]
 OPTIONS = ["--temp", "0", "--ctx", "1024", "--max-tokens", "12"]
-
-
-@pytest.fixture(autouse=True)
-def folder(tmp_path, monkeypatch) -> Path:
-    """Where the sessions of a test are."""
-    monkeypatch.setenv("CLEX_SESSIONS", str(tmp_path / "sessions"))
-    return tmp_path / "sessions"
 
 
 @pytest.fixture(scope="module")

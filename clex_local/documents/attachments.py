@@ -4,22 +4,18 @@ from __future__ import annotations
 
 import hashlib
 import os
-import stat
-import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from clex_local.documents.document import LARGEST, Document, DocumentError
+from clex_local.documents.files import STANDARD_INPUT, STDIN_NAME, read_file, read_standard_input
 from clex_local.documents.folders import Found, files_in, is_pattern, matching
 from clex_local.documents.kinds import text_of
 from clex_local.documents.web import fetch, is_address
 from clex_local.errors import escaped
 from clex_local.exchange import AttachedFile
 from clex_local.sizes import readable_size
-
-STANDARD_INPUT = "-"
-_STDIN = "standard input"
 
 
 @dataclass(frozen=True)
@@ -59,9 +55,9 @@ def attach(path: str, *, web: bool = False) -> Attachment:
         text, notes = text_of(page.data, path, page.media, page.charset)
         return _single(Document(path, text, None, tuple(notes)))
     if path == STANDARD_INPUT:
-        text, notes = text_of(_standard_input(), _STDIN)
+        text, notes = text_of(read_standard_input(), STDIN_NAME)
         documents = (Document("", text),) if text.strip() else ()
-        return Attachment(_STDIN, documents, tuple(f"{_STDIN}: {note}" for note in notes))
+        return Attachment(STDIN_NAME, documents, tuple(f"{STDIN_NAME}: {note}" for note in notes))
     place = Path(path).expanduser()
     try:
         if place.is_dir():
@@ -71,7 +67,7 @@ def attach(path: str, *, web: bool = False) -> Attachment:
                 raise DocumentError(f"{path}: an address of the web: --url fetches it, and /url in a conversation")
             if is_pattern(path):
                 return _several(place, matching(place), Path())
-        data, is_file = _read(place)
+        data, is_file = read_file(place)
     except ValueError as error:  # a NUL in a path
         raise DocumentError(f"{path}: {error}") from error
     return _single(_document(str(place), data, place if is_file else None, place.name))
@@ -90,7 +86,7 @@ def _several(place: Path, found: Found, above: Path) -> Attachment:
     for path in found.files:
         name = Path(os.path.relpath(path.resolve(), above)).as_posix() if above != Path() else path.as_posix()
         try:
-            data, _ = _read(path)
+            data, _ = read_file(path)
             document = _document(str(path), data, path, name)
         except DocumentError:
             left_out += 1
@@ -118,24 +114,6 @@ def _document(path: str, data: bytes, place: Path | None, name: str | None = Non
     if place is not None:
         file = AttachedFile(os.path.abspath(place), len(data), hashlib.sha256(data).hexdigest())
     return Document(name or path, text, file, tuple(notes))
-
-
-def _read(path: Path) -> tuple[bytes, bool]:
-    """A file's bytes, and whether it is one and not a pipe or a device."""
-    try:
-        with open(path, "rb") as file:
-            return file.read(LARGEST + 1), stat.S_ISREG(os.fstat(file.fileno()).st_mode)
-    except OSError as error:
-        raise DocumentError(f"{path}: {error.strerror or error}") from error
-
-
-def _standard_input() -> bytes:
-    if sys.stdin is None:
-        raise DocumentError(f"{_STDIN}: closed")
-    try:
-        return sys.stdin.buffer.read(LARGEST + 1)
-    except OSError as error:
-        raise DocumentError(f"{_STDIN}: {error.strerror or error}") from error
 
 
 def without_twice(attachment: Attachment, known: Iterable[AttachedFile]) -> tuple[Attachment, list[str]]:

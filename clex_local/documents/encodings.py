@@ -22,6 +22,35 @@ _USUAL = "cp1252"  # of Western texts, most of which several encodings read alik
 INSTALL = "pip install 'clex-local[documents]'"
 
 
+def utf8_text(data: bytes, name: str) -> str:
+    """The text that bytes are in UTF-8.
+
+    Raises:
+        DocumentError: they are not, or more than any context holds.
+    """
+    _check_size(data, name)
+    try:
+        text = data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise DocumentError(_not_utf8(data, name, error)) from error
+    return _without_nul(text, name)
+
+
+def _check_size(data: bytes, name: str) -> None:
+    if len(data) > LARGEST:
+        raise DocumentError(f"{name}: more than {readable_size(LARGEST, memory=True)} of text, no context holds that")
+
+
+def _not_utf8(data: bytes, name: str, error: UnicodeDecodeError) -> str:
+    return f"{name}: not a UTF-8 text file (byte {error.start} is {data[error.start]:#04x})"
+
+
+def _without_nul(text: str, name: str) -> str:
+    if "\0" in text:
+        raise DocumentError(f"{name}: a binary file, not text")
+    return text
+
+
 def decoded(data: bytes, name: str, hint: str | None = None) -> tuple[str, str | None]:
     """The text that bytes are.
 
@@ -36,8 +65,7 @@ def decoded(data: bytes, name: str, hint: str | None = None) -> tuple[str, str |
     Raises:
         DocumentError: it is not text, or more than any context holds.
     """
-    if len(data) > LARGEST:
-        raise DocumentError(f"{name}: more than {readable_size(LARGEST, memory=True)} of text, no context holds that")
+    _check_size(data, name)
     mark, encoding = next(((mark, encoding) for mark, encoding in _MARKS if data.startswith(mark)), (b"", "utf-8"))
     try:
         text = data.decode("utf-8-sig" if mark == codecs.BOM_UTF8 else encoding)
@@ -45,15 +73,13 @@ def decoded(data: bytes, name: str, hint: str | None = None) -> tuple[str, str |
         if mark and encoding != "utf-8":
             raise DocumentError(f"{name}: a damaged {encoding.upper()} text") from error
         return _recognised(data, name, hint, error)
-    if "\0" in text:
-        raise DocumentError(f"{name}: a binary file, not text")
-    return text, f"read as {encoding.upper()}" if encoding != "utf-8" else None
+    return _without_nul(text, name), f"read as {encoding.upper()}" if encoding != "utf-8" else None
 
 
 def _recognised(data: bytes, name: str, hint: str | None, error: UnicodeDecodeError) -> tuple[str, str]:
     if _CONTROLS.search(data):
         raise DocumentError(f"{name}: a binary file, not text") from error
-    wrong = f"{name}: not a UTF-8 text file (byte {error.start} is {data[error.start]:#04x})"
+    wrong = _not_utf8(data, name, error)
     if hint:
         try:
             return data.decode(hint), f"read as {hint}"

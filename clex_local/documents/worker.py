@@ -16,7 +16,7 @@ from typing import Any
 
 from clex_local.documents.document import LARGEST, DocumentError
 from clex_local.sizes import readable_size
-from clex_local.template_worker import read_frame, write_frame
+from clex_local.template_worker import limit_to, read_frame, write_frame
 
 MEMORY = 2 * 2**30  # bytes, and 16 for each byte of a file
 SECONDS = 60  # of processor time, and 30 for each MiB of a file: a PDF of a thousand pages takes some 5
@@ -83,11 +83,9 @@ def _limit(memory: int, seconds: int) -> None:
         import resource
     except ImportError:  # Windows
         return
-    _, most = resource.getrlimit(resource.RLIMIT_CPU)
-    resource.setrlimit(resource.RLIMIT_CPU, (seconds if most < 0 else min(seconds, most), most))
+    limit_to(resource.RLIMIT_CPU, seconds)
     if sys.platform == "linux":
-        _, most = resource.getrlimit(resource.RLIMIT_AS)
-        resource.setrlimit(resource.RLIMIT_AS, (memory if most < 0 else min(memory, most), most))
+        limit_to(resource.RLIMIT_AS, memory)
     os.nice(1)  # what the person sees goes first
 
 

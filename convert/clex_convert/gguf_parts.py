@@ -2,35 +2,29 @@
 
 from __future__ import annotations
 
-import re
 from contextlib import ExitStack
 from pathlib import Path
 
 from clex_convert.errors import ConvertError
 from clex_local.gguf_file import GGUFFile
-
-# Source: llama_split_path of llama.cpp's src/llama.cpp.
-_NAME = re.compile(r"(.*)-(\d{5,})-of-(\d{5,})\.gguf", re.DOTALL)
-
-
-def _part_path(prefix: str, number: int, count: int) -> str:
-    return f"{prefix}-{number:05d}-of-{count:05d}.gguf"
+from clex_local.split_files import part_name, split_name
 
 
 def part_names(name: str) -> list[str]:
     """Names of all parts of a split model, in their order, by the name of one; of another file its own."""
-    match = _NAME.fullmatch(name)
-    if match is None:
+    part = split_name(name)
+    if part is None:
         return [name]
-    return [_part_path(match[1], number, int(match[3])) for number in range(1, int(match[3]) + 1)]
+    prefix, _, count = part
+    return [part_name(prefix, number, count) for number in range(1, count + 1)]
 
 
 def first_parts(folder: Path) -> list[Path]:
     """The GGUF models in a folder: single files, and of split models the first parts that are there."""
-    models: dict[tuple[str, str], Path] = {}
+    models: dict[tuple[str, int], Path] = {}
     for path in sorted(folder.glob("*.gguf")):
-        match = _NAME.fullmatch(path.name)
-        models.setdefault((match[1], match[3]) if match else (path.name, ""), path)
+        part = split_name(path.name)
+        models.setdefault((part[0], part[2]) if part else (path.name, 0), path)
     return list(models.values())
 
 
@@ -56,7 +50,7 @@ def open_parts(path: Path) -> list[GGUFFile]:
         prefix = _prefix(file, count)
         files: list[GGUFFile] = []
         for number in range(1, count + 1):
-            part = path.with_name(_part_path(prefix, number, count))
+            part = path.with_name(part_name(prefix, number, count))
             if not part.is_file():
                 raise ConvertError(f"{part}: part {number} of the {count} of a split model is missing; put it there")
             files.append(stack.enter_context(GGUFFile(part)))
@@ -75,13 +69,13 @@ def _count(file: GGUFFile) -> int:
 
 
 def _prefix(file: GGUFFile, count: int) -> str:
-    number, match = file.get("split.no"), _NAME.fullmatch(file.path.name)
-    if match and int(match[3]) == count and file.path.name == _part_path(match[1], int(match[2]), count):
-        return match[1]
+    number, part = file.get("split.no"), split_name(file.path.name)
+    if part and part[2] == count and file.path.name == part_name(*part):
+        return part[0]
     number = number + 1 if isinstance(number, int) else 1
     raise ConvertError(
         f"{file.path}: one of {count} parts of a split model, but its name does not say so; rename it to end in "
-        f"{_part_path('', number, count)}"
+        f"{part_name('', number, count)}"
     )
 
 

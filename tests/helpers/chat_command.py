@@ -5,8 +5,23 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from typing import Any
+
+import pytest
 
 COMMAND = [sys.executable, "-m", "clex_local.chat"]
+
+
+def sessions_folder() -> Any:
+    """A fixture of every test in a module: where its sessions are. What is typed in it is not remembered elsewhere."""
+
+    @pytest.fixture(autouse=True)
+    def folder(tmp_path, monkeypatch):
+        monkeypatch.setenv("CLEX_SESSIONS", str(tmp_path / "sessions"))
+        monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
+        return tmp_path / "sessions"
+
+    return folder
 
 
 def run(*arguments: object, stdin: str | None = None) -> subprocess.CompletedProcess[str]:
