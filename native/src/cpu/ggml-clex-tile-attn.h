@@ -72,66 +72,21 @@ static inline void pack_transposed(const float * x, int64_t x_row, int64_t n, in
     }
 }
 
-// tiles 0 to 3 are results, 4 and 5 of A, 6 and 7 of B
-template <typename Tiles, int ROWS, int COLUMNS>
-GGML_CLEX_TILE_CODE static inline void multiply_parts(const char * a, int64_t a_stride) {
-    Tiles::template load<4>(a, a_stride);
-    Tiles::template dot<0, 4, 6>();
-    if (COLUMNS == 2) {
-        Tiles::template dot<1, 4, 7>();
-    }
-    if (ROWS == 2) {
-        Tiles::template load<5>(a + 16*a_stride, a_stride);
-        Tiles::template dot<2, 5, 6>();
-        if (COLUMNS == 2) {
-            Tiles::template dot<3, 5, 7>();
-        }
-    }
-}
-
-template <typename Tiles, int COLUMNS>
-GGML_CLEX_TILE_CODE static inline void load_parts(const char * b, int64_t b_stride) {
-    Tiles::template load<6>(b, b_stride);
-    if (COLUMNS == 2) {
-        Tiles::template load<7>(b + 64, b_stride);
-    }
-}
-
 // c[16*ROWS][16*COLUMNS] (+)= a*b over n steps, from row i and column j on
 template <typename Tiles, int ROWS, int COLUMNS>
 GGML_CLEX_TILE_CODE static inline void multiply_block(float * c, int64_t c_row, const operand & a, const operand & b,
         int64_t i, int64_t j, int64_t n, bool add) {
-    const int64_t c_stride = c_row*(int64_t) sizeof(float), last_row = 16*(ROWS - 1)*c_row, last_column = 16*(COLUMNS - 1);
     c += i*c_row + j;
-    if (add) {
-        Tiles::template load<0>(c, c_stride);
-        Tiles::template load<1>(c + last_column, c_stride);
-        Tiles::template load<2>(c + last_row, c_stride);
-        Tiles::template load<3>(c + last_row + last_column, c_stride);
-    } else {
-        Tiles::template zero<0>();
-        Tiles::template zero<1>();
-        Tiles::template zero<2>();
-        Tiles::template zero<3>();
-    }
+    begin_results<Tiles, ROWS, COLUMNS>(c, c_row, add);
     for (int64_t s = 0; s < n; ++s) {
         const int64_t at = i*a.stride + 64*s, from = s*16*b.stride + 4*j;
-        load_parts<Tiles, COLUMNS>(b.high + from, b.stride);
-        multiply_parts<Tiles, ROWS, COLUMNS>(a.high + at, a.stride);
-        multiply_parts<Tiles, ROWS, COLUMNS>(a.low + at, a.stride);
-        load_parts<Tiles, COLUMNS>(b.low + from, b.stride);
-        multiply_parts<Tiles, ROWS, COLUMNS>(a.high + at, a.stride);
+        load_columns<Tiles, COLUMNS>(b.high + from, b.stride, 64);
+        multiply_step<Tiles, ROWS, COLUMNS>(a.high + at, a.stride);
+        multiply_step<Tiles, ROWS, COLUMNS>(a.low + at, a.stride);
+        load_columns<Tiles, COLUMNS>(b.low + from, b.stride, 64);
+        multiply_step<Tiles, ROWS, COLUMNS>(a.high + at, a.stride);
     }
-    Tiles::template store<0>(c, c_stride);
-    if (COLUMNS == 2) {
-        Tiles::template store<1>(c + last_column, c_stride);
-    }
-    if (ROWS == 2) {
-        Tiles::template store<2>(c + last_row, c_stride);
-        if (COLUMNS == 2) {
-            Tiles::template store<3>(c + last_row + last_column, c_stride);
-        }
-    }
+    end_results<Tiles, ROWS, COLUMNS>(c, c_row);
 }
 
 // c[rows][columns] (+)= a*b over k terms; rows and columns up to multiples of 16 are written, terms up to one of 32 read

@@ -180,70 +180,87 @@ static inline void pack_activations(const float * const * x, int64_t k, int64_t 
 // products
 //
 
-// tiles 0 to 3 are the results: HALVES of the tokens times both halves of the rows; 4 and 5 activations, 6 and 7 weights
-template <typename Tiles, int HALVES>
-GGML_CLEX_TILE_CODE static inline void multiply_step(const char * a) {
-    Tiles::template load<4>(a, 64);
+// Tiles 0 to 3 are results, 16*ROWS rows times 16*COLUMNS columns; 4 and 5 are of A, below each other, and 6 and 7 of B, beside each other.
+// Strides are bytes.
+
+template <typename Tiles, int ROWS, int COLUMNS>
+GGML_CLEX_TILE_CODE static inline void multiply_step(const char * a, int64_t stride) {
+    Tiles::template load<4>(a, stride);
     Tiles::template dot<0, 4, 6>();
-    Tiles::template dot<1, 4, 7>();
-    if (HALVES == 2) {
-        Tiles::template load<5>(a + TILE, 64);
+    if (COLUMNS == 2) {
+        Tiles::template dot<1, 4, 7>();
+    }
+    if (ROWS == 2) {
+        Tiles::template load<5>(a + 16*stride, stride);
         Tiles::template dot<2, 5, 6>();
-        Tiles::template dot<3, 5, 7>();
+        if (COLUMNS == 2) {
+            Tiles::template dot<3, 5, 7>();
+        }
     }
 }
 
-template <typename Tiles>
-GGML_CLEX_TILE_CODE static inline void load_weights(const char * w) {
-    Tiles::template load<6>(w, 64);
-    Tiles::template load<7>(w + TILE, 64);
+// next: bytes to the second of both
+template <typename Tiles, int COLUMNS>
+GGML_CLEX_TILE_CODE static inline void load_columns(const char * b, int64_t stride, int64_t next) {
+    Tiles::template load<6>(b, stride);
+    if (COLUMNS == 2) {
+        Tiles::template load<7>(b + next, stride);
+    }
 }
 
-template <typename Tiles, int HALVES>
-GGML_CLEX_TILE_CODE static inline void begin_results(const float * c, int64_t c_row, bool first) {
-    const int64_t stride = c_row*(int64_t) sizeof(float);
-    if (first) {
+template <typename Tiles, int ROWS, int COLUMNS>
+GGML_CLEX_TILE_CODE static inline void begin_results(const float * c, int64_t c_row, bool add) {
+    if (!add) {
         Tiles::template zero<0>();
         Tiles::template zero<1>();
         Tiles::template zero<2>();
         Tiles::template zero<3>();
         return;
     }
+    const int64_t stride = c_row*(int64_t) sizeof(float);
     Tiles::template load<0>(c, stride);
-    Tiles::template load<1>(c + 16, stride);
-    if (HALVES == 2) {
+    if (COLUMNS == 2) {
+        Tiles::template load<1>(c + 16, stride);
+    }
+    if (ROWS == 2) {
         Tiles::template load<2>(c + 16*c_row, stride);
-        Tiles::template load<3>(c + 16*c_row + 16, stride);
+        if (COLUMNS == 2) {
+            Tiles::template load<3>(c + 16*c_row + 16, stride);
+        }
     }
 }
 
-template <typename Tiles, int HALVES>
+template <typename Tiles, int ROWS, int COLUMNS>
 GGML_CLEX_TILE_CODE static inline void end_results(float * c, int64_t c_row) {
     const int64_t stride = c_row*(int64_t) sizeof(float);
     Tiles::template store<0>(c, stride);
-    Tiles::template store<1>(c + 16, stride);
-    if (HALVES == 2) {
+    if (COLUMNS == 2) {
+        Tiles::template store<1>(c + 16, stride);
+    }
+    if (ROWS == 2) {
         Tiles::template store<2>(c + 16*c_row, stride);
-        Tiles::template store<3>(c + 16*c_row + 16, stride);
+        if (COLUMNS == 2) {
+            Tiles::template store<3>(c + 16*c_row + 16, stride);
+        }
     }
 }
 
 // c[16*HALVES][c_row] (+)= a*w over n steps, for 32 rows of weights
 template <typename Tiles, int HALVES, bool SPLIT>
 GGML_CLEX_TILE_CODE static inline void multiply(const char * w, const char * a, float * c, int64_t c_row, int n, bool first) {
-    begin_results<Tiles, HALVES>(c, c_row, first);
+    begin_results<Tiles, HALVES, 2>(c, c_row, !first);
     for (int i = 0; i < n; ++i) {
-        load_weights<Tiles>(w);
-        multiply_step<Tiles, HALVES>(a);
+        load_columns<Tiles, 2>(w, 64, TILE);
+        multiply_step<Tiles, HALVES, 2>(a, 64);
         if (SPLIT) {
-            multiply_step<Tiles, HALVES>(a + 2*TILE);
-            load_weights<Tiles>(w + 2*TILE);
-            multiply_step<Tiles, HALVES>(a);
+            multiply_step<Tiles, HALVES, 2>(a + 2*TILE, 64);
+            load_columns<Tiles, 2>(w + 2*TILE, 64, TILE);
+            multiply_step<Tiles, HALVES, 2>(a, 64);
         }
         w += step_bytes(SPLIT);
         a += step_bytes(SPLIT);
     }
-    end_results<Tiles, HALVES>(c, c_row);
+    end_results<Tiles, HALVES, 2>(c, c_row);
 }
 
 // Results of tokens up to a multiple of 16 are written.
