@@ -40,6 +40,7 @@ CONTENTS = {
         "convert",
         "chat",
         "serve",
+        "rpc",
         "store",
         "inspect",
         "clex-eval",
