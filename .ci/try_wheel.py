@@ -26,7 +26,7 @@ COMPILERS = ("cc", "c++", "gcc", "g++", "clang", "clang++", "cl", "cmake", "ninj
 REPORT = "The annual report. Anna Lindqvist wrote it, because the harbour office asked for figures.\n"
 FACTS = """
 import llama_cpp, clex_local
-from clex_local import llama_clex
+from clex_local.library import llama_clex
 print("llama_cpp", llama_cpp.__version__, "at", llama_cpp.__file__)
 print("system:", llama_cpp.llama_print_system_info().decode())
 assert hasattr(llama_cpp.llama_cpp._lib, "llama_clex_n_buckets")

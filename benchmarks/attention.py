@@ -21,10 +21,11 @@ from benchmarks.random_model import random_model
 from benchmarks.sides import STOCK, Server, Side, stock_library
 from benchmarks.text import emma
 from benchmarks.turns import in_turns, speedup
-from clex_local.command import SETTINGS, Command
-from clex_local.command_options import options_from
-from clex_local.memory import KV_TYPES, default_threads
-from clex_local.options import option
+from clex_local.commands.command import SETTINGS, Command
+from clex_local.commands.command_options import options_from
+from clex_local.commands.options import option
+from clex_local.model_file.kv_types import KV_TYPES
+from clex_local.model_file.memory import default_threads
 
 COMPUTED = 512  # tokens that are computed to fill a cache; more are copies of them
 COPIED = 1 << 28  # bytes that each thread copies: far more than the caches hold

@@ -17,11 +17,11 @@ import numpy.typing as npt
 from llama_cpp._logger import set_verbose
 
 from clex_eval.models import likelihoods
-from clex_local import low_level
-from clex_local.low_level import Tokens, context_params
+from clex_local.runtime import low_level
+from clex_local.runtime.low_level import Tokens, context_params
 
 if low_level.PATCHED:
-    from clex_local import llama_clex
+    from clex_local.library import llama_clex
 
 set_verbose(False)
 

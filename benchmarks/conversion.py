@@ -19,9 +19,9 @@ import click
 
 from benchmarks.markdown import row
 from benchmarks.turns import in_turns
-from clex_local.command import SETTINGS, Command
-from clex_local.command_options import options_from
-from clex_local.options import option
+from clex_local.commands.command import SETTINGS, Command
+from clex_local.commands.command_options import options_from
+from clex_local.commands.options import option
 
 TOKENIZER = Path(__file__).parent.parent / "tests" / "data" / "llama"
 CONVERT = [sys.executable, "-c", "from clex_convert.cli import main; main()"]

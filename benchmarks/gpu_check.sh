@@ -11,7 +11,7 @@ if [ -z "${BUILT:-}" ]; then
     touch pyproject.toml CMakeLists.txt # so that an earlier build for the CPU alone is done again
     make native stock
 fi
-.venv/bin/python -c 'from clex_local.devices import has_gpu; import sys; sys.exit(not has_gpu())' ||
+.venv/bin/python -c 'from clex_local.library.devices import has_gpu; import sys; sys.exit(not has_gpu())' ||
     { echo "this build finds no GPU here"; exit 1; }
 
 make test-device ${TESTS:+DEVICE_TESTS="$TESTS"}

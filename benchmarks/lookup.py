@@ -18,12 +18,12 @@ import numpy as np
 from benchmarks.markdown import row
 from benchmarks.text import emma
 from benchmarks.turns import in_turns, speedup
-from clex_local.command import SETTINGS, Command
-from clex_local.command_options import options_from
-from clex_local.llama import Llama
-from clex_local.options import option
-from clex_local.prompt_lookup import PromptLookup
-from clex_local.session import Session
+from clex_local.commands.command import SETTINGS, Command
+from clex_local.commands.command_options import options_from
+from clex_local.commands.options import option
+from clex_local.runtime.llama import Llama
+from clex_local.runtime.prompt_lookup import PromptLookup
+from clex_local.session.session import Session
 
 
 @dataclass(frozen=True, kw_only=True)

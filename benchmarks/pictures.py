@@ -11,8 +11,8 @@ import click
 
 from benchmarks.markdown import table_in
 from clex_local import inspect
-from clex_local.command import SETTINGS, Command
-from clex_local.tables_plot import plot
+from clex_local.commands.command import SETTINGS, Command
+from clex_local.inspection.plot import plot
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"

@@ -20,11 +20,11 @@ from benchmarks.markdown import row
 from benchmarks.random_model import random_model
 from benchmarks.sides import STOCK, Server, Side, stock_library
 from benchmarks.turns import in_turns, speedup
-from clex_local.command import SETTINGS, Command
-from clex_local.command_options import options_from
-from clex_local.gguf_file import GGUFFile
-from clex_local.memory import default_threads
-from clex_local.options import option
+from clex_local.commands.command import SETTINGS, Command
+from clex_local.commands.command_options import options_from
+from clex_local.commands.options import option
+from clex_local.model_file.gguf_file import GGUFFile
+from clex_local.model_file.memory import default_threads
 
 PEAK = Path(__file__).with_name("peak.cpp")
 OTHER_SIDE = Path(__file__).with_name("other_side.cpp")

@@ -15,7 +15,7 @@ import click
 
 from benchmarks.markdown import row
 from benchmarks.text import emma
-from clex_local.command import SETTINGS, Command
+from clex_local.commands.command import SETTINGS, Command
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class Reading:
 def read(model: str, length: int, threads: int | None, kv_type: str | None) -> Reading:
     """Read a prompt of so many tokens in this process, as clex-chat does."""
     from clex_local import open_model
-    from clex_local.reading_time import ReadingTime
+    from clex_local.chat.reading_time import ReadingTime
 
     with closing(open_model(model, ctx=length + 256, threads=threads, kv_type=kv_type, store=False)) as llm:
         data = emma().read_bytes()

@@ -22,9 +22,9 @@ from benchmarks.markdown import row
 from benchmarks.sides import STOCK, stock_library
 from benchmarks.turns import in_turns, speedup
 from clex_local import Server, serve
-from clex_local.command import SETTINGS, Command
-from clex_local.command_options import options_from
-from clex_local.options import option
+from clex_local.commands.command import SETTINGS, Command
+from clex_local.commands.command_options import options_from
+from clex_local.commands.options import option
 
 HEADINGS = ("conversations", "prompt", "tokens/s, stock", "clex-serve / stock", "of writing alone")
 

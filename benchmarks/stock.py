@@ -15,9 +15,9 @@ import click
 from benchmarks.markdown import row
 from benchmarks.sides import STOCK, Server, Side, stock_library
 from benchmarks.turns import in_turns, speedup
-from clex_local.command import SETTINGS, Command
-from clex_local.command_options import options_from
-from clex_local.options import option
+from clex_local.commands.command import SETTINGS, Command
+from clex_local.commands.command_options import options_from
+from clex_local.commands.options import option
 
 
 @dataclass(frozen=True, kw_only=True)

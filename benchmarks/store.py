@@ -18,12 +18,12 @@ import numpy as np
 from benchmarks.markdown import row
 from benchmarks.random_model import random_model
 from benchmarks.turns import in_turns
-from clex_local.command import SETTINGS, Command
-from clex_local.command_options import options_from
-from clex_local.log import ERROR, logged
-from clex_local.low_level import Context, Model, context_params
-from clex_local.options import option
-from clex_local.store import BLOCK, DocumentStore
+from clex_local.commands.command import SETTINGS, Command
+from clex_local.commands.command_options import options_from
+from clex_local.commands.options import option
+from clex_local.library.log import ERROR, logged
+from clex_local.runtime.low_level import Context, Model, context_params
+from clex_local.store.documents import BLOCK, DocumentStore
 
 
 @dataclass(frozen=True, kw_only=True)

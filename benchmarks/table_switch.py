@@ -12,10 +12,10 @@ import numpy as np
 
 from benchmarks.context import Context, Model
 from benchmarks.markdown import row
-from clex_local.command import SETTINGS, Command
-from clex_local.command_options import options_from
-from clex_local.memory import KV_TYPES
-from clex_local.options import option
+from clex_local.commands.command import SETTINGS, Command
+from clex_local.commands.command_options import options_from
+from clex_local.commands.options import option
+from clex_local.model_file.kv_types import KV_TYPES
 
 NEIGHBOURS = 4  # decodes before and after the crossing one, which say what a decode costs without it
 

@@ -17,9 +17,9 @@ import click
 import numpy as np
 
 from benchmarks.markdown import row
-from clex_local.command import SETTINGS, Command
-from clex_local.decoding import DecodeError
-from clex_local.llama import Llama
+from clex_local.commands.command import SETTINGS, Command
+from clex_local.library.decoding import DecodeError
+from clex_local.runtime.llama import Llama
 
 PORT = 50052
 

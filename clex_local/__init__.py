@@ -15,74 +15,74 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING
 
-from clex_local._library import library_path, use_library
 from clex_local.errors import ClexError, ModelError
+from clex_local.library.loading import library_path, use_library
 
 if TYPE_CHECKING:
-    from clex_local.arguments import ArgumentError, ContextWarning
-    from clex_local.clex_state import ClexState
-    from clex_local.completion import CompletionError
-    from clex_local.decoding import DecodeError
-    from clex_local.devices import WorkerError
     from clex_local.documents.document import DocumentError
-    from clex_local.embedding import EmbeddingError
-    from clex_local.exchange import AttachedFile, Exchange
-    from clex_local.extension import ExtensionError
-    from clex_local.gguf_file import GGUFError
-    from clex_local.grammar import GrammarError
-    from clex_local.inspection import Inspection, inspect
+    from clex_local.grammar.grammar import GrammarError
+    from clex_local.inspection.inspection import Inspection, inspect
     from clex_local.integration import install
-    from clex_local.lifetime import ClosedError
-    from clex_local.llama import Llama, StateError
-    from clex_local.opening import open_model
-    from clex_local.run_options import RunOptions
-    from clex_local.sampler import SamplingError
-    from clex_local.sampling import Sampling
-    from clex_local.saved_session import SessionError
-    from clex_local.serve_options import ServeOptions
-    from clex_local.server import Server, ServerError
-    from clex_local.serving import serve
-    from clex_local.session import Answer, PromptTooLong, Session
-    from clex_local.settings import Settings
-    from clex_local.store import Document, DocumentStore, StoreError
-    from clex_local.tables import ContextError, NewerVersionError, TablesError
-    from clex_local.templates import TemplateError, TextError
-    from clex_local.turn import StreamError
-    from clex_local.vocabulary import TokenError
+    from clex_local.library.decoding import DecodeError
+    from clex_local.library.devices import WorkerError
+    from clex_local.model_file.extension import ExtensionError
+    from clex_local.model_file.gguf_file import GGUFError
+    from clex_local.model_file.tables import ContextError, NewerVersionError, TablesError
+    from clex_local.runtime.arguments import ArgumentError, ContextWarning
+    from clex_local.runtime.clex_state import ClexState
+    from clex_local.runtime.completion import CompletionError
+    from clex_local.runtime.embedding import EmbeddingError
+    from clex_local.runtime.lifetime import ClosedError
+    from clex_local.runtime.llama import Llama, StateError
+    from clex_local.runtime.opening import open_model
+    from clex_local.runtime.run_options import RunOptions
+    from clex_local.runtime.sampler import SamplingError
+    from clex_local.runtime.sampling import Sampling
+    from clex_local.runtime.settings import Settings
+    from clex_local.runtime.turn import StreamError
+    from clex_local.runtime.vocabulary import TokenError
+    from clex_local.server.options import ServeOptions
+    from clex_local.server.process import Server, ServerError
+    from clex_local.server.serving import serve
+    from clex_local.session.exchange import AttachedFile, Exchange
+    from clex_local.session.saved_session import SessionError
+    from clex_local.session.session import Answer, PromptTooLong, Session
+    from clex_local.store.documents import Document, DocumentStore, StoreError
+    from clex_local.templates.templates import TemplateError, TextError
 
 # Loading the library takes a while, and reading metadata or `--help` does without: the module of a name is imported
 # when the name is first asked for.
 _MODULES = {
-    "arguments": ["ArgumentError", "ContextWarning"],
-    "completion": ["CompletionError"],
-    "decoding": ["DecodeError"],
-    "devices": ["WorkerError"],
-    "embedding": ["EmbeddingError"],
+    "runtime.arguments": ["ArgumentError", "ContextWarning"],
+    "runtime.completion": ["CompletionError"],
+    "library.decoding": ["DecodeError"],
+    "library.devices": ["WorkerError"],
+    "runtime.embedding": ["EmbeddingError"],
     "documents.document": ["DocumentError"],
-    "exchange": ["AttachedFile", "Exchange"],
-    "extension": ["ExtensionError"],
-    "gguf_file": ["GGUFError"],
-    "grammar": ["GrammarError"],
-    "inspection": ["Inspection", "inspect"],
+    "session.exchange": ["AttachedFile", "Exchange"],
+    "model_file.extension": ["ExtensionError"],
+    "model_file.gguf_file": ["GGUFError"],
+    "grammar.grammar": ["GrammarError"],
+    "inspection.inspection": ["Inspection", "inspect"],
     "integration": ["install"],
-    "lifetime": ["ClosedError"],
-    "clex_state": ["ClexState"],
-    "llama": ["Llama", "StateError"],
-    "settings": ["Settings"],
-    "opening": ["open_model"],
-    "run_options": ["RunOptions"],
-    "sampler": ["SamplingError"],
-    "sampling": ["Sampling"],
-    "saved_session": ["SessionError"],
-    "serve_options": ["ServeOptions"],
-    "server": ["Server", "ServerError"],
-    "serving": ["serve"],
-    "session": ["Answer", "PromptTooLong", "Session"],
-    "store": ["Document", "DocumentStore", "StoreError"],
-    "tables": ["ContextError", "NewerVersionError", "TablesError"],
-    "templates": ["TemplateError", "TextError"],
-    "turn": ["StreamError"],
-    "vocabulary": ["TokenError"],
+    "runtime.lifetime": ["ClosedError"],
+    "runtime.clex_state": ["ClexState"],
+    "runtime.llama": ["Llama", "StateError"],
+    "runtime.settings": ["Settings"],
+    "runtime.opening": ["open_model"],
+    "runtime.run_options": ["RunOptions"],
+    "runtime.sampler": ["SamplingError"],
+    "runtime.sampling": ["Sampling"],
+    "session.saved_session": ["SessionError"],
+    "server.options": ["ServeOptions"],
+    "server.process": ["Server", "ServerError"],
+    "server.serving": ["serve"],
+    "session.session": ["Answer", "PromptTooLong", "Session"],
+    "store.documents": ["Document", "DocumentStore", "StoreError"],
+    "model_file.tables": ["ContextError", "NewerVersionError", "TablesError"],
+    "templates.templates": ["TemplateError", "TextError"],
+    "runtime.turn": ["StreamError"],
+    "runtime.vocabulary": ["TokenError"],
 }
 _MODULE_OF = {name: module for module, names in _MODULES.items() for name in names}
 

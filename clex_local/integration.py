@@ -20,7 +20,7 @@ def install() -> None:
     """
     import llama_cpp
 
-    from clex_local.llama import Llama
+    from clex_local.runtime.llama import Llama
 
     original = next(base for base in Llama.__mro__ if base.__module__ == "llama_cpp.llama")
 

@@ -11,10 +11,10 @@ from importlib import import_module
 from typing import Any
 
 _MODULES = {
-    "clex_cache": "clex_local.cache_command",
-    "clex_chat": "clex_local.chat",
-    "clex_inspect": "clex_local.inspect_command",
-    "clex_serve": "clex_local.serve_command",
+    "clex_cache": "clex_local.store.cli",
+    "clex_chat": "clex_local.chat.cli",
+    "clex_inspect": "clex_local.inspection.cli",
+    "clex_serve": "clex_local.server.cli",
 }
 
 

@@ -16,8 +16,8 @@ from pathlib import Path
 
 import click
 
-from clex_local.architectures import families, table
-from clex_local.chat_commands import page_table
+from clex_local.chat.commands import page_table
+from clex_local.model_file.architectures import families, table
 
 ROOT = Path(__file__).parent.parent
 README, CLI = ROOT / "README.md", ROOT / "docs" / "cli.md"

@@ -59,7 +59,7 @@ def record(folder: Path, options: list[str], lines: list[str]) -> str:
     # Without an editor, which would redraw its line at each letter.
     environment = os.environ | {"TERM": "dumb", "CLEX_SESSIONS": str(folder / "sessions"), "CLEX_CACHE": str(folder)}
     chat = pexpect.spawn(
-        sys.executable, ["-m", "clex_local.chat", *options], cwd=str(folder), env=environment, encoding="utf-8",
+        sys.executable, ["-m", "clex_local.chat.cli", *options], cwd=str(folder), env=environment, encoding="utf-8",
         timeout=600, dimensions=(40, 100),
     )  # fmt: skip
     shown = f"$ clex-chat {' '.join(options)}\n"

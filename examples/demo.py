@@ -13,7 +13,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from clex_local import Llama, Sampling, Session, open_model
-from clex_local.terminal import Terminal
+from clex_local.chat.terminal import Terminal
 
 FOLDER = Path("build/demo")
 ORIGINAL_CONTEXT = 2048

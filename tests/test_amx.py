@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from clex_convert import convert
-from clex_local._library import library_path
+from clex_local.library.loading import library_path
 from helpers.random_gguf import make_model
 
 CPUINFO = Path("/proc/cpuinfo")

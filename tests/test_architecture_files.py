@@ -9,8 +9,8 @@ import pytest
 import transformers
 
 from clex_convert import convert
-from clex_local.architectures import find, with_tables
-from clex_local.gguf_file import GGUFFile
+from clex_local.model_file.architectures import find, with_tables
+from clex_local.model_file.gguf_file import GGUFFile
 from helpers.tiny_models import assert_growing, convert_plainly, kind_of, make_model
 
 pytestmark = [pytest.mark.native, pytest.mark.convert, pytest.mark.folders]

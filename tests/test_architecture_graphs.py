@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from clex_local import llama_clex
-from clex_local.architectures import Architecture, with_tables
+from clex_local.library import llama_clex
+from clex_local.model_file.architectures import Architecture, with_tables
 from helpers.made_up_models import LAYERS, made_up_model
 
 pytestmark = pytest.mark.native

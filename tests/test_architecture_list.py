@@ -1,4 +1,4 @@
-"""The rows of clex_local/architectures.py agree with each other, and with what the documents say of them."""
+"""The rows of clex_local/model_file/architectures.py agree with each other, and with what the documents say of them."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from clex_convert.model_classes import MODEL_CLASSES
-from clex_local.architectures import ARCHITECTURES, find, of_class, table, trainable_classes, with_tables
+from clex_local.model_file.architectures import ARCHITECTURES, find, of_class, table, trainable_classes, with_tables
 from docs import generate
 
 pytestmark = [pytest.mark.docs, pytest.mark.convert]
@@ -40,7 +40,7 @@ def test_what_has_no_row_has_no_tables(name):
 
 
 def test_the_list_is_printed_without_torch_or_the_converter():
-    code = "import runpy, sys; runpy.run_module('clex_local.architectures', run_name='__main__'); "
+    code = "import runpy, sys; runpy.run_module('clex_local.model_file.architectures', run_name='__main__'); "
     code += "sys.exit(any(name.startswith(('torch', 'clex_convert')) for name in sys.modules))"
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert found.stdout.strip() == table()

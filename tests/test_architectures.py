@@ -20,10 +20,10 @@ from safetensors.torch import load_file, save_file
 from clex_convert import convert
 from clex_convert import tables as make_tables
 from clex_convert.errors import ConvertError
-from clex_local._library import library_path
-from clex_local.architectures import with_tables
-from clex_local.gguf_file import GGUFFile
-from clex_local.tables import Tables, read_tables
+from clex_local.library.loading import library_path
+from clex_local.model_file.architectures import with_tables
+from clex_local.model_file.gguf_file import GGUFFile
+from clex_local.model_file.tables import Tables, read_tables
 from helpers.gguf_maker import rewrite
 from helpers.low_level import WARN, Context, Model, logged
 from helpers.rope_reference import Reference, tabled_layers

@@ -11,9 +11,9 @@ import pytest
 from llama_cpp.llama_cache import LlamaDiskCache, LlamaRAMCache
 
 from clex_local import Llama
-from clex_local.arguments import ArgumentError, ContextWarning
 from clex_local.errors import ModelError
-from clex_local.tables import ContextError
+from clex_local.model_file.tables import ContextError
+from clex_local.runtime.arguments import ArgumentError, ContextWarning
 from helpers.gguf_maker import gguf_bytes
 from helpers.random_gguf import make_model
 

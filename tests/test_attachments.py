@@ -10,10 +10,10 @@ from contextlib import closing
 import pytest
 
 from clex_local import ClexError, open_model
-from clex_local.conversation import Chat
+from clex_local.chat.conversation import Chat
+from clex_local.chat.terminal import Terminal
 from clex_local.documents.document import DocumentError
-from clex_local.session import Session
-from clex_local.terminal import Terminal
+from clex_local.session.session import Session
 from helpers.chat_command import COMMAND, Pty
 from helpers.made_up_documents import docx, paragraph, pdf
 from helpers.random_gguf import make_model

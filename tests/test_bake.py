@@ -19,13 +19,15 @@ from clex_convert import ConvertError, cli, convert
 from clex_convert.gguf_writer import GGUFWriter, TensorData, tensors_of
 from clex_eval.loading import coverage, open_for_evaluation
 from clex_eval.models import Coverage
-from clex_local import Llama, inspect_command, llama_clex
-from clex_local.arguments import ContextWarning
-from clex_local.baked import Baked
+from clex_local import Llama
 from clex_local.errors import ClexError
-from clex_local.gguf_file import GGUFFile
-from clex_local.inspection import inspect
-from clex_local.tables import read_tables
+from clex_local.inspection import cli as inspect_command
+from clex_local.inspection.inspection import inspect
+from clex_local.library import llama_clex
+from clex_local.model_file.baked import Baked
+from clex_local.model_file.gguf_file import GGUFFile
+from clex_local.model_file.tables import read_tables
+from clex_local.runtime.arguments import ContextWarning
 from helpers.gguf_maker import rewrite
 from helpers.low_level import Context, Model
 from helpers.tiny_models import LENGTH, kind_of, make_model

@@ -11,13 +11,13 @@ import pytest
 from click.testing import CliRunner
 
 from clex_local import Llama
-from clex_local.cache_command import main, short_names
-from clex_local.store import store_folder
+from clex_local.store.cli import main, short_names
+from clex_local.store.documents import store_folder
 from helpers.random_gguf import make_model
 
 pytestmark = pytest.mark.chat
 
-COMMAND = [sys.executable, "-m", "clex_local.cache_command"]
+COMMAND = [sys.executable, "-m", "clex_local.store.cli"]
 A, B = list(range(10, 100)) * 12, [7] * 600  # tokens; whole blocks of 256 are kept
 
 

@@ -8,14 +8,14 @@ from pathlib import Path
 
 import pytest
 
-from clex_local.cache_folder import cache_folder, make_cache_folder
+from clex_local.store.cache_folder import cache_folder, make_cache_folder
 
 pytestmark = pytest.mark.runtime
 
 
 def test_tests_use_none_of_the_user(monkeypatch):
     ours = cache_folder()
-    code = "from clex_local.cache_folder import cache_folder; print(cache_folder())"
+    code = "from clex_local.store.cache_folder import cache_folder; print(cache_folder())"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == str(ours)
     monkeypatch.delenv("CLEX_CACHE")
     assert ours != cache_folder()

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 
 from clex_local.errors import ClexError
-from clex_local.gguf_file import GGUFFile
-from clex_local.memory import ModelShape, kv_bytes, plan_context
-from clex_local.serve_plan import for_conversations
+from clex_local.model_file.gguf_file import GGUFFile
+from clex_local.model_file.memory import ModelShape, kv_bytes, plan_context
+from clex_local.server.plan import for_conversations
 from helpers.gguf_maker import gguf_bytes
 from helpers.low_level import F16, Q4_0, Q8_0, Context, Model, context_params, logged
 from helpers.made_up_models import made_up_keys, made_up_model

@@ -14,12 +14,12 @@ import pytest
 from click.testing import CliRunner
 
 from clex_local import ClexError, open_model
-from clex_local import memory as memory_module
-from clex_local.chat import main
-from clex_local.memory import ModelShape, available_bytes, compute_bytes, kv_bytes, plan_context
-from clex_local.serve_plan import for_conversations
-from clex_local.session import CHATML, PLAIN, PromptTooLong, Sampling, Session
-from clex_local.terminal import BucketWatch
+from clex_local.chat.cli import main
+from clex_local.chat.terminal import BucketWatch
+from clex_local.model_file import memory as memory_module
+from clex_local.model_file.memory import ModelShape, available_bytes, compute_bytes, kv_bytes, plan_context
+from clex_local.server.plan import for_conversations
+from clex_local.session.session import CHATML, PLAIN, PromptTooLong, Sampling, Session
 from helpers.chat_command import COMMAND, Pty, run
 
 pytestmark = pytest.mark.chat
@@ -217,7 +217,7 @@ def test_templates_of_our_own(llm):
 
 
 def test_a_model_without_template_continues_text(llm, monkeypatch):
-    monkeypatch.setattr("clex_local.session.own_template", lambda llm: None)
+    monkeypatch.setattr("clex_local.session.session.own_template", lambda llm: None)
     session = Session(llm)
     assert not session.has_own_template
     assert session._template.render([{"role": "user", "content": "Once upon"}]) == "Once upon"
@@ -432,8 +432,8 @@ def test_file_and_standard_input_make_one_prompt(small_buckets, tmp_path, monkey
         seen["parts"] = parts
         return "x"
 
-    monkeypatch.setattr("clex_local.chat.open_model", stop)
-    monkeypatch.setattr("clex_local.chat.join", join)
+    monkeypatch.setattr("clex_local.chat.cli.open_model", stop)
+    monkeypatch.setattr("clex_local.chat.cli.join", join)
     (tmp_path / "a.txt").write_text("from a file")
     arguments = [str(small_buckets), "-f", str(tmp_path / "a.txt"), "-f", "-", "-p", "question"]
     result = CliRunner().invoke(main, arguments, input="from a pipe")
@@ -627,8 +627,8 @@ def test_a_history_that_cannot_be_written(small_buckets, tmp_path):
 
 
 def test_attachments_and_the_status_line(session, tmp_path):
-    from clex_local.conversation import Chat
-    from clex_local.terminal import Terminal
+    from clex_local.chat.conversation import Chat
+    from clex_local.chat.terminal import Terminal
 
     chat = Chat(Terminal(session, quiet=True), "name", "cache")
     assert chat.status() == " 0 of 1,024 tokens  ·  bucket 1 of 8 (t = 1, up to 256 tokens)"
@@ -646,8 +646,8 @@ def test_attachments_and_the_status_line(session, tmp_path):
 
 
 def test_a_model_without_tables_has_a_status_too(session):
-    from clex_local.conversation import Chat
-    from clex_local.terminal import Terminal
+    from clex_local.chat.conversation import Chat
+    from clex_local.chat.terminal import Terminal
 
     plain = SimpleNamespace(clex=None, settings=session.llm.settings, n_ctx=lambda: 128, input_ids=[0] * 128)
     chat = Chat(Terminal(session, quiet=True), "name", "cache")

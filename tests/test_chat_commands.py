@@ -13,12 +13,12 @@ import pytest
 from rich.console import Console
 
 from clex_local import ClexError, Sampling, Session, open_model
-from clex_local.answer_view import MarkdownView
-from clex_local.chat_commands import COMMANDS, completions, do, find, help_text, path_in
-from clex_local.conversation import Chat
-from clex_local.session import CHATML
-from clex_local.terminal import Terminal
-from clex_local.transcript import without_thoughts
+from clex_local.chat.answer_view import MarkdownView
+from clex_local.chat.commands import COMMANDS, completions, do, find, help_text, path_in
+from clex_local.chat.conversation import Chat
+from clex_local.chat.terminal import Terminal
+from clex_local.session.session import CHATML
+from clex_local.session.transcript import without_thoughts
 from helpers.chat_command import Pty, sessions_folder
 from helpers.random_gguf import make_model
 

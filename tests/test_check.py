@@ -17,8 +17,8 @@ from clex_convert.rope_metadata import RopeMetadata, with_tables
 from clex_convert.source_rope import SourceRope
 from clex_convert.weights import OdeSettings
 from clex_local import Llama
-from clex_local.gguf_file import GGUFFile
-from clex_local.tables import Tables, read_tables
+from clex_local.model_file.gguf_file import GGUFFile
+from clex_local.model_file.tables import Tables, read_tables
 from helpers.gguf_maker import MODEL, gguf_bytes
 from helpers.low_level import Context, Model
 

@@ -7,8 +7,8 @@ import pytest
 from llama_cpp.llama_speculative import LlamaPromptLookupDecoding
 
 from clex_local import ClexError, Llama
-from clex_local.session import Session
-from clex_local.tables import ContextError
+from clex_local.model_file.tables import ContextError
+from clex_local.session.session import Session
 from helpers.random_gguf import make_model, random_tokens
 
 pytestmark = pytest.mark.runtime

@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 
 from clex_local import Llama
-from clex_local.decoding import NOT_FINITE, DecodeError
 from clex_local.errors import ClexError
+from clex_local.library.decoding import NOT_FINITE, DecodeError
 from helpers.gguf_maker import gguf_bytes
 from helpers.low_level import ERROR, Context, Model, logged
 from helpers.random_gguf import model_parts, random_tokens
@@ -189,7 +189,7 @@ HEADER = """
 import resource, sys
 from clex_local.errors import ClexError
 from clex_local import Llama
-from clex_local.gguf_file import GGUFFile
+from clex_local.model_file.gguf_file import GGUFFile
 
 def limit(extra):
     pages = int(open("/proc/self/statm").read().split()[0])

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from clex_local import library_path
-from clex_local.server import server_program
+from clex_local.server.process import server_program
 
 pytestmark = pytest.mark.native
 
@@ -30,7 +30,7 @@ def test_no_library_of_the_current_directory_is_executed(tmp_path: Path, name: s
     env = {"PLANTED": str(marker), "PATH": ""}
     done = subprocess.run([server_program(), "--list-devices"], cwd=tmp_path, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    code = "import sys; sys.path[:0] = sys.argv[1:]; import clex_local.devices as d; d.has_gpu()"
+    code = "import sys; sys.path[:0] = sys.argv[1:]; import clex_local.library.devices as d; d.has_gpu()"
     subprocess.run([sys.executable, "-c", code, *map(str, sys.path)], cwd=tmp_path, env=env, check=True)
     assert not marker.exists()
 

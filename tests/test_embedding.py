@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 
 from clex_local import ClexError, Llama
-from clex_local.arguments import ContextWarning
-from clex_local.embedding import EmbeddingError
 from clex_local.errors import ModelError
-from clex_local.tables import ContextError
+from clex_local.model_file.tables import ContextError
+from clex_local.runtime.arguments import ContextWarning
+from clex_local.runtime.embedding import EmbeddingError
 from helpers.gguf_maker import gguf_bytes
 from helpers.random_gguf import make_model, model_parts
 

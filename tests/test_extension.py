@@ -14,8 +14,8 @@ import pytest
 from clex_convert import convert
 from clex_eval.loading import coverage, open_for_evaluation
 from clex_local import ClexError, Llama, open_model, serve
-from clex_local.extension import ExtensionError, extension, extension_text
-from clex_local.prompt_cache import model_number
+from clex_local.model_file.extension import ExtensionError, extension, extension_text
+from clex_local.runtime.prompt_cache import model_number
 from helpers.chat_command import COMMAND
 from helpers.gguf_maker import gguf_bytes
 from helpers.random_gguf import make_model, model_parts, random_tokens

@@ -11,7 +11,7 @@ import llama_cpp
 import numpy as np
 import pytest
 
-from clex_local import llama_clex
+from clex_local.library import llama_clex
 from helpers.low_level import F16, F32, Q8_0, Context, Model
 from helpers.random_gguf import make_model, random_tokens
 from helpers.sanitizers import skip_without_memory

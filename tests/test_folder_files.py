@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from clex_convert import convert
 from clex_convert.errors import ConvertError
 from clex_convert.gguf_writer import tensors_of
-from clex_local.gguf_file import GGUFFile
+from clex_local.model_file.gguf_file import GGUFFile
 from clex_train.model import load_model
 
 pytestmark = [pytest.mark.convert, pytest.mark.folders]

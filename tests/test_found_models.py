@@ -10,7 +10,7 @@ import subprocess
 import pytest
 
 from clex_local import ClexError
-from clex_local.found_models import found_models, line_of, model_named
+from clex_local.model_file.found_models import found_models, line_of, model_named
 from helpers.chat_command import COMMAND
 from helpers.random_gguf import make_model
 

@@ -8,12 +8,12 @@ from contextlib import closing
 import pytest
 
 from clex_local import ClexError, Sampling, Session, open_model
-from clex_local.chat_commands import do
-from clex_local.conversation import Chat
-from clex_local.exchange import AttachedFile, Exchange
-from clex_local.repetition import is_stuck
-from clex_local.session import SUMMARY
-from clex_local.terminal import Terminal
+from clex_local.chat.commands import do
+from clex_local.chat.conversation import Chat
+from clex_local.chat.terminal import Terminal
+from clex_local.session.exchange import AttachedFile, Exchange
+from clex_local.session.repetition import is_stuck
+from clex_local.session.session import SUMMARY
 from helpers.chat_command import run, sessions_folder
 
 pytestmark = pytest.mark.chat
@@ -166,8 +166,8 @@ def test_answer_that_repeats_itself_is_stopped(llm, monkeypatch, capsys):
 
 
 def test_answer_to_a_script_has_a_limit_and_one_in_a_conversation_has_none(llm):
-    from clex_local.chat import Question, _terminal
-    from clex_local.chat_options import SCRIPT_TOKENS, ChatOptions
+    from clex_local.chat.cli import Question, _terminal
+    from clex_local.chat.options import SCRIPT_TOKENS, ChatOptions
 
     asked = Question("Hi", None, [])
     for given, question, limit in [(None, asked, SCRIPT_TOKENS), (None, None, None), (7, asked, 7), (0, asked, None)]:

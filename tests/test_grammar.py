@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from clex_local import Llama
-from clex_local.grammar import GrammarError, grammar_of_schema
-from clex_local.sampler import Sampler, SamplerOptions, SamplingError
+from clex_local.grammar.grammar import GrammarError, grammar_of_schema
+from clex_local.runtime.sampler import Sampler, SamplerOptions, SamplingError
 from helpers.random_gguf import make_model
 
 pytestmark = pytest.mark.runtime

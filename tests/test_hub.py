@@ -23,8 +23,8 @@ from safetensors.torch import load_file, save_file
 
 import clex_convert
 from clex_convert.hub_client import forget_sessions
-from clex_local.gguf_file import GGUFFile
-from clex_local.tables import read_tables
+from clex_local.model_file.gguf_file import GGUFFile
+from clex_local.model_file.tables import read_tables
 from helpers.gguf_maker import MODEL, gguf_bytes
 
 pytestmark = [pytest.mark.convert, pytest.mark.folders]

@@ -17,12 +17,13 @@ import pytest
 from click.testing import CliRunner
 
 from clex_convert import convert
-from clex_local import ClexError, Llama, inspect, llama_clex
-from clex_local.gguf_file import GGUFFile
-from clex_local.inspect_command import main
-from clex_local.memory import ModelShape, compute_bytes, kv_bytes
-from clex_local.tables import read_tables
-from clex_local.tables_plot import plot
+from clex_local import ClexError, Llama, inspect
+from clex_local.inspection.cli import main
+from clex_local.inspection.plot import plot
+from clex_local.library import llama_clex
+from clex_local.model_file.gguf_file import GGUFFile
+from clex_local.model_file.memory import ModelShape, compute_bytes, kv_bytes
+from clex_local.model_file.tables import read_tables
 from helpers.gguf_maker import MODEL, gguf_bytes, rewrite
 from helpers.low_level import Model
 from helpers.random_gguf import make_model, model_parts
@@ -227,7 +228,7 @@ def test_json_is_one_line_for_each_file_and_always_has_the_same_keys(smollm_ntk,
 
 
 def test_a_pipe_gets_plain_text(smollm_ntk):
-    command = [sys.executable, "-m", "clex_local.inspect_command", smollm_ntk]
+    command = [sys.executable, "-m", "clex_local.inspection.cli", smollm_ntk]
     done = subprocess.run(command, capture_output=True, text=True, check=True, env={**os.environ, "FORCE_COLOR": ""})
     assert done.stdout.replace("\n", "").isprintable()
     assert done.stderr == ""
@@ -346,7 +347,7 @@ def test_every_number_of_buckets_can_be_drawn(tmp_path, buckets):
 def test_the_dimensions_that_extrapolate_begin_where_the_wavelength_is_the_context(tmp_path):
     from matplotlib.figure import Figure
 
-    from clex_local.tables_plot import _draw
+    from clex_local.inspection.plot import _draw
 
     base, head, original = 10000.0, 64, 2048
     found = inspect(make_model(tmp_path / "m.gguf", base=base, head=head, original=original))
@@ -386,7 +387,7 @@ def test_a_full_disk_leaves_nothing(smollm_ntk, tmp_path):
     script = (
         "import resource, signal, sys; signal.signal(signal.SIGXFSZ, signal.SIG_IGN);"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096));"
-        "from clex_local.inspect_command import main; sys.exit(main())"
+        "from clex_local.inspection.cli import main; sys.exit(main())"
     )
     command = [sys.executable, "-c", script, smollm_ntk, "--plot", tmp_path / "a.png"]
     done = subprocess.run(command, capture_output=True, text=True)

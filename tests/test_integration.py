@@ -220,7 +220,7 @@ found = [answer(path, prompt)]
 import clex_local
 clex_local.install()
 found.append(answer(path, prompt))
-from clex_local import llama_clex
+from clex_local.library import llama_clex
 print(json.dumps([[text, isinstance(model, clex_local.Llama), llama_clex.seq_bucket(model.ctx, 0),
                    llama_clex.get_stats(model.ctx).n_rerotations] for text, model in found]))
 """

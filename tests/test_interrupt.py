@@ -48,7 +48,7 @@ try:
     Llama(path, n_ctx=64)
     print("loaded")
 except KeyboardInterrupt:
-    print("interrupted", any(b"llama_context:" in line for line in seen), len(clex_local.interrupt._kept))
+    print("interrupted", any(b"llama_context:" in line for line in seen), len(clex_local.library.interrupt._kept))
 Llama(path, n_ctx=64).eval([1, 2])
 """
     done = run(code, model, line, signal.SIGINT)
@@ -125,7 +125,7 @@ print(len(calls))
 @pytest.mark.parametrize(
     "command",
     [
-        "from clex_local.chat import main; main([path, '-p', 'x', '--ctx', '64'])",
+        "from clex_local.chat.cli import main; main([path, '-p', 'x', '--ctx', '64'])",
         "from clex_eval.cli import main; main(['ppl', path, '--text', text, '--tokens', '64'])",
     ],
 )

@@ -17,8 +17,8 @@ import pytest
 
 from clex_local import ClexError, Llama
 from clex_local.errors import ModelError
-from clex_local.lifetime import ClosedError
-from clex_local.session import Session
+from clex_local.runtime.lifetime import ClosedError
+from clex_local.session.session import Session
 from helpers.gguf_maker import gguf_bytes
 from helpers.random_gguf import make_model, model_parts
 

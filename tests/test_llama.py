@@ -13,10 +13,10 @@ import numpy as np
 import pytest
 
 from clex_local import ClexError, Llama, open_model
-from clex_local import memory as memory_module
-from clex_local.gguf_file import GGUFFile
-from clex_local.memory import ModelShape, cache_plan, default_threads
-from clex_local.settings import Settings
+from clex_local.model_file import memory as memory_module
+from clex_local.model_file.gguf_file import GGUFFile
+from clex_local.model_file.memory import ModelShape, cache_plan, default_threads
+from clex_local.runtime.settings import Settings
 from helpers.random_architectures import make_architecture
 from helpers.random_gguf import make_model
 
@@ -252,6 +252,7 @@ def test_another_library_imported_first_is_an_error(stock_library):
 
 def test_runtime_never_imports_torch():
     code = (
-        "import sys, clex_local, clex_local.chat; clex_local.Llama; print({'torch', 'clex_convert'} & set(sys.modules))"
+        "import sys, clex_local, clex_local.chat.cli; clex_local.Llama; "
+        "print({'torch', 'clex_convert'} & set(sys.modules))"
     )
     assert run(code).stdout.strip() == "set()"

@@ -61,7 +61,7 @@ def test_verbose_shows_information_but_no_debug_lines(model):
 
 
 def test_commands_show_no_debug_lines(model, tmp_path):
-    chat = "clex_local.chat", [model, "-p", "x", "--max-tokens", "1", "--ctx", "64"]
+    chat = "clex_local.chat.cli", [model, "-p", "x", "--max-tokens", "1", "--ctx", "64"]
     converter = "clex_convert.cli", [model, tmp_path / "out.gguf", "--method", "linear", "--outtype", "q8_0"]
     for module, arguments in (chat, converter):
         done = run(f"import sys; from {module} import main; main(sys.argv[1:])", *arguments, "-v")

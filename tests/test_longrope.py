@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 import torch
 
-from clex_local import Llama, llama_clex
-from clex_local.gguf_file import GGUFFile
-from clex_local.tables import Tables
+from clex_local import Llama
+from clex_local.library import llama_clex
+from clex_local.model_file.gguf_file import GGUFFile
+from clex_local.model_file.tables import Tables
 from helpers.low_level import F32, WARN, Context, Model, logged
 from helpers.tiny_models import LENGTH, assert_growing, convert_plainly, make_model
 

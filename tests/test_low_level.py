@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from clex_local import ClexError, DecodeError, Llama, ModelError
-from clex_local.low_level import Context, Model, context_params
+from clex_local.runtime.low_level import Context, Model, context_params
 from helpers.random_gguf import make_model
 
 pytestmark = pytest.mark.runtime

@@ -10,9 +10,9 @@ import pytest
 from rich.cells import cell_len
 from rich.console import Console
 
-from clex_local.answer_view import CONTROLS, MarkdownView
-from clex_local.markdown_stream import MarkdownStream
-from clex_local.thoughts import Thoughts
+from clex_local.chat.answer_view import CONTROLS, MarkdownView
+from clex_local.chat.markdown_stream import MarkdownStream
+from clex_local.session.thoughts import Thoughts
 
 pytestmark = pytest.mark.chat
 

@@ -6,7 +6,7 @@ import llama_cpp
 import numpy as np
 import pytest
 
-from clex_local import llama_clex
+from clex_local.library import llama_clex
 from helpers.low_level import BF16, F16, F32, Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, Context, Model, refusal
 from helpers.random_gguf import make_model, random_tokens
 

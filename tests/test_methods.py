@@ -17,7 +17,7 @@ from clex_convert import ConvertError, frequencies, tables, weights
 from clex_convert.methods import METHODS
 from clex_convert.ode import Dynamics, integrate
 from clex_convert.transformers_folder import set_rope_scaling
-from clex_local.tables import Tables
+from clex_local.model_file.tables import Tables
 
 pytestmark = pytest.mark.convert
 

@@ -6,10 +6,10 @@ import llama_cpp
 import numpy as np
 import pytest
 
-from clex_local import llama_clex
-from clex_local.gguf_file import GGUFFile
-from clex_local.log import ERROR, logged
-from clex_local.tables import ATTN_SCALE_RANGE, INV_FREQ_RANGE, TablesError, read_tables
+from clex_local.library import llama_clex
+from clex_local.library.log import ERROR, logged
+from clex_local.model_file.gguf_file import GGUFFile
+from clex_local.model_file.tables import ATTN_SCALE_RANGE, INV_FREQ_RANGE, TablesError, read_tables
 from helpers.gguf_maker import rewrite
 from helpers.low_level import Context, Model
 

@@ -12,10 +12,10 @@ import click
 import pytest
 from click.testing import CliRunner
 
-from clex_local.command import SETTINGS, Command, Group
-from clex_local.command_options import in_options, options_from
+from clex_local.commands.command import SETTINGS, Command, Group
+from clex_local.commands.command_options import in_options, options_from
+from clex_local.commands.options import documented, json_object, option, takes_options
 from clex_local.errors import ClexError
-from clex_local.options import documented, json_object, option, takes_options
 
 pytestmark = pytest.mark.convert
 

@@ -14,11 +14,11 @@ from llama_cpp import LlamaGrammar
 from llama_cpp.llama_speculative import LlamaDraftModel
 
 from clex_local import Llama, open_model
-from clex_local.chat import main
-from clex_local.conversation import Chat
-from clex_local.prompt_lookup import PromptLookup
-from clex_local.session import Session
-from clex_local.terminal import Terminal
+from clex_local.chat.cli import main
+from clex_local.chat.conversation import Chat
+from clex_local.chat.terminal import Terminal
+from clex_local.runtime.prompt_lookup import PromptLookup
+from clex_local.session.session import Session
 from helpers.random_architectures import make_architecture
 from helpers.random_gguf import make_model, random_tokens
 

@@ -82,7 +82,7 @@ def test_methods_show_the_arguments_of_the_bindings():
 
 def test_the_types_of_llamas_arguments_are_all_written_down():
     assert clex_local.Llama
-    from clex_local.bindings_arguments import BindingsArguments
+    from clex_local.runtime.bindings_arguments import BindingsArguments
 
     theirs = set(inspect.signature(llama_cpp.Llama).parameters) - {"model_path", "kwargs"}
     assert set(BindingsArguments.__annotations__) == theirs

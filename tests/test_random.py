@@ -11,7 +11,8 @@ import llama_cpp
 import numpy as np
 import pytest
 
-from clex_local import ClexError, llama_clex
+from clex_local import ClexError
+from clex_local.library import llama_clex
 from helpers.low_level import Context, Model
 from helpers.random_architectures import make_architecture
 from helpers.random_gguf import N_VOCAB, make_model

@@ -9,9 +9,9 @@ from contextlib import closing
 import pytest
 
 from clex_local import open_model
-from clex_local.memory import ModelShape
-from clex_local.reading_speed import Measured, ReadingSpeed, attention_share, remember, remembered, speeds_file
-from clex_local.reading_time import ReadingTime, readable_time, speed_key
+from clex_local.chat.reading_speed import Measured, ReadingSpeed, attention_share, remember, remembered, speeds_file
+from clex_local.chat.reading_time import ReadingTime, readable_time, speed_key
+from clex_local.model_file.memory import ModelShape
 from helpers.chat_command import Pty, run
 from helpers.random_gguf import make_model
 
@@ -52,7 +52,7 @@ def test_what_was_measured_at_depth_outweighs_the_shape(wrong):
 
 
 def test_share_of_attention_is_that_of_the_shape(smollm):
-    from clex_local.gguf_file import GGUFFile
+    from clex_local.model_file.gguf_file import GGUFFile
 
     with GGUFFile(smollm) as file:
         assert attention_share(ModelShape.from_metadata(file)) == pytest.approx(2.7e-4, rel=0.1)  # as was measured
@@ -116,7 +116,7 @@ def machine(llm):
 
 
 def file_of(llm):
-    from clex_local.gguf_file import GGUFFile
+    from clex_local.model_file.gguf_file import GGUFFile
 
     return GGUFFile(llm.model_path)
 
@@ -282,7 +282,7 @@ def test_bar_counts_down(machine):
 
     from rich.console import Console
 
-    from clex_local.terminal import PrefillBar
+    from clex_local.chat.terminal import PrefillBar
 
     machine.read(2048)
     machine.reading.update(0, 4096)

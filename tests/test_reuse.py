@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 from llama_cpp.llama_speculative import LlamaDraftModel, LlamaPromptLookupDecoding
 
-from clex_local import ClexError, Llama, llama_clex
+from clex_local import ClexError, Llama
+from clex_local.library import llama_clex
 from helpers.random_gguf import make_model, ntk_tables, random_tokens
 
 pytestmark = [pytest.mark.runtime, pytest.mark.sanitize]

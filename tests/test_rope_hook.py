@@ -6,9 +6,10 @@ import llama_cpp
 import numpy as np
 import pytest
 
-from clex_local import llama_clex, low_level
 from clex_local.errors import ModelError
-from clex_local.log import logged
+from clex_local.library import llama_clex
+from clex_local.library.log import logged
+from clex_local.runtime import low_level
 from helpers.low_level import ERROR, F32, Q8_0, Context, Model, refusal
 from helpers.random_architectures import KINDS, make_architecture
 from helpers.random_gguf import random_tokens

@@ -16,7 +16,7 @@ import pytest
 
 import clex_local
 from clex_local import DecodeError, Llama, StateError, WorkerError, serve
-from clex_local.devices import addresses
+from clex_local.library.devices import addresses
 from helpers import chat_command
 from helpers.random_gguf import make_model, random_tokens
 from helpers.workers import Worker, free_port, workers
@@ -201,7 +201,7 @@ def test_clex_serve_has_the_workers_compute_and_says_when_one_is_gone(model):
 
 def test_a_worker_that_cannot_listen_ends_with_an_error(pair):
     port = pair[0].address.split(":")[1]
-    command = [sys.executable, "-m", "clex_local.worker_command", "--port", port]
+    command = [sys.executable, "-m", "clex_local.server.worker_cli", "--port", port]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60)
     assert done.returncode == 1
     assert "Failed to create server socket" in done.stderr

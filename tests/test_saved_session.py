@@ -12,10 +12,10 @@ import sys
 
 import pytest
 
-from clex_local.exchange import AttachedFile, Exchange
-from clex_local.sampling import Sampling
-from clex_local.saved_session import SavedSession, SessionError, SessionModel
-from clex_local.session_folder import KeptSession, file_name, listed_sessions, read_session
+from clex_local.runtime.sampling import Sampling
+from clex_local.session.exchange import AttachedFile, Exchange
+from clex_local.session.folder import KeptSession, file_name, listed_sessions, read_session
+from clex_local.session.saved_session import SavedSession, SessionError, SessionModel
 
 pytestmark = pytest.mark.chat
 
@@ -178,7 +178,7 @@ def test_what_is_no_file_is_refused(tmp_path):
 HOLD = """
 import sys
 from pathlib import Path
-from clex_local.session_folder import KeptSession
+from clex_local.session.folder import KeptSession
 kept = KeptSession(Path(sys.argv[1]), "report")
 print("held", flush=True)
 sys.stdin.read()

@@ -21,7 +21,7 @@ from clex_convert import ConvertError, cli, convert
 from clex_convert.checkpoint import Checkpoint
 from clex_convert.gguf_source import GGUFSource
 from clex_convert.transformers_folder import rope_scaling, set_rope_scaling
-from clex_local.gguf_file import GGUFFile
+from clex_local.model_file.gguf_file import GGUFFile
 from helpers.gguf_maker import MODEL, gguf_bytes
 from helpers.low_level import Context, Model
 from helpers.tiny_models import LENGTH, convert_plainly, make_model

@@ -6,7 +6,7 @@ import llama_cpp
 import numpy as np
 import pytest
 
-from clex_local import llama_clex
+from clex_local.library import llama_clex
 from helpers.low_level import F16, F32, Q8_0, Context, Model
 
 pytestmark = [pytest.mark.native, pytest.mark.sanitize]

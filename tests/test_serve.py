@@ -20,10 +20,10 @@ import numpy as np
 import pytest
 
 from clex_local import ClexError, Llama, serve
-from clex_local.serve_options import ServeOptions
-from clex_local.serve_plan import plan_service
-from clex_local.server import Server, ServerError
-from clex_local.store import store_folder
+from clex_local.server.options import ServeOptions
+from clex_local.server.plan import plan_service
+from clex_local.server.process import Server, ServerError
+from clex_local.store.documents import store_folder
 from helpers.gguf_maker import gguf_bytes
 from helpers.random_gguf import model_parts, random_tokens
 
@@ -662,7 +662,7 @@ def test_models_of_one_name_are_refused(tmp_path):
 # the command
 #
 
-COMMAND = [sys.executable, "-m", "clex_local.serve_command"]
+COMMAND = [sys.executable, "-m", "clex_local.server.cli"]
 
 
 def run(*arguments: object, **more: Any) -> subprocess.CompletedProcess[str]:

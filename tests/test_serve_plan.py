@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 
 from clex_local import ClexError, serve
-from clex_local.gguf_file import GGUFFile
-from clex_local.memory import ModelShape, checkpoint_bytes
-from clex_local.serve_options import ServeOptions
-from clex_local.serve_plan import CHECKPOINTS, LEAST_CHECKPOINTS, plan_service, server_settings
+from clex_local.model_file.gguf_file import GGUFFile
+from clex_local.model_file.memory import ModelShape, checkpoint_bytes
+from clex_local.server.options import ServeOptions
+from clex_local.server.plan import CHECKPOINTS, LEAST_CHECKPOINTS, plan_service, server_settings
 from helpers.random_architectures import make_architecture
 from helpers.random_gguf import make_model, random_tokens
 from test_cache_kinds import write_model

@@ -60,7 +60,7 @@ PARENTS = {
     "server = clex_local.serve(sys.argv[1:], port=0, ctx=0, threads=1)\n"
     "print('ready', flush=True)\n"
     "time.sleep(600)",
-    "clex-serve": "from clex_local.serve_command import main; main()",
+    "clex-serve": "from clex_local.server.cli import main; main()",
 }
 
 
@@ -107,7 +107,7 @@ def test_server_does_not_outlive_who_started_it(tiny, tmp_path, kind, models):
 
 def test_server_that_is_loading_does_not_outlive_who_started_it(tiny, tmp_path):
     """Also before it can end as it does for signals."""
-    from clex_local.server import server_program
+    from clex_local.server.process import server_program
 
     os.mkfifo(tmp_path / "model.gguf")  # opening it takes until somebody writes
     process = subprocess.Popen(

@@ -6,8 +6,8 @@ import pytest
 from click.testing import CliRunner
 
 from clex_local import Llama
-from clex_local.cache_command import main as cache_command
-from clex_local.store import DocumentStore, store_folder
+from clex_local.store.cli import main as cache_command
+from clex_local.store.documents import DocumentStore, store_folder
 from helpers.random_gguf import make_lora, random_tokens
 from helpers.stored_texts import block_files
 from test_serve import complete, make, serving

@@ -26,7 +26,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from clex_local.server import server_program
+from clex_local.server.process import server_program
 from helpers.gguf_maker import gguf_bytes
 from helpers.random_gguf import model_parts
 

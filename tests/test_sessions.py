@@ -15,12 +15,12 @@ from pathlib import Path
 import pytest
 
 from clex_local import ClexError, Sampling, Session, SessionError, open_model
-from clex_local.chat_commands import do
-from clex_local.conversation import Chat
-from clex_local.exchange import Exchange
-from clex_local.session import CHATML
-from clex_local.session_keeper import SessionKeeper
-from clex_local.terminal import Terminal
+from clex_local.chat.commands import do
+from clex_local.chat.conversation import Chat
+from clex_local.chat.terminal import Terminal
+from clex_local.session.exchange import Exchange
+from clex_local.session.keeper import SessionKeeper
+from clex_local.session.session import CHATML
 from helpers.chat_command import COMMAND, Pty, run, sessions_folder
 from helpers.random_gguf import make_model
 
@@ -259,7 +259,7 @@ def test_a_conversation_that_cannot_be_saved_is_answered_and_fails(small_buckets
     """As on a full disk: nothing can be written behind the first bytes of a file."""
     limit = "import resource, signal, runpy, sys; signal.signal(signal.SIGXFSZ, signal.SIG_IGN);"
     limit += "resource.setrlimit(resource.RLIMIT_FSIZE, (100, 100)); sys.argv = sys.argv[1:];"
-    limit += "runpy.run_module('clex_local.chat', run_name='__main__', alter_sys=True)"
+    limit += "runpy.run_module('clex_local.chat.cli', run_name='__main__', alter_sys=True)"
     command = [sys.executable, "-c", limit, "clex-chat", str(small_buckets), "--session", "s", "-p", "Hi", *OPTIONS]
     for more in ([], ["--json"]):
         command += ["--threads", "1", *more]

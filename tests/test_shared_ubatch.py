@@ -8,7 +8,8 @@ import llama_cpp
 import numpy as np
 import pytest
 
-from clex_local import library_path, low_level
+from clex_local import library_path
+from clex_local.runtime import low_level
 from helpers.low_level import Context, Model, context_params
 from helpers.random_architectures import make_architecture
 from helpers.random_gguf import make_model, random_tokens

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import clex_convert
-from clex_local.gguf_file import GGUFFile
+from clex_local.model_file.gguf_file import GGUFFile
 from helpers.tiny_models import assert_growing, make_model
 from test_architectures import MODELS, tolerance
 

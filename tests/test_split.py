@@ -14,7 +14,7 @@ import pytest
 import clex_convert
 from clex_convert.llama_cpp_scripts import conversion_scripts
 from clex_local.errors import ClexError
-from clex_local.gguf_file import GGUFFile
+from clex_local.model_file.gguf_file import GGUFFile
 from helpers.gguf_maker import MODEL, TENSORS, gguf_bytes, rewrite
 
 pytestmark = pytest.mark.convert

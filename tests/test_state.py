@@ -10,8 +10,9 @@ import llama_cpp
 import numpy as np
 import pytest
 
-from clex_local import Llama, llama_clex
-from clex_local.llama import StateError
+from clex_local import Llama
+from clex_local.library import llama_clex
+from clex_local.runtime.llama import StateError
 from helpers.gguf_maker import rewrite
 from helpers.low_level import BF16, ERROR, F16, Q8_0, Context, Model, logged
 from helpers.random_gguf import make_model, random_tokens

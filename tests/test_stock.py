@@ -47,7 +47,7 @@ def run(library: object, model: object, out: object) -> tuple[np.ndarray, str]:
 
 
 def test_model_without_tables_has_the_logits_of_stock_bit_for_bit(smollm, stock_library, tmp_path):
-    from clex_local._library import library_path
+    from clex_local.library.loading import library_path
 
     ours, patched = run(library_path(), smollm, tmp_path / "ours.npy")
     stock, stock_patched = run(stock_library, smollm, tmp_path / "stock.npy")

@@ -10,8 +10,8 @@ import llama_cpp
 import numpy as np
 import pytest
 
-from clex_local import llama_clex
-from clex_local.store import DocumentStore
+from clex_local.library import llama_clex
+from clex_local.store.documents import DocumentStore
 from helpers.low_level import F16, F32, Q4_0, Q8_0, Context, Model
 from helpers.random_architectures import make_architecture
 from helpers.random_gguf import make_lora, make_model, random_tokens

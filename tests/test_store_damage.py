@@ -9,7 +9,7 @@ import resource
 import numpy as np
 import pytest
 
-from clex_local.store import DocumentStore, StoreError
+from clex_local.store.documents import DocumentStore, StoreError
 from helpers.killed_readers import READER, kill
 from helpers.low_level import Context, Model
 from helpers.processes import run
@@ -249,7 +249,7 @@ def test_what_a_killed_process_of_the_same_number_left(folder, model, expected):
 
 FORKED = """
 import os, sys
-from clex_local.store import DocumentStore
+from clex_local.store.documents import DocumentStore
 from helpers.low_level import Context, Model
 from test_store_damage import IDS, OPTIONS
 model = Model(sys.argv[1])

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from clex_local.store import DocumentStore
+from clex_local.store.documents import DocumentStore
 from helpers.low_level import Context, Model
 from helpers.processes import run
 from helpers.random_gguf import make_model, random_tokens
@@ -122,7 +122,7 @@ def test_limit_below_one_block(tmp_path, model):
 
 EVICTING = """
 import sys
-from clex_local.store import DocumentStore
+from clex_local.store.documents import DocumentStore
 from helpers.low_level import Context, Model
 from helpers.random_gguf import random_tokens
 from test_store_room import OPTIONS, fill
@@ -206,7 +206,7 @@ def test_one_block_that_was_removed(tmp_path, model):
 
 FULL = """
 import resource, signal, sys
-from clex_local.store import DocumentStore
+from clex_local.store.documents import DocumentStore
 from helpers.low_level import Context, Model
 from test_store_room import IDS, OPTIONS
 model = Model(sys.argv[1])
@@ -289,7 +289,7 @@ def test_clock_that_was_set_back(tmp_path, model, size):
 
 AS_NOBODY = """
 import os, sys
-from clex_local.store import DocumentStore, StoreError
+from clex_local.store.documents import DocumentStore, StoreError
 from helpers.low_level import Context, Model
 from helpers.stored_texts import read, stored
 from test_store_room import IDS, OPTIONS

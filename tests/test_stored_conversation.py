@@ -7,7 +7,7 @@ import json
 import pytest
 
 from clex_local import Llama
-from clex_local.store import store_folder
+from clex_local.store.documents import store_folder
 from helpers.processes import run
 from helpers.random_gguf import random_tokens
 from test_serve import complete, make, serving

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from clex_local import Llama
-from clex_local.store import DocumentStore, StoreError, size_limit, store_folder
+from clex_local.store.documents import DocumentStore, StoreError, size_limit, store_folder
 from helpers.random_gguf import make_model, random_tokens
 from helpers.stored_texts import block_files
 

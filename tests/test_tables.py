@@ -12,8 +12,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from clex_local.errors import ClexError
-from clex_local.gguf_file import GGUFError, GGUFFile, GGUFHeader
-from clex_local.tables import ContextError, Tables, TablesError, read_tables
+from clex_local.model_file.gguf_file import GGUFError, GGUFFile, GGUFHeader
+from clex_local.model_file.tables import ContextError, Tables, TablesError, read_tables
 from helpers.gguf_maker import MODEL, TENSORS, gguf_bytes
 
 pytestmark = [pytest.mark.runtime, pytest.mark.convert]

@@ -12,10 +12,10 @@ from contextlib import closing
 import pytest
 from llama_cpp.llama_chat_format import Jinja2ChatFormatter
 
-from clex_local import ClexError, Llama, templates
-from clex_local.gguf_file import GGUFFile
-from clex_local.session import CHATML, PLAIN, Session
-from clex_local.templates import MARK, ChatTemplate, ControlTokens, TemplateError
+from clex_local import ClexError, Llama
+from clex_local.model_file.gguf_file import GGUFFile
+from clex_local.session.session import CHATML, PLAIN, Session
+from clex_local.templates.templates import MARK, ChatTemplate, ControlTokens, TemplateError, templates
 from helpers.gguf_maker import gguf_bytes, rewrite
 from helpers.random_gguf import model_parts
 
@@ -295,7 +295,7 @@ REFUSING = [
 
 @pytest.mark.parametrize(("source", "message"), REFUSING)
 def test_a_template_that_cannot_be_used_is_one_line(llm, monkeypatch, source, message):
-    monkeypatch.setattr("clex_local.session.own_template", lambda llm: source or "{# #}")
+    monkeypatch.setattr("clex_local.session.session.own_template", lambda llm: source or "{# #}")
     with pytest.raises(ClexError) as error:
         Session(llm).send("Hi")
     assert str(error.value).startswith(f"{llm.model_path}: its chat template {message}")
@@ -334,7 +334,7 @@ def test_templates_of_any_length_are_whole(with_template):
 @pytest.mark.parametrize("template", ["model", "chatml", "plain"])
 def test_clex_chat_and_a_template_that_cannot_be_used(with_template, template):
     path = with_template("{{ messages[0].content }")
-    command = [sys.executable, "-m", "clex_local.chat", str(path), "-p", "Hi", "--max-tokens", "1", "--temp", "0"]
+    command = [sys.executable, "-m", "clex_local.chat.cli", str(path), "-p", "Hi", "--max-tokens", "1", "--temp", "0"]
     result = subprocess.run([*command, "--chat-template", template], input="", capture_output=True, text=True)
     if template == "model":
         assert result.returncode == 1
@@ -441,7 +441,7 @@ def test_a_worker_that_is_gone_is_replaced():
 def test_a_fork_has_a_worker_of_its_own():
     program = """
 import os, threading
-from clex_local.templates import ChatTemplate, ControlTokens
+from clex_local.templates.templates import ChatTemplate, ControlTokens
 template = ChatTemplate("{{ messages[0].content }}", ControlTokens({}), {})
 def ask(letter):
     for i in range(20):

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from clex_local.gguf_file import GGUFFile, GGUFHeader
+from clex_local.model_file.gguf_file import GGUFFile, GGUFHeader
 from helpers.gguf_maker import gguf_bytes
 from helpers.random_gguf import model_parts
 

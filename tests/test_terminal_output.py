@@ -9,9 +9,9 @@ import sys
 import numpy as np
 import pytest
 
-from clex_local.answer_view import printable
+from clex_local.chat.answer_view import printable
+from clex_local.commands.command import json_line
 from clex_local.errors import shown
-from clex_local.terminal import json_line
 from helpers.gguf_maker import MODEL, gguf_bytes, rewrite
 
 pytestmark = [
@@ -46,7 +46,7 @@ def test_clex_inspect(tmp_path, keys):
     path = tmp_path / f"{ATTACK}.gguf"
     path.write_bytes(gguf_bytes(MODEL | keys, {ATTACK: np.zeros(32, np.float32)}))
     for options in ([], ["--json"]):
-        text = on_a_terminal("clex_local.inspect_command", path, *options)
+        text = on_a_terminal("clex_local.inspection.cli", path, *options)
         assert "owned" in text
         assert is_harmless(text)
 
@@ -54,10 +54,10 @@ def test_clex_inspect(tmp_path, keys):
 @pytest.mark.parametrize(
     ("module", "arguments"),
     [
-        ("clex_local.chat", [ATTACK, "-p", "Hi"]),
-        ("clex_local.chat", ["m", ATTACK]),
-        ("clex_local.inspect_command", [ATTACK]),
-        ("clex_local.inspect_command", [f"--{ATTACK}"]),
+        ("clex_local.chat.cli", [ATTACK, "-p", "Hi"]),
+        ("clex_local.chat.cli", ["m", ATTACK]),
+        ("clex_local.inspection.cli", [ATTACK]),
+        ("clex_local.inspection.cli", [f"--{ATTACK}"]),
         ("clex_convert.cli", [ATTACK, "out.gguf"]),
         ("clex_convert.cli", ["m", "out.gguf", ATTACK]),
         ("clex_train.cli", ["m", "out", ATTACK]),
@@ -88,7 +88,7 @@ def test_a_chat(smollm, tmp_path):
     options = [str(model), "--ctx", "256", "--threads", "1", "--max-tokens", "1"]
     child = pexpect.spawn(
         sys.executable,
-        ["-m", "clex_local.chat", *options],
+        ["-m", "clex_local.chat.cli", *options],
         encoding="utf-8",
         timeout=60,
         env={"TERM": "dumb"},

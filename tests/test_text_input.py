@@ -9,7 +9,7 @@ import sys
 
 import pytest
 
-from clex_local import text_input
+from clex_local.chat.cli import text_input
 
 pytestmark = pytest.mark.chat
 
@@ -22,7 +22,7 @@ def ask(smollm, tmp_path):
     (tmp_path / "note.txt").write_bytes(NOTE)
 
     def run(*arguments: str, **stdin) -> tuple[int, int | None, str]:
-        command = [sys.executable, "-m", "clex_local.chat", str(smollm), "--ctx", "256", "--threads", "1"]
+        command = [sys.executable, "-m", "clex_local.chat.cli", str(smollm), "--ctx", "256", "--threads", "1"]
         options = ["--max-tokens", "1", "--temp", "0", "--json", "--chat-template", "plain"]
         result = subprocess.run(
             [*command, *options, *arguments], capture_output=True, cwd=tmp_path, timeout=60, **stdin
@@ -59,8 +59,8 @@ def test_a_redirected_file_is_read_if_nobody_else_reads_it(ask, tmp_path):
 
 def test_an_input_that_says_nothing_is_given_up(smollm, tmp_path):
     program = (
-        "import sys; from clex_local import text_input; text_input.FIRST_BYTE_TIMEOUT = 0.2; "
-        "from clex_local.chat import main; main(sys.argv[1:])"
+        "import sys; from clex_local.chat.cli import text_input; text_input.FIRST_BYTE_TIMEOUT = 0.2; "
+        "from clex_local.chat.cli import main; main(sys.argv[1:])"
     )
     reading, writing = os.pipe()
     options = ["--ctx", "256", "--threads", "1", "--max-tokens", "1", "-p", "Hi"]
@@ -78,7 +78,7 @@ def test_an_input_that_says_nothing_is_given_up(smollm, tmp_path):
 @pytest.mark.skipif(sys.platform == "win32", reason="needs a shell")
 @pytest.mark.parametrize("redirection", ["<&-", "</dev/null"])
 def test_no_input_is_no_text(smollm, redirection):
-    line = f'"$0" -m clex_local.chat "$1" --ctx 256 --threads 1 --max-tokens 1 -p Hi {redirection}'
+    line = f'"$0" -m clex_local.chat.cli "$1" --ctx 256 --threads 1 --max-tokens 1 -p Hi {redirection}'
     result = subprocess.run(["sh", "-c", line, sys.executable, str(smollm)], capture_output=True, text=True, timeout=60)
     assert (result.returncode, result.stdout.count("\n")) == (0, 1)
     alone = line.replace("-p Hi", "")

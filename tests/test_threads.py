@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from clex_local._library import library_path
+from clex_local.library.loading import library_path
 
 CPU = library_path() / ("libggml-cpu.dylib" if sys.platform == "darwin" else "libggml-cpu.so")
 WORK = 1e8  # multiplications of a graph

@@ -23,7 +23,7 @@ from safetensors.torch import load_file, save_file
 
 import clex_convert
 from clex_local.errors import ClexError
-from clex_local.tables import read_tables
+from clex_local.model_file.tables import read_tables
 from clex_train import TrainError
 from clex_train.cli import main
 from clex_train.data import load_sequences

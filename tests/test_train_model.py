@@ -11,8 +11,8 @@ import torch
 import transformers
 
 from clex_convert.frequencies import ntk, plain
-from clex_local.architectures import trainable_classes
-from clex_local.tables import Tables
+from clex_local.model_file.architectures import trainable_classes
+from clex_local.model_file.tables import Tables
 from clex_train import TrainError
 from clex_train.layer import ClexLayer, ClexSettings
 from clex_train.model import add_clex, clex_layer, load_model

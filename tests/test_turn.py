@@ -11,7 +11,7 @@ import pytest
 from llama_cpp import LlamaRAMCache
 
 from clex_local import ClexError, Llama
-from clex_local.turn import StreamError, Turn
+from clex_local.runtime.turn import StreamError, Turn
 from helpers.random_gguf import make_model
 
 pytestmark = pytest.mark.runtime

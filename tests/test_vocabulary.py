@@ -8,8 +8,8 @@ import pytest
 from llama_cpp.llama_speculative import LlamaDraftModel
 
 from clex_local import ClexError, Llama
-from clex_local.session import Session
-from clex_local.vocabulary import TokenError
+from clex_local.runtime.vocabulary import TokenError
+from clex_local.session.session import Session
 from helpers.gguf_maker import gguf_bytes
 from helpers.random_gguf import N_VOCAB, model_parts
 

@@ -14,7 +14,7 @@ from clex_local.documents.folders import Found, files_in, is_pattern, matching
 from clex_local.documents.kinds import text_of
 from clex_local.documents.web import fetch, is_address
 from clex_local.errors import escaped
-from clex_local.exchange import AttachedFile
+from clex_local.session.exchange import AttachedFile
 from clex_local.sizes import readable_size
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from clex_local.errors import ClexError
-from clex_local.exchange import AttachedFile
+from clex_local.session.exchange import AttachedFile
 
 LARGEST = 256 * 2**20  # bytes of a file, and of its text; no context holds more
 

@@ -16,7 +16,7 @@ from typing import Any
 
 from clex_local.documents.document import LARGEST, DocumentError
 from clex_local.sizes import readable_size
-from clex_local.template_worker import limit_to, read_frame, write_frame
+from clex_local.templates.worker import limit_to, read_frame, write_frame
 
 MEMORY = 2 * 2**30  # bytes, and 16 for each byte of a file
 SECONDS = 60  # of processor time, and 30 for each MiB of a file: a PDF of a thousand pages takes some 5

@@ -14,9 +14,9 @@ from clex_convert.child_process import report, request, run_child
 from clex_convert.errors import ConvertError, NotFiniteError, disk_full
 from clex_convert.rope_metadata import RopeMetadata
 from clex_local.errors import ClexError
-from clex_local.gguf_file import GGUFFile
-from clex_local.model_keys import ModelKeys
-from clex_local.tables import read_tables, tables_of
+from clex_local.model_file.gguf_file import GGUFFile
+from clex_local.model_file.keys import ModelKeys
+from clex_local.model_file.tables import read_tables, tables_of
 
 CHECKS = ("none", "basic", "full")
 
@@ -210,7 +210,7 @@ def _save(values: npt.NDArray[np.float64], file: Any) -> None:
 
 def _compare_tables(path: Path, model: Any) -> None:
     """The tables as the library has loaded them."""
-    from clex_local import llama_clex
+    from clex_local.library import llama_clex
 
     tables = read_tables(path)
     if tables is None:

@@ -148,7 +148,7 @@ def _write(text: bytes) -> None:
 
 
 def _log_callback(llama_cpp: Any) -> Any:
-    from clex_local.log import is_shown, level_of
+    from clex_local.library.log import is_shown, level_of
 
     def log(level: int, text: bytes, data: Any) -> None:
         if is_shown(level_of(level)):

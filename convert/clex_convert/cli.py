@@ -21,8 +21,8 @@ from clex_convert.convert import ConversionResult, convert
 from clex_convert.methods import converter_version
 from clex_convert.options import ConvertOptions
 from clex_convert.sizes import Size, sizes
-from clex_local.command import SETTINGS, Command, Lines, say
-from clex_local.command_options import options_from
+from clex_local.commands.command import SETTINGS, Command, Lines, say
+from clex_local.commands.command_options import options_from
 from clex_local.sizes import readable_size
 
 

@@ -23,8 +23,8 @@ from clex_convert.quantize import needs_imatrix, plans, quantize
 from clex_convert.recipe import Recipe, recipe_of
 from clex_convert.rope_metadata import RopeMetadata
 from clex_convert.source import Source
-from clex_local.options import takes_options
-from clex_local.tables import Tables
+from clex_local.commands.options import takes_options
+from clex_local.model_file.tables import Tables
 
 
 @dataclass(frozen=True)

@@ -16,9 +16,9 @@ import llama_cpp
 import numpy as np
 import numpy.typing as npt
 
-from clex_local.decoding import NOT_FINITE, DecodeError, decode_failure
 from clex_local.errors import ClexError
-from clex_local.low_level import Context, Model, context_params
+from clex_local.library.decoding import NOT_FINITE, DecodeError, decode_failure
+from clex_local.runtime.low_level import Context, Model, context_params
 
 _RESIDENT = 256 << 20  # bytes of the file that may be in this process' memory, or not much more
 _MADV_DONTNEED = 4  # Linux

@@ -10,7 +10,7 @@ from clex_convert.gguf_source import GGUFSource
 from clex_convert.model_tables import model_metadata, model_tables
 from clex_convert.options import ConvertOptions
 from clex_convert.scaling import Scaling
-from clex_local.tables import Tables
+from clex_local.model_file.tables import Tables
 
 
 def extended_keys(path: Path, factor: int, method: str | None) -> tuple[Tables, dict[str, Any], tuple[str, ...]]:

@@ -6,8 +6,8 @@ from contextlib import ExitStack
 from pathlib import Path
 
 from clex_convert.errors import ConvertError
-from clex_local.gguf_file import GGUFFile
-from clex_local.split_files import part_name, split_name
+from clex_local.model_file.gguf_file import GGUFFile
+from clex_local.model_file.split_files import part_name, split_name
 
 
 def part_names(name: str) -> list[str]:

@@ -18,12 +18,12 @@ from clex_convert.rope_metadata import RopeMetadata
 from clex_convert.scaling import FREQUENCY_TENSORS, Scaling, read_gguf_scaling, read_scaling
 from clex_convert.source_rope import SourceRope
 from clex_convert.weights import OdeSettings, OdeWeights
-from clex_local import architectures
-from clex_local.baked import baked_in
-from clex_local.cache_kinds import has_windows
 from clex_local.errors import ClexError, escaped
-from clex_local.model_keys import DEFAULT_BASE, ModelKeys
-from clex_local.tables import MAX_DIMENSION, Tables, TablesError, tables_of
+from clex_local.model_file import architectures
+from clex_local.model_file.baked import baked_in
+from clex_local.model_file.cache_kinds import has_windows
+from clex_local.model_file.keys import DEFAULT_BASE, ModelKeys
+from clex_local.model_file.tables import MAX_DIMENSION, Tables, TablesError, tables_of
 
 _F32, _F16, _BF16 = 0, 1, 30  # ggml_type
 _FLOATS = {_F32, _F16, _BF16}

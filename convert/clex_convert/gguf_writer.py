@@ -13,7 +13,7 @@ import numpy.typing as npt
 
 from clex_convert.errors import ConvertError, one_line
 from clex_convert.layout import Layout
-from clex_local.gguf_file import GGUFFile, GGUFHeader
+from clex_local.model_file.gguf_file import GGUFFile, GGUFHeader
 
 _CHUNK = 8 << 20
 _F32 = 0  # ggml_type

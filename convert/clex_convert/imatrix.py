@@ -15,7 +15,7 @@ import numpy.typing as npt
 
 from clex_convert.child_process import report, request, run_child
 from clex_convert.errors import ConvertError, disk_full
-from clex_local.gguf_file import GGUFError, GGUFFile, TensorInfo
+from clex_local.model_file.gguf_file import GGUFError, GGUFFile, TensorInfo
 
 CHUNK = 512  # tokens, as llama.cpp's llama-imatrix has it
 _BATCH = 128
@@ -228,7 +228,7 @@ def main() -> None:
     import ctypes
 
     from clex_convert.decoder import Decoder
-    from clex_local import llama_clex
+    from clex_local.library import llama_clex
 
     imatrix = ctypes.c_void_p(llama_clex.imatrix_init())
     decoder = Decoder(

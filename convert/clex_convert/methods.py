@@ -16,8 +16,8 @@ from clex_convert import frequencies
 from clex_convert.errors import ConvertError, extra_packages
 from clex_convert.scaling import Scaling, read_scaling
 from clex_convert.weights import DEFAULT_ACTIVATION, DEFAULT_TIME_DT, NAMES, OdeSettings, OdeWeights
-from clex_local.options import about, documented, option, takes_options
-from clex_local.tables import Tables, TablesError
+from clex_local.commands.options import about, documented, option, takes_options
+from clex_local.model_file.tables import Tables, TablesError
 
 
 class ScalingError(ConvertError):

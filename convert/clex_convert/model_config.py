@@ -15,7 +15,7 @@ import numpy as np
 
 from clex_convert.errors import ConvertError, one_line
 from clex_convert.model_classes import MODEL_CLASSES, ModelClass
-from clex_local import architectures
+from clex_local.model_file import architectures
 
 # Sizes without which nothing can be said of a model; the classes have defaults, those of one released size.
 _SIZES = ("hidden_size", "num_attention_heads", "num_hidden_layers", "vocab_size")

@@ -12,7 +12,7 @@ from clex_convert.rope_metadata import RopeMetadata, baked, with_tables
 from clex_convert.scaling import kind_of
 from clex_convert.source import Source
 from clex_convert.weights import OdeSettings, OdeWeights, read_weights
-from clex_local.tables import Tables
+from clex_local.model_file.tables import Tables
 
 
 def model_tables(model: Source, options: ConvertOptions) -> Tables:

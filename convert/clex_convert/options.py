@@ -12,7 +12,7 @@ from clex_convert.errors import ConvertError
 from clex_convert.file_types import OUTTYPES, TENSOR_TYPES
 from clex_convert.methods import METHODS
 from clex_convert.weights import ACTIVATIONS, OdeSettings
-from clex_local.options import documented, json_object, option
+from clex_local.commands.options import documented, json_object, option
 
 PathLike = str | os.PathLike[str]
 Progress = Callable[[str, float], None]

@@ -17,7 +17,7 @@ from clex_convert.errors import ConvertError, disk_full, one_line
 from clex_convert.file_types import file_type
 from clex_convert.imatrix import read_imatrix
 from clex_convert.recipe import Recipe
-from clex_local.gguf_file import GGUFFile, GGUFHeader, tensor_types
+from clex_local.model_file.gguf_file import GGUFFile, GGUFHeader, tensor_types
 
 # Bytes that llama_model_quantize may use for the rows at work, beside the tensor that they come from; its default is
 # eight times as much as a machine for small models has.

@@ -12,9 +12,9 @@ import numpy.typing as npt
 from clex_convert.errors import ConvertError
 from clex_convert.scaling import FREQUENCY_TENSORS
 from clex_convert.source_rope import SourceRope
-from clex_local import architectures
-from clex_local.baked import Baked
-from clex_local.tables import Tables
+from clex_local.model_file import architectures
+from clex_local.model_file.baked import Baked
+from clex_local.model_file.tables import Tables
 
 _UNROTATED = (
     "the layers of this model that see every token have no RoPE, and those with a sliding window keep their own: the "

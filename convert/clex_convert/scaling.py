@@ -12,7 +12,7 @@ import numpy.typing as npt
 
 from clex_convert import frequencies
 from clex_convert.errors import ConvertError
-from clex_local.tables import Tables
+from clex_local.model_file.tables import Tables
 
 # Keys of each kind, those it cannot do without first.
 _KEYS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {

@@ -18,7 +18,7 @@ from clex_convert.quantize import plans
 from clex_convert.recipe import Recipe, recipe_of
 from clex_convert.rope_metadata import RopeMetadata
 from clex_convert.source import Source
-from clex_local.options import takes_options
+from clex_local.commands.options import takes_options
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from clex_convert.layout import Layout
 from clex_convert.rope_metadata import RopeMetadata
 from clex_convert.source_rope import SourceRope
 from clex_convert.weights import OdeWeights
-from clex_local.tables import Tables
+from clex_local.model_file.tables import Tables
 
 
 class Source(Protocol):

@@ -7,7 +7,7 @@ from typing import Any
 
 from clex_convert.scaling import Scaling
 from clex_convert.weights import OdeSettings
-from clex_local.tables import Tables
+from clex_local.model_file.tables import Tables
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import click
 
 from clex_eval import longbench, passkey, ppl, ruler
-from clex_local.command import SETTINGS, Group
+from clex_local.commands.command import SETTINGS, Group
 
 
 @click.group("clex-eval", cls=Group, no_args_is_help=False, context_settings=SETTINGS)

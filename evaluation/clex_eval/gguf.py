@@ -15,8 +15,8 @@ from clex_eval.models import Coverage, Prefill, Progress, before_stop, likelihoo
 from clex_eval.options import EvalOptions
 from clex_local import inspect
 from clex_local.errors import ClexError
-from clex_local.extension import extension
-from clex_local.opening import load
+from clex_local.model_file.extension import extension
+from clex_local.runtime.opening import load
 
 
 def gguf_coverage(path: Path, extend: str | None = None) -> Coverage:
@@ -41,8 +41,8 @@ class GGUFModel:
     def __init__(self, path: Path, covers: Coverage, options: EvalOptions) -> None:
         from jinja2 import TemplateError
 
-        from clex_local.arguments import ContextWarning
-        from clex_local.low_level import Context
+        from clex_local.runtime.arguments import ContextWarning
+        from clex_local.runtime.low_level import Context
 
         self.path = path
         self.name = path.name.removesuffix(".gguf")
@@ -89,7 +89,7 @@ class GGUFModel:
 
     @cached_property
     def _session(self) -> Any:
-        from clex_local.session import Sampling, Session
+        from clex_local.session.session import Sampling, Session
 
         return Session(self._llm, sampling=Sampling(temp=0))
 
@@ -110,7 +110,7 @@ class GGUFModel:
         """As ``Model`` says."""
         import llama_cpp
 
-        from clex_local.session import PromptTooLong
+        from clex_local.session.session import PromptTooLong
 
         if len(prompt) + max_tokens > self.context_length:
             raise PromptTooLong(len(prompt) + max_tokens, self.context_length)

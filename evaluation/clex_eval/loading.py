@@ -8,8 +8,8 @@ from clex_eval.folder import FolderModel, folder_coverage
 from clex_eval.gguf import GGUFModel, gguf_coverage
 from clex_eval.models import Coverage, Model
 from clex_eval.options import EvalOptions
+from clex_local.commands.options import takes_options
 from clex_local.errors import ClexError
-from clex_local.options import takes_options
 
 
 def coverage(path: Path, extend: str | None = None) -> Coverage:
@@ -17,7 +17,7 @@ def coverage(path: Path, extend: str | None = None) -> Coverage:
 
     Args:
         path: the file or folder.
-        extend: the tables that a file is to have, see `clex_local.extension`.
+        extend: the tables that a file is to have, see `clex_local.model_file.extension`.
 
     Raises:
         ClexError: it is no model.

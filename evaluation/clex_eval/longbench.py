@@ -24,12 +24,12 @@ from clex_eval.options import EvalOptions, models_argument, names, output_option
 from clex_eval.records import Record, read
 from clex_eval.report import Column, Report, working
 from clex_eval.tasks import in_groups
-from clex_local.command import SETTINGS, Command
-from clex_local.command_options import options_from
+from clex_local.chat.text_input import read_text
+from clex_local.commands.command import SETTINGS, Command
+from clex_local.commands.command_options import options_from
+from clex_local.commands.options import documented, option, takes_options
 from clex_local.errors import ClexError
 from clex_local.figure import checked_name
-from clex_local.options import documented, option, takes_options
-from clex_local.text_input import read_text
 
 PROMPTS = {
     "question": (

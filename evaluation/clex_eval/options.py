@@ -11,8 +11,8 @@ from typing import Any, TypeVar
 import click
 
 from clex_eval.models import Policy
-from clex_local.options import documented, option, options_in
-from clex_local.run_options import RunOptions
+from clex_local.commands.options import documented, option, options_in
+from clex_local.runtime.run_options import RunOptions
 
 F = TypeVar("F", bound=Callable[..., Any])
 _JSON_NAMES = {"ctx": "context", "kv_type": "cache_type"}

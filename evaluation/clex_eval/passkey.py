@@ -29,10 +29,10 @@ from clex_eval.tasks import (
     percent,
     room,
 )
-from clex_local.command import SETTINGS, Command
-from clex_local.command_options import options_from
+from clex_local.commands.command import SETTINGS, Command
+from clex_local.commands.command_options import options_from
+from clex_local.commands.options import documented, option, takes_options
 from clex_local.figure import checked_name
-from clex_local.options import documented, option, takes_options
 
 DEPTHS = (0.0, 25.0, 50.0, 75.0, 100.0)
 _MESSAGE = (

@@ -26,12 +26,12 @@ from clex_eval.options import (
 )
 from clex_eval.report import Column, Report, Work, plot_curves, run, working
 from clex_eval.windows import TOKENS, FloatArray, Scored, Span, mean_and_error, span_of, window_likelihoods
-from clex_local.command import SETTINGS, Command
-from clex_local.command_options import options_from
+from clex_local.chat.text_input import read_text
+from clex_local.commands.command import SETTINGS, Command
+from clex_local.commands.command_options import options_from
+from clex_local.commands.options import documented, option, takes_options
 from clex_local.errors import ClexError
 from clex_local.figure import checked_name
-from clex_local.options import documented, option, takes_options
-from clex_local.text_input import read_text
 
 BLOCK = 512  # tokens of the text that count as one observation, at most
 

@@ -33,11 +33,11 @@ from clex_eval.tasks import (
     percent,
     room,
 )
-from clex_local.command import SETTINGS, Command
-from clex_local.command_options import options_from
+from clex_local.commands.command import SETTINGS, Command
+from clex_local.commands.command_options import options_from
+from clex_local.commands.options import documented, option, takes_options
 from clex_local.errors import ClexError
 from clex_local.figure import checked_name
-from clex_local.options import documented, option, takes_options
 
 _NEEDLES = 4  # of niah_multikey; one of them is asked for
 _HOPS = 4  # of a chain of variables

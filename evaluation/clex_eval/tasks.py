@@ -14,8 +14,8 @@ from clex_eval.models import Model
 from clex_eval.options import EvalOptions, Length, names
 from clex_eval.ppl import plan
 from clex_eval.report import working
+from clex_local.commands.options import documented, option
 from clex_local.errors import ClexError
-from clex_local.options import documented, option
 
 T = TypeVar("T")
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-COMMAND = [sys.executable, "-m", "clex_local.chat"]
+COMMAND = [sys.executable, "-m", "clex_local.chat.cli"]
 
 
 def sessions_folder() -> Any:

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from clex_local.gguf_file import GGUFFile, GGUFHeader
+from clex_local.model_file.gguf_file import GGUFFile, GGUFHeader
 
 _CODES = {
     np.uint8: 0,

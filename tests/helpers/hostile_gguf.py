@@ -23,8 +23,8 @@ import numpy as np
 from rich.console import Console
 
 from clex_local import ClexError, Llama, inspect
-from clex_local.inspection_report import show
-from clex_local.tables import TablesError, read_tables
+from clex_local.inspection.report import show
+from clex_local.model_file.tables import TablesError, read_tables
 from helpers.gguf_maker import MODEL, TENSORS, gguf_bytes, gguf_fields
 from helpers.random_gguf import model_parts, ntk_tables
 

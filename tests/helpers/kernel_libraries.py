@@ -16,7 +16,7 @@ CPUINFO = Path("/proc/cpuinfo")
 
 def tiles_in_software(library: type[Library]) -> Any:
     """A fixture of a module: ours with tile registers (AMX) in software, on any x86-64."""
-    from clex_local._library import library_path
+    from clex_local.library.loading import library_path
 
     @pytest.fixture(scope="module")
     def tiles():
@@ -31,7 +31,7 @@ def tiles_in_software(library: type[Library]) -> Any:
 
 def tiles_of_processor(library: type[Library]) -> Any:
     """A fixture of a module: ours where the processor has tile registers."""
-    from clex_local._library import library_path
+    from clex_local.library.loading import library_path
 
     @pytest.fixture(scope="module")
     def amx():
@@ -55,7 +55,7 @@ def libraries(library: type[Library], functions: type[Ggml], **switch: str) -> t
     Returns:
         Ours, ours with the switch, stock, all with vectors alone, and the functions in this process.
     """
-    from clex_local._library import library_path
+    from clex_local.library.loading import library_path
 
     @pytest.fixture(scope="module")
     def ours():

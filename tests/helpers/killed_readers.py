@@ -18,7 +18,7 @@ from pathlib import Path
 
 import numpy as np
 
-from clex_local.store import DocumentStore
+from clex_local.store.documents import DocumentStore
 from helpers.low_level import Context, Model
 from helpers.processes import run
 from helpers.random_gguf import make_model, random_tokens
@@ -30,7 +30,7 @@ PIECE = 64
 # Reads the text, then another one, in pieces; says after each how much was handed over, and how much is written.
 READER = """
 import sys
-from clex_local.store import DocumentStore
+from clex_local.store.documents import DocumentStore
 from helpers.killed_readers import IDS, PIECE
 from helpers.low_level import Context, Model
 from helpers.random_gguf import random_tokens

@@ -12,8 +12,9 @@ import numpy as np
 from llama_cpp._logger import set_verbose
 
 import clex_local  # noqa: F401, the library must be chosen before llama_cpp is imported
-from clex_local import llama_clex, low_level
-from clex_local.log import logged
+from clex_local.library import llama_clex
+from clex_local.library.log import logged
+from clex_local.runtime import low_level
 
 set_verbose(False)
 

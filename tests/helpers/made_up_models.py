@@ -14,8 +14,8 @@ from typing import Any
 import llama_cpp
 import numpy as np
 
-from clex_local._library import library_path
-from clex_local.architectures import find
+from clex_local.library.loading import library_path
+from clex_local.model_file.architectures import find
 
 LAYERS, HEADS, WIDTH, VOCABULARY = 4, 2, 256, 128
 _U32, _F32 = 4, 6  # gguf_type

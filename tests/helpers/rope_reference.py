@@ -17,7 +17,7 @@ import torch
 import transformers
 
 from clex_convert.transformers_folder import cache_argument, since_release_5
-from clex_local.tables import Tables
+from clex_local.model_file.tables import Tables
 
 
 def tabled_layers(config: Any) -> set[int]:

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import numpy as np
 
-from clex_local.low_level import Context as AnyContext
-from clex_local.store import DocumentStore
+from clex_local.runtime.low_level import Context as AnyContext
+from clex_local.store.documents import DocumentStore
 from helpers.low_level import F16, Context
 
 BLOCK = 256

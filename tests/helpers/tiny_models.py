@@ -11,7 +11,7 @@ import torch
 import transformers
 
 from clex_convert.llama_cpp_scripts import conversion_scripts
-from clex_local.tables import Tables, read_tables
+from clex_local.model_file.tables import Tables, read_tables
 from helpers.low_level import Context, Model
 from helpers.rope_reference import Reference
 

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import click
 
-from clex_local.architectures import families
-from clex_local.command import SETTINGS, Command, say
-from clex_local.command_options import options_from
+from clex_local.commands.command import SETTINGS, Command, say
+from clex_local.commands.command_options import options_from
 from clex_local.errors import ClexError
+from clex_local.model_file.architectures import families
 from clex_train.options import TrainOptions
 
 _PATH = click.Path(path_type=Path)

@@ -23,8 +23,8 @@ from clex_convert.errors import one_line
 from clex_convert.ode import plain_frequencies
 from clex_convert.transformers_folder import load_config, rope_scaling, rope_theta, set_rope_scaling
 from clex_convert.weights import DEFAULT_ACTIVATION, DEFAULT_TIME_DT
-from clex_local.architectures import trainable_classes
 from clex_local.errors import ClexError
+from clex_local.model_file.architectures import trainable_classes
 from clex_train import TrainError
 from clex_train.layer import ClexLayer, ClexSettings
 from clex_train.options import ATTENTIONS
@@ -53,7 +53,7 @@ def add_clex(model: PreTrainedModel, settings: ClexSettings, original_context: i
     of the row's tokens, those in the cache included and padding excluded.
 
     Args:
-        model: of a class that `clex_local.architectures` calls trainable, with plain RoPE.
+        model: of a class that `clex_local.model_file.architectures` calls trainable, with plain RoPE.
         settings: of the layer; they go into the model's config.
         original_context: L in tokens; the config's max_position_embeddings becomes it.
 

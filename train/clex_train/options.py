@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from clex_convert.weights import ACTIVATIONS
-from clex_local.options import documented, json_object, option
+from clex_local.commands.options import documented, json_object, option
 from clex_train import TrainError
 
 ATTENTIONS = ("sdpa", "eager")

@@ -18,7 +18,7 @@ static const uint32_t LLAMA_CLEX_VERSION = 1;
 static const size_t   LLAMA_CLEX_MAX_BUCKETS = 4096;
 static const uint32_t LLAMA_CLEX_MAX_FREQS   = 32768; // n_rot/2
 
-// Beyond these a value has no use, and angles, factors or scores overflow somewhere; clex_local/tables.py has the same.
+// Beyond these a value has no use, and angles, factors or scores overflow somewhere; clex_local/model_file/tables.py has the same.
 static const float LLAMA_CLEX_MIN_INV_FREQ   = 1.1754944e-38f; // the smallest whose inverse is a number
 static const float LLAMA_CLEX_MAX_INV_FREQ   = 1e3f;           // trained tables of the authors' code reach 8.5
 static const float LLAMA_CLEX_MIN_ATTN_SCALE = 1e-3f;

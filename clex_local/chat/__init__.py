@@ -1,0 +1,1 @@
+"""`clex-chat`: a conversation at a terminal."""

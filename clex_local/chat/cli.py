@@ -1,0 +1,409 @@
+"""``clex-chat``: talk to a model in a terminal, or ask it one thing from a script."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import sys
+from collections.abc import Sequence
+from contextlib import closing
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from clex_local.chat.answer_view import PlainView
+from clex_local.chat.commands import completions, do, path_in
+from clex_local.chat.conversation import Chat
+from clex_local.chat.line_editor import line_editor, plain_lines
+from clex_local.chat.options import SCRIPT_TOKENS, ChatOptions
+from clex_local.chat.terminal import Terminal, with_advice
+from clex_local.chat.text_input import Piped, join
+from clex_local.commands.command import INTERRUPTED, SETTINGS, Command, json_line, say
+from clex_local.commands.command_options import given_options, options_from
+from clex_local.documents.attachments import Attachment, attach, texts, without_twice
+from clex_local.documents.files import STANDARD_INPUT
+from clex_local.errors import ClexError, escaped
+from clex_local.model_file.baked import baked_in
+from clex_local.model_file.found_models import found_models, listing, model_path, places
+from clex_local.model_file.gguf_file import GGUFFile
+from clex_local.model_file.keys import ModelKeys
+from clex_local.model_file.memory import ModelShape, kv_bytes
+from clex_local.model_file.table_support import why_no_tables
+from clex_local.runtime.opening import open_model
+from clex_local.runtime.run_options import RunOptions
+from clex_local.runtime.sampling import Sampling
+from clex_local.session.exchange import AttachedFile
+from clex_local.session.folder import KeptSession, sessions_folder
+from clex_local.session.keeper import SessionKeeper
+from clex_local.session.saved_session import SavedSession, SessionError
+from clex_local.sizes import readable_size
+
+if TYPE_CHECKING:
+    from clex_local.runtime.llama import Llama
+    from clex_local.session.session import Answer, Session
+
+
+class Question:
+    """What is asked once, and not in a conversation: files and a prompt, with what comes from a pipe before them."""
+
+    def __init__(self, message: str, piped: Piped | None, files: list[AttachedFile]) -> None:
+        self.files = files
+        self._message = message
+        self._piped = piped
+
+    @classmethod
+    def read(cls, prompt: str | None, attachments: list[Attachment], stdin: bool) -> Question:
+        """Put together what is asked.
+
+        Args:
+            prompt: behind everything else.
+            attachments: before it; without it and them, it is standard input.
+            stdin: whether that was read for the attachments.
+
+        Raises:
+            ClexError: there is nothing in all of it.
+        """
+        piped = None
+        if prompt is None and not attachments:
+            attachments = [attach(STANDARD_INPUT)]
+        elif not stdin:
+            piped = Piped()
+        known: list[AttachedFile] = []
+        documents = []
+        for attachment in attachments:
+            for note in attachment.notes:
+                say(f"[{note}]", err=True)
+            once, twice = without_twice(attachment, known)
+            for name in twice:
+                say(f"[{escaped(name, 60)}: given twice, and sent once]", err=True)
+            documents += once.documents
+            known += once.files
+        several = sum(bool(document.name) for document in documents) > 1
+        message = join([*texts(documents, named=several), prompt or ""])
+        if not message and not (piped and piped.text().strip()):
+            raise ClexError("the prompt is empty")
+        return cls(message, piped, known)
+
+    def text(self) -> str:
+        """All of it, as soon as the pipe has ended."""
+        if self._piped is None:
+            return self._message
+        text = join([self._piped.text(), self._message])
+        for note in self._piped.notes:
+            say(f"[{note}]", err=True)
+        if self._piped.unread:
+            say(f"[{self._piped.unread}: answered without it; -f - reads it]", err=True)
+        return text
+
+
+def _asks(prompt: str | None, files: Sequence[str], as_json: bool) -> bool:
+    """Whether something is asked once, and nobody is there to talk to or wants to."""
+    if prompt is not None or as_json or STANDARD_INPUT in files:
+        return True
+    if sys.stdin is None or not sys.stdin.isatty():
+        return True
+    return bool(files) and not sys.stdout.isatty()
+
+
+def _open(model: Path, options: RunOptions, quiet: bool) -> Llama:
+    """Load the model; one who waits at a terminal is told so, unless `quiet`."""
+    loading = not quiet and sys.stderr.isatty() and not options.verbose
+    if loading:
+        print(f"loading {escaped(model.name)} ...", end="", file=sys.stderr, flush=True)
+    try:
+        return open_model(model, **vars(options))
+    finally:
+        if loading:
+            print("\r\x1b[2K", end="", file=sys.stderr, flush=True)
+
+
+def converse(
+    terminal: Terminal, keeper: SessionKeeper, model: Path, fitted: bool, attachments: Sequence[Attachment] = ()
+) -> None:
+    """Talk until the end of input.
+
+    Args:
+        terminal: where.
+        keeper: of the conversation's file.
+        model: the file.
+        fitted: the size of the context was chosen by what fits in memory.
+        attachments: what waits for the first message.
+    """
+    session = terminal.session
+    llm = session.llm
+    name = escaped(llm.metadata.get("general.name") or model.name, 100)
+    with GGUFFile(model) as file:
+        shape = ModelShape.from_metadata(file)
+        extendable = not llm.clex and not why_no_tables(ModelKeys(file)) and not baked_in(file)
+    cache = llm.settings.type_k
+    if shape:
+        size = kv_bytes(shape, session.capacity, cache, flash_attn=llm.settings.flash_attn)
+        cache = f"{readable_size(size, memory=True)} {cache}"
+    context = f"{session.capacity:,} tokens of context"
+    if fitted and session.capacity < (covered := llm._model.n_ctx_train()):
+        context += f" (the model covers {covered:,}, memory does not)"
+    terminal.note(f"{name} · {context} · {cache} cache · /help")
+    chat = Chat(terminal, name, cache, keeper)
+    if extendable:
+        terminal.note(
+            f"no tables beyond {llm._model.n_ctx_train():,} tokens: --extend 4x makes some, clex-convert a file"
+        )
+    if keeper.kept and not keeper.kept.saved:
+        terminal.note(f"a new session: {escaped(keeper.kept.name)}")
+    keeper.describe()
+    chat.welcome()
+    for attachment in attachments:
+        chat.add(attachment)
+    edit = sys.stdout.isatty() and os.environ.get("TERM") != "dumb"
+    chat.edits = edit
+    read = line_editor(lambda line: completions(chat, line), path_in, chat.status) if edit else plain_lines
+    chat.run(read, do)
+
+
+def answer_once(
+    terminal: Terminal,
+    text: str,
+    as_json: bool = False,
+    keeper: SessionKeeper | None = None,
+    files: Sequence[AttachedFile] = (),
+) -> int:
+    """Ask one thing and write the answer to stdout; returns the exit code.
+
+    Args:
+        terminal: where notes go.
+        text: what is asked.
+        as_json: write one JSON object.
+        keeper: of the conversation's file.
+        files: what the text was made of.
+
+    Raises:
+        ClexError: the prompt cannot be answered, or what was said cannot be saved.
+        BrokenPipeError: nobody reads stdout any more.
+    """
+    code, view = 0, PlainView(lambda piece: None) if as_json else terminal.view()
+    keeper = keeper or SessionKeeper(terminal.session, terminal.tell)
+    try:
+        with keeper.turn(text, files):
+            terminal.answer(text, view.write)
+    except KeyboardInterrupt:
+        code = INTERRUPTED
+    finally:
+        view.end()
+    answer = terminal.session.last
+    if answer is None:  # interrupted before anything began
+        return code
+    if as_json:
+        sys.stdout.write(json_line(report(terminal.session, answer) | {"session": keeper.name}))
+    sys.stdout.flush()
+    terminal.end_of_answer(answer)
+    if answer.finish_reason == "interrupted" and not answer.completion_tokens:
+        terminal.note(f"[stopped while reading{terminal.read_so_far(answer)}]")
+    if keeper.failure:
+        raise keeper.failure
+    return code
+
+
+def report(session: Session, answer: Answer) -> dict[str, Any]:
+    """What ``--json`` prints: the answer, why it ended, tokens, settings, times, speeds, and the tables' state."""
+    clex = session.llm.clex
+    return {
+        "text": answer.text,
+        "finish_reason": answer.finish_reason,
+        "prompt_tokens": answer.prompt_tokens,
+        "prefill_tokens": answer.prefill_tokens,
+        "restored_tokens": answer.restored_tokens,
+        "completion_tokens": answer.completion_tokens,
+        "drafted_tokens": answer.drafted_tokens,
+        "accepted_tokens": answer.accepted_tokens,
+        "context": session.capacity,
+        "settings": asdict(session.llm.settings),
+        "timings": {
+            "prefill_seconds": round(answer.prefill_seconds, 4),
+            "prefill_tokens_per_second": round(answer.prefill_speed, 2),
+            "decode_seconds": round(answer.decode_seconds, 4),
+            "decode_tokens_per_second": round(answer.decode_speed, 2),
+        },
+        "clex": clex
+        and {
+            "method": clex.method,
+            "original_context": clex.original_context,
+            "max_context": clex.max_context,
+            "buckets": list(clex.buckets),
+            "bucket": clex.bucket,
+            "rerotations": clex.rerotations,
+            "rerotated_cells": clex.rerotated_cells,
+            "rerotation_ms": round(clex.rerotation_ms, 3),
+        },
+    }
+
+
+def _list_models(context: click.Context, asks: bool) -> int:
+    """Show the models there are, to somebody who names none and asks nothing."""
+    if asks:
+        hint = "clex-chat alone lists those there are"
+        raise click.MissingParameter(hint, context, param_type="argument", param_hint="MODEL")
+    models = found_models()
+    if not models:
+        raise ClexError(f"MODEL is missing, and none is found in {places()}")
+    say(listing(models))
+    name = shlex.quote(models[0].name)
+    say(f"clex-chat {name} talks to one; --extend 4x gives one without tables four times its context", err=True)
+    return 0
+
+
+def _open_session(name: str, context: click.Context, model: Path | None) -> tuple[KeptSession, Path]:
+    """The conversation of a name, which is ours from now on, and the model to go on with.
+
+    Raises:
+        SessionError: it cannot be had, or its model is gone.
+    """
+    kept = KeptSession(sessions_folder(), name)
+    context.call_on_close(kept.close)
+    if model is None and kept.saved is None:
+        raise click.UsageError(f"there is no session {escaped(name)} yet: MODEL is missing")
+    if model is None and kept.saved:
+        model = Path(kept.saved.model.path)
+        if not model.is_file():
+            raise SessionError(f"the model of the session {kept.name} is gone: {model}; name another before --session")
+    assert model is not None
+    return kept, model
+
+
+def _as_before(
+    saved: SavedSession, context: click.Context, sampling: Sampling, options: RunOptions, answering: ChatOptions
+) -> tuple[Sampling, RunOptions, ChatOptions]:
+    """The options of a conversation, but for those that were given.
+
+    Raises:
+        ClexError: another system message was given.
+    """
+    if answering.system not in (None, saved.system):
+        raise ClexError(f"the session {saved.name} has another system message: leave out `system`")
+    given = given_options(context, RunOptions)
+    run = {name: value for name, value in saved.run.items() if name not in given and value is not None}
+    if context.params["model"] is not None:  # another one may have tables of its own
+        run.pop("extend", None)
+    template = (
+        answering.chat_template if "chat_template" in given_options(context, ChatOptions) else saved.chat_template
+    )
+    return (
+        replace(saved.sampling, **given_options(context, Sampling)),
+        replace(options, **run),
+        replace(answering, chat_template=template, system=saved.system),
+    )
+
+
+@click.command("clex-chat", cls=Command, context_settings=SETTINGS)
+@click.argument("model", type=click.Path(path_type=Path), required=False)
+@click.option("-p", "--prompt", metavar="TEXT", help="Answer TEXT and leave.")
+@click.option(
+    "-f",
+    "--file",
+    "files",
+    metavar="FILE",
+    multiple=True,
+    help="Put a file in front of the prompt: text, PDF, DOCX, HTML, a folder, or a pattern such as 'src/**/*.py'; - is "
+    "standard input. Repeatable. Without a prompt, in a terminal it waits for your first message, elsewhere it is "
+    "answered by itself.",
+)
+@click.option("--url", "urls", metavar="URL", multiple=True, help="Fetch a page or file of the web as one of -f.")
+@click.option(
+    "--session",
+    "session_name",
+    metavar="NAME",
+    help="Go on with the conversation NAME, or begin it, and save it after every answer. Its model, system message, "
+    "template and options are taken where none are given.",
+)
+@options_from(ChatOptions, name="answering")
+@options_from(Sampling, name="sampling")
+@options_from(RunOptions)
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object with the answer, tokens and speed.")
+@click.version_option(package_name="clex-local")
+def main(
+    model: Path | None,
+    prompt: str | None,
+    files: tuple[str, ...],
+    urls: tuple[str, ...],
+    session_name: str | None,
+    answering: ChatOptions,
+    sampling: Sampling,
+    options: RunOptions,
+    as_json: bool,
+) -> int:
+    """Chat with MODEL, a GGUF file, over contexts longer than it was trained for.
+
+    It may be a model of Ollama, LM Studio or the Hugging Face hub's cache by its name. Without one, those are listed.
+
+    With -p or input from a pipe it answers once, and prints nothing but the answer to standard output. What comes
+    from a pipe, or from a file by <, is put in front of -f and -p.
+    """
+    context = click.get_current_context()
+    if model is None and session_name is None:
+        return _list_models(context, bool(prompt is not None or files or urls or as_json))
+    # Read before the model is loaded, so that a wrong name costs no time.
+    kept, model = _open_session(session_name, context, model) if session_name is not None else (None, model)
+    if kept and kept.saved:
+        sampling, options, answering = _as_before(kept.saved, context, sampling, options, answering)
+    assert model is not None
+    if answering.chat_template == "plain" and answering.system is not None:
+        raise click.UsageError("--system needs a chat template, --chat-template plain has none")
+    model = model_path(model)
+    attachments = [*map(attach, files), *(attach(url, web=True) for url in urls)]
+    once = _asks(prompt, [*files, *urls], as_json)
+    if as_json and prompt is None and not attachments and sys.stdin is not None and sys.stdin.isatty():
+        raise click.UsageError("--json needs -p, -f or input from a pipe")
+    question = Question.read(prompt, attachments, STANDARD_INPUT in files) if once else None
+    from clex_local.store.documents import store_wanted  # with the library
+
+    store = store_wanted(options.store)
+    makes_store = store is not None and not store.exists()
+    with closing(_open(model, options, quiet=question is not None)) as llm:
+        from clex_local.templates.templates import TemplateError
+
+        try:
+            terminal = _terminal(llm, answering, sampling, question, as_json)
+            run = SavedSession.run_of(options)
+            keeper = SessionKeeper(terminal.session, terminal.tell, answering.chat_template, run, kept)
+            context.call_on_close(keeper.close)
+            keeper.resume()
+        except TemplateError as error:
+            raise with_advice(error) from error
+        if question is not None:
+            keeper.describe(changes_only=True)
+            return answer_once(terminal, question.text(), as_json, keeper, question.files)
+        if makes_store and store and store.exists():
+            terminal.note(
+                f"what is read is kept in {escaped(str(store))}: clex-cache shows it, --no-store keeps nothing"
+            )
+        converse(terminal, keeper, model, options.ctx is None, attachments)
+    return 0
+
+
+def _terminal(
+    llm: Llama, answering: ChatOptions, sampling: Sampling, question: Question | None, as_json: bool
+) -> Terminal:
+    """A conversation with a model, at a terminal or as a script asks.
+
+    Raises:
+        ClexError: the template is broken or refuses the system message.
+    """
+    from clex_local.session.session import CHATML, PLAIN, Session
+
+    template = {"chatml": CHATML, "plain": PLAIN}.get(answering.chat_template)
+    session = Session(llm, system=answering.system, template=template, sampling=sampling, stops_repetition=True)
+    max_tokens = answering.max_tokens
+    if max_tokens is None and question is not None:
+        max_tokens = SCRIPT_TOKENS
+    terminal = Terminal(
+        session, max_tokens or None, quiet=as_json, plain=answering.plain, on_full=answering.on_full,
+        talks=question is None,
+    )  # fmt: skip
+    if answering.chat_template == "model" and not session.has_own_template:
+        terminal.note("this model has no chat template: it continues your text (--chat-template chatml tries ChatML)")
+    return terminal
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,150 @@
+"""How fast prompts are read: what was measured, remembered for the next time, and what it lets expect.
+
+A token costs more the more tokens it looks back at, a + b * depth seconds. Both numbers are fitted to what was measured
+at each depth. At the beginning little is known, and the fit leans on the share that attention has of the computation by
+the shape of the model; the more was measured at depth, the less.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+from clex_local.model_file.memory import ModelShape
+from clex_local.private_files import write_private
+from clex_local.store.cache_folder import cache_folder, make_cache_folder
+
+STEP = 1024  # tokens of depth that are averaged
+_REMEMBERED = 4096  # tokens that an average counts as at most, so that it follows a machine that changes
+_MODELS = 100  # sets of averages that are kept
+_VERSION = 1
+
+# The prior of the fit: as good as this many tokens measured at this depth. At 2,000 tokens read it decides how the cost
+# grows, at 8,000 it does not.
+_PRIOR_TOKENS, _PRIOR_DEPTH = 256, 4096
+_ATTENTION = 0.8  # time of a multiplication in attention, as a part of the time of one with a weight
+
+
+@dataclass(frozen=True)
+class ReadingSpeed:
+    """Seconds that a token costs: ``base + per_depth * depth``, depth being the tokens before it."""
+
+    base: float
+    per_depth: float
+
+    def seconds(self, start: int, end: int) -> float:
+        """The time that the tokens from one depth to another take."""
+        return (end - start) * (self.base + self.per_depth * (start + end) / 2)
+
+
+@dataclass
+class Measured:
+    """Seconds per token by depth.
+
+    Attributes:
+        steps: of each `STEP` of depth, counted from 0, the tokens that were measured and their mean depth and cost.
+    """
+
+    steps: dict[int, tuple[float, float, float]] = field(default_factory=dict)
+
+    def add(self, start: int, end: int, seconds: float) -> None:
+        """Take in that the tokens from one depth to another took so long."""
+        if end > start and 0 < seconds < math.inf:
+            self._add((start + end) // 2 // STEP, end - start, (start + end) / 2, seconds / (end - start))
+
+    def _add(self, step: int, tokens: float, depth: float, cost: float) -> None:
+        before, *mean = self.steps.get(step, (0.0, 0.0, 0.0))
+        part = tokens / (before + tokens)
+        depth, cost = (old + part * (new - old) for old, new in zip(mean, (depth, cost), strict=True))
+        self.steps[step] = (before + tokens, depth, cost)
+
+    def merged(self, other: Measured, scale: float = 1.0, most: float = _REMEMBERED) -> Measured:
+        """Both, this one's costs scaled and each of its steps worth no more than so many tokens."""
+        result = Measured({step: (min(n, most), depth, cost * scale) for step, (n, depth, cost) in self.steps.items()})
+        for step, values in other.steps.items():
+            result._add(step, *values)
+        return result
+
+    def speed(self, share: float) -> ReadingSpeed | None:
+        """The speed that fits best; None where nothing was measured.
+
+        Args:
+            share: what ``per_depth`` is of ``base`` as far as the shape of the model tells.
+        """
+        if not self.steps:
+            return None
+        prior = _PRIOR_TOKENS * _PRIOR_DEPTH**2
+        points = self.steps.values()
+        n, nd, ndd = (sum(tokens * depth**power for tokens, depth, _ in points) for power in range(3))
+        c, cd = (sum(tokens * cost * depth**power for tokens, depth, cost in points) for power in range(2))
+        # The least squares of n (cost - a - b d)^2, and of prior (b - share a)^2.
+        aa, ab, bb = n + prior * share**2, nd - prior * share, ndd + prior
+        base, per_depth = (c * bb - ab * cd) / (aa * bb - ab * ab), (aa * cd - ab * c) / (aa * bb - ab * ab)
+        if per_depth < 0 or base < 0:  # noise
+            return ReadingSpeed(c / n, 0.0) if per_depth < 0 else ReadingSpeed(0.0, cd / ndd)
+        return ReadingSpeed(base, per_depth)
+
+
+def attention_share(shape: ModelShape | None) -> float:
+    """What looking back at one token costs, as a part of what a token costs without: an estimate from the shape."""
+    if shape is None:
+        return 0.0
+    width, looks, weights = shape.embedding, 0, 0
+    for cache in shape.caches:
+        sizes = cache.key_length + cache.value_length if cache.heads else 0
+        looks += 0 if cache.window else shape.heads * sizes
+        weights += width * ((shape.heads + cache.heads) * sizes + 3 * shape.feed_forward)
+    return _ATTENTION * looks / max(weights, 1)
+
+
+def speeds_file() -> Path:
+    """Where speeds are remembered."""
+    return cache_folder() / "speeds.json"
+
+
+def remembered(key: str) -> Measured:
+    """What was measured under a key; nothing where the file is missing or damaged."""
+    return _parsed(_entries().get(key))
+
+
+def remember(key: str, measured: Measured) -> None:
+    """Add to what was measured under a key. It is a convenience: where it cannot be written, it is not."""
+    if not measured.steps:
+        return
+    entries = _entries()
+    whole = _parsed(entries.pop(key, None)).merged(measured)
+    steps = {str(step * STEP): [round(n), round(depth), float(f"{cost:.4g}")] for step, (n, depth, cost) in
+             sorted(whole.steps.items())}  # fmt: skip
+    entries[key] = {"measured": datetime.now(timezone.utc).isoformat(timespec="seconds"), "depths": steps}
+    kept = dict(list(entries.items())[-_MODELS:])
+    about = "tokens, mean depth and seconds per token of prompts that were read, by depth"
+    text = json.dumps({"version": _VERSION, "about": about, "speeds": kept}, indent=1, ensure_ascii=False)
+    with suppress(OSError, UnicodeError):
+        make_cache_folder()
+        write_private(speeds_file(), text + "\n")
+
+
+def _entries() -> dict[str, Any]:
+    try:
+        value = json.loads(speeds_file().read_text("utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    right = isinstance(value, Mapping) and value.get("version") == _VERSION and isinstance(value.get("speeds"), dict)
+    return value["speeds"] if right else {}
+
+
+def _parsed(entry: Any) -> Measured:
+    measured = Measured()
+    depths = entry.get("depths") if isinstance(entry, Mapping) else None
+    for step, values in depths.items() if isinstance(depths, Mapping) else ():
+        with suppress(TypeError, ValueError, OverflowError):
+            tokens, depth, cost = map(float, values)
+            if 0 < tokens < 1e9 and 0 <= depth < 1e9 and 0 < cost < 1e6:
+                measured.steps[int(step) // STEP] = (tokens, depth, cost)
+    return measured

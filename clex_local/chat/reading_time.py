@@ -1,0 +1,130 @@
+"""How long a prompt takes to be read: said before, corrected while it is read."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from clex_local.chat.reading_speed import Measured, ReadingSpeed, attention_share, remember, remembered
+from clex_local.errors import ClexError
+from clex_local.model_file.gguf_file import GGUFFile
+from clex_local.model_file.memory import ModelShape
+
+if TYPE_CHECKING:
+    from clex_local.runtime.llama import Llama
+
+_SURE = 512  # tokens that have to be read before a machine is taken to be slower or faster than it was
+_NO_BATCH = 64  # tokens: what is shorter says little about the others
+
+
+class ReadingTime:
+    """Follows a prompt as it is read, by ``Llama.on_prefill``.
+
+    Args:
+        llm: the model.
+        clock: seconds.
+    """
+
+    def __init__(self, llm: Llama, clock: Callable[[], float] = time.perf_counter) -> None:
+        self._llm, self._clock = llm, clock
+        self._key = speed_key(llm)
+        with GGUFFile(llm.model_path) as file:
+            self._share = attention_share(ModelShape.from_metadata(file))
+        self._before = Measured()
+        self._batches: list[tuple[int, int, float]] = []
+        self._start = self._done = self._total = 0
+        self._time = 0.0
+
+    def update(self, done: int, total: int) -> None:
+        """Take the model's count: ``done`` of ``total`` tokens."""
+        now = self._clock()
+        if done == 0:
+            self._before = remembered(self._key)
+            self._start, self._batches = self._llm.n_tokens, []
+        elif done > self._done:
+            self._batches.append((self._start + self._done, self._start + done, now - self._time))
+        self._done, self._total, self._time = done, total, now
+
+    @property
+    def known(self) -> bool:
+        """Whether there is more to go by than the first batch, which brings weights into memory."""
+        return bool(self._before.steps) or len(self._batches) > 1
+
+    @property
+    def start(self) -> int:
+        """Tokens that were there before."""
+        return self._start
+
+    @property
+    def measured(self) -> Measured:
+        """What this prompt showed."""
+        measured = Measured()
+        # The first batch brings weights into memory, and the last may be a few tokens.
+        whole = [batch for batch in self._batches if batch[1] - batch[0] >= _NO_BATCH] or self._batches
+        for batch in whole[1:] or whole:
+            measured.add(*batch)
+        return measured
+
+    @property
+    def speed(self) -> ReadingSpeed | None:
+        """The speed to expect; None where nothing was ever measured."""
+        measured = self.measured
+        expected = self._before.speed(self._share)
+        if expected is None or not measured.steps:
+            return expected or measured.speed(self._share)
+        took, would = 0.0, 0.0
+        for tokens, depth, cost in measured.steps.values():
+            took += tokens * cost
+            would += tokens * (expected.base + expected.per_depth * depth)
+        scale = (took + expected.seconds(0, _SURE)) / (would + expected.seconds(0, _SURE))
+        return self._before.merged(measured, scale, most=_SURE).speed(self._share)
+
+    def left(self) -> float | None:
+        """Seconds until the prompt is read, None where nothing is known."""
+        if not self._total or (speed := self.speed) is None:
+            return None
+        rest = speed.seconds(self._start + self._done, self._start + self._total)
+        return max(0.0, rest - (self._clock() - self._time))
+
+    def remember(self) -> None:
+        """Keep what was measured for the next time; the prompt is over."""
+        if len(self._batches) > 1:
+            remember(self._key, self.measured)
+        self._batches, self._done, self._total = [], 0, 0
+
+
+def reading_time(llm: Llama) -> ReadingTime | None:
+    """One that follows the prompts of a model; None where its file went after it was loaded."""
+    try:
+        return ReadingTime(llm)
+    except (ClexError, OSError):
+        return None
+
+
+def speed_key(llm: Llama) -> str:
+    """What the speed of a model depends on, in a line."""
+    from clex_local.model_file.kv_types import cache_name
+    from clex_local.runtime.prompt_cache import model_number
+
+    settings = llm.settings
+    parts = [
+        f"{model_number(llm, llm._options):016x}",
+        f"threads {settings.n_threads_batch}",
+        f"cache {cache_name(settings.type_k, settings.type_v)}",
+        f"flash attention {'on' if settings.flash_attn else 'off'}",
+        f"batch {settings.n_ubatch}",
+        f"gpu layers {llm.model_params.n_gpu_layers}",
+    ]
+    return ", ".join(parts)
+
+
+def readable_time(seconds: float) -> str:
+    """A duration for people, as precise as an estimate is."""
+    if seconds < 60:
+        return f"{max(1, round(seconds))} s"
+    if seconds < 600:
+        minutes, rest = divmod(round(seconds / 10) * 10, 60)
+        return f"{minutes} min {rest} s" if rest else f"{minutes} min"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"

@@ -1,0 +1,1 @@
+"""`Llama`: opening a model, computing with it, drawing tokens."""

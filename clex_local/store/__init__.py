@@ -1,0 +1,1 @@
+"""The document store: what was computed of a text, kept on disk."""
