@@ -6,12 +6,13 @@ Linux, as root. Each host is a namespace with an address of its own, a virtual c
 from __future__ import annotations
 
 import contextlib
+import socket
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import click
 import numpy as np
@@ -36,7 +37,6 @@ class Host:
     def __init__(self, number: int, delay: float, threads: int) -> None:
         self.name, cable, here = f"clex-host-{number}", f"clexn{number}", f"clexh{number}"
         self.address = f"10.213.{number}.2:{PORT}"
-        self.process: subprocess.Popen[bytes] | None = None
         ip("netns", "add", self.name)
         ip("link", "add", here, "type", "veth", "peer", "name", cable, "netns", self.name)
         ip("addr", "add", f"10.213.{number}.1/24", "dev", here)
@@ -50,11 +50,29 @@ class Host:
             ["ip", "netns", "exec", self.name, *map(str, command)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
         )
 
+    def wait(self) -> None:
+        """Wait until the worker takes connections.
+
+        Raises:
+            TimeoutError: it did not within a minute.
+        """
+        host, port = self.address.split(":")
+        for _ in range(600):
+            try:
+                # What is served meanwhile is this connection, which ends at once.
+                return socket.create_connection((host, int(port)), timeout=5).close()
+            except OSError:
+                time.sleep(0.1)
+        raise TimeoutError(f"no worker listens at {self.address}")
+
+    def end(self) -> None:
+        """End the worker."""
+        self.process.kill()
+        self.process.wait()
+
     def close(self) -> None:
         """End the worker, and take the host away."""
-        if self.process:
-            self.process.kill()
-            self.process.wait()
+        self.end()
         ip("netns", "del", self.name)
 
 
@@ -71,20 +89,81 @@ def hosts(delay: float, threads: int) -> Iterator[list[Host]]:
         for number in (1, 2):
             found.append(Host(number, delay, threads))
             stack.callback(found[-1].close)
-        time.sleep(2)
+        for host in found:
+            host.wait()
         yield found
 
 
-def generate(llm: Llama, tokens: list[int], count: int) -> tuple[list[int], float, float]:
-    """Tokens after a prompt at temperature 0, and seconds for the prompt and for the others."""
+class Generated(NamedTuple):
+    """What a model made of a prompt at temperature 0."""
+
+    tokens: list[int]
+    logits: np.ndarray  # (tokens, vocabulary): those that each was taken from
+    prompt_seconds: float
+    seconds: float  # of the tokens
+
+
+def generate(llm: Llama, prompt: list[int], count: int) -> Generated:
+    """Read a prompt, and compute tokens after it."""
     start = time.perf_counter()
     llm.reset()
-    llm.eval(tokens)
-    read, out = time.perf_counter(), []
+    llm.eval(prompt)
+    read = time.perf_counter()
+    tokens, logits = extend(llm, count)
+    return Generated(tokens, logits, read - start, time.perf_counter() - read)
+
+
+def extend(llm: Llama, count: int) -> tuple[list[int], np.ndarray]:
+    """Compute tokens after what is there."""
+    tokens, logits = [], []
     for _ in range(count):
-        out.append(int(np.argmax(llm.eval_logits[-1])))
-        llm.eval([out[-1]])
-    return out, read - start, time.perf_counter() - read
+        logits.append(np.array(llm.eval_logits[-1]))
+        tokens.append(int(np.argmax(logits[-1])))
+        llm.eval([tokens[-1]])
+    return tokens, np.array(logits)
+
+
+def compare(model: Path, rpc: list[str], prompt: list[int], count: int, options: Any) -> None:
+    """Print the speed of this host alone and of others, and whether they computed the same."""
+    with Llama(model, **options) as llm:
+        alone = generate(llm, prompt, count)
+        llm.reset()
+        llm.eval(prompt)
+        state = llm.save_state()
+    with Llama(model, rpc=rpc, **options) as llm:
+        spread = generate(llm, prompt, count)
+        print(row(["", "prompt, tokens/s", "then, tokens/s"]))
+        print(row(["---", "---:", "---:"]))
+        for name, found in (("this host alone", alone), ("two others", spread)):
+            print(row([name, f"{len(prompt) / found.prompt_seconds:.1f}", f"{count / found.seconds:.1f}"]))
+        difference = np.abs(spread.logits - alone.logits).max()
+        print(f"the same {count} tokens: {spread.tokens == alone.tokens}; logits differ by at most {difference:.2g}")
+        print(f"tables: {llm.clex}")
+        llm.load_state(state)
+        print(f"a state of this host, the same tokens there: {extend(llm, count)[0] == alone.tokens}")
+        llm.reset()
+        llm.eval(prompt)
+        state = llm.save_state()
+    with Llama(model, **options) as llm:
+        llm.load_state(state)
+        print(f"a state of those hosts, the same tokens here: {extend(llm, count)[0] == alone.tokens}")
+
+
+def end_one(model: Path, found: list[Host], prompt: list[int], count: int, options: Any) -> None:
+    """End the worker of the second host, and print what that does to the model and to the first."""
+    with Llama(model, **options) as llm:
+        expected = generate(llm, prompt, count)
+    with Llama(model, rpc=[host.address for host in found], **options) as llm:
+        llm.eval(prompt)
+        found[1].end()
+        start = time.perf_counter()
+        try:
+            llm.eval(prompt[:10])
+            sys.exit("it computed without the host")
+        except DecodeError as error:
+            print(f"{error} (after {time.perf_counter() - start:.2f} s)")
+    with Llama(model, rpc=[found[0].address], **options) as llm:
+        print(f"the other host alone, the same tokens: {generate(llm, prompt, count).tokens == expected.tokens}")
 
 
 @click.command(cls=Command, context_settings=SETTINGS)
@@ -99,31 +178,12 @@ def generate(llm: Llama, tokens: list[int], count: int) -> tuple[list[int], floa
 def main(model: Path, text: Path, prompt: int, tokens: int, ctx: int, delay: float, threads: int, kill: bool) -> None:
     """Compare MODEL on this host alone with MODEL on two others."""
     options: Any = dict(n_ctx=ctx, n_threads=threads, verbose=False, flash_attn=True, type_k=1, type_v=1)
-    with Llama(model, **options) as llm:
+    with Llama(model, vocab_only=True, verbose=False) as llm:
         words = llm.tokenize(text.read_bytes())[:prompt]
-        expected, *alone = generate(llm, words, tokens)
     with hosts(delay, threads) as found:
-        with Llama(model, rpc=[host.address for host in found], **options) as llm:
-            answer, *spread = generate(llm, words, tokens)
-            print(row(["", "prompt, tokens/s", "then, tokens/s"]))
-            print(row(["---", "---:", "---:"]))
-            for name, (read, rest) in (("this host alone", alone), ("two others", spread)):
-                print(row([name, f"{len(words) / read:.1f}", f"{tokens / rest:.1f}"]))
-            print(f"the same {tokens} tokens: {answer == expected}; tables: {llm.clex}")
-            if kill:
-                process = found[1].process
-                assert process is not None
-                process.kill()
-                process.wait()
-                start = time.perf_counter()
-                try:
-                    llm.eval(words[:10])
-                    sys.exit("it computed without the host")
-                except DecodeError as error:
-                    print(f"{error} (after {time.perf_counter() - start:.2f} s)")
+        compare(model, [host.address for host in found], words, tokens, options)
         if kill:
-            with Llama(model, rpc=[found[0].address], **options) as llm:
-                print(f"the other host alone, the same tokens: {generate(llm, words, tokens)[0] == expected}")
+            end_one(model, found, words, tokens, options)
 
 
 if __name__ == "__main__":

@@ -32,7 +32,7 @@ DATA = Path(__file__).parent / "data"
 
 
 def pytest_report_header() -> str:
-    names = ("transformers", "huggingface_hub", "datasets", "peft", "torch")
+    names = [name for name in ("transformers", "huggingface_hub", "datasets", "peft", "torch") if find_spec(name)]
     return ", ".join(f"{name} {version(name)}" for name in names)
 
 
