@@ -10,14 +10,19 @@ What the README shows is run on the small chat model of the demo, and the demo. 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import json
 import os
 import shutil
+import socket
 import subprocess
 import sys
 import tempfile
 import textwrap
+import time
+import urllib.request
 import venv
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -113,10 +118,64 @@ class Trial:
             "clex-chat", "long.gguf", "-f", "report.txt", "-p", "Who wrote this, and why?", "--max-tokens", "40"
         )
         self.command("clex-cache")
+        self.command("clex-inspect", "long.gguf")
         if server:
-            self.command("clex-serve", "long.gguf", "--", "--version")
-            self.command("clex-worker", "--version")
+            self.serve()
+            self.work()
         self.call("demo.py")
+
+    def serve(self) -> None:
+        """A request over HTTP, and the page."""
+        with self.running("clex-serve", "long.gguf", "--ctx", "4096") as port:
+            question = {"messages": [{"role": "user", "content": "What is the capital of France?"}], "max_tokens": 12}
+            reply = json.loads(fetch(f"http://127.0.0.1:{port}/v1/chat/completions", json.dumps(question).encode()))
+            print(reply["choices"][0]["message"]["content"])
+            if b"<html" not in (page := fetch(f"http://127.0.0.1:{port}/")).lower():
+                sys.exit(f"no page: {page[:200]!r}")
+
+    def work(self) -> None:
+        """An answer whose layers another process computes."""
+        with self.running("clex-worker", "--threads", "1") as port:
+            rpc = ("--rpc", f"127.0.0.1:{port}", "--threads", "1")
+            self.command("clex-chat", "long.gguf", *rpc, "-p", "What is the capital of France?", "--max-tokens", "12")
+
+    @contextlib.contextmanager
+    def running(self, name: str, *arguments: str) -> Iterator[int]:
+        """A command of the package while it runs; the port where it listens."""
+        with socket.create_server(("127.0.0.1", 0)) as found:
+            port = found.getsockname()[1]
+        words = [name, *arguments, "--port", str(port)]
+        self.show(*words)
+        process = subprocess.Popen([str(self.bin / name), *words[1:]], cwd=self.folder, env=self.env)
+        try:
+            end = time.monotonic() + 300
+            while not listens(port, health=name == "clex-serve"):
+                if process.poll() is not None or time.monotonic() > end:
+                    sys.exit(f"{name} does not listen")
+                time.sleep(0.2)
+            yield port
+        finally:
+            process.terminate()
+            process.wait()
+
+
+def listens(port: int, *, health: bool) -> bool:
+    """Whether a server takes connections, and says that it is ready where it can say so."""
+    try:
+        if health:
+            return bool(fetch(f"http://127.0.0.1:{port}/health"))
+        socket.create_connection(("127.0.0.1", port), timeout=5).close()
+    except OSError:
+        return False
+    return True
+
+
+def fetch(url: str, body: bytes | None = None) -> bytes:
+    """What a server sends for a request."""
+    request = urllib.request.Request(url, body, {"Content-Type": "application/json"})
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # none stands before this machine
+    with opener.open(request, timeout=300) as reply:
+        return reply.read()
 
 
 if __name__ == "__main__":
