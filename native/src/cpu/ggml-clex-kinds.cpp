@@ -24,7 +24,7 @@ using namespace clex_panel;
 static_assert(ROWS % clex_panel::ROWS == 0 && TOKENS <= TOKENS_MAX, "panels fit");
 
 static constexpr const char * INT8_NAME =
-#if defined(__AVX512F__)
+#if defined(GGML_CLEX_PANEL_512)
     "avx512-vnni";
 #elif defined(__AVXVNNI__)
     "avx-vnni";

@@ -259,7 +259,7 @@ static constexpr int64_t TOKENS_MIN = 9; // fewer are decoding
 
 // Tokens from which on unpacking pays with vectors, by measurement; ggml's products are for fewer. n_terms: of a sum.
 static int64_t tokens_min(ggml_type type, int64_t n_terms) {
-#if !defined(__AVX512F__)
+#if !defined(GGML_CLEX_PANEL_512)
     switch (type) { // with shorter vectors ggml's products of floats are faster, or nothing is known
         case GGML_TYPE_F32:
         case GGML_TYPE_F16:

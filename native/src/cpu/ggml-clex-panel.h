@@ -31,6 +31,7 @@ static inline int32_t sum_16(__m128i x) {
 #include <immintrin.h>
 
 #define GGML_CLEX_PANEL
+#define GGML_CLEX_PANEL_512   // vectors of 512 bits, which AVX-512 without VNNI is not enough for
 #define GGML_CLEX_PANEL_UNITS // for products of 8-bit numbers
 
 namespace clex_panel {

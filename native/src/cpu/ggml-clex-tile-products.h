@@ -35,7 +35,7 @@ constexpr int step_bytes(bool split) { return (split ? 4 : 2)*TILE; } // of weig
 // numbers as bf16, rounded to the nearest, halves to the even
 //
 
-#if defined(__AVX512F__)
+#if defined(GGML_CLEX_PANEL_512)
 
 static inline ivec i_and(ivec a, ivec b) { return _mm512_and_si512(a, b); }
 static inline ivec i_or(ivec a, ivec b) { return _mm512_or_si512(a, b); }
@@ -70,7 +70,7 @@ static inline ivec round_upper(fvec x) {
     const ivec bits = i_bits(x);
     const ivec odd  = i_and(i_right<16>(bits), i_all(1));
     const ivec sum  = i_add(i_add(bits, i_all(0x7fff)), odd);
-#if defined(__AVX512F__)
+#if defined(GGML_CLEX_PANEL_512)
     return _mm512_mask_or_epi32(sum, _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q), bits, i_all(0x400000));
 #else
     const __m256 none = _mm256_cmp_ps(x, x, _CMP_UNORD_Q);
