@@ -24,8 +24,8 @@ from benchmarks.turns import in_turns, speedup
 from clex_local.commands.command import SETTINGS, Command
 from clex_local.commands.command_options import options_from
 from clex_local.commands.options import option
+from clex_local.machine import default_threads
 from clex_local.model_file.kv_types import KV_TYPES
-from clex_local.model_file.memory import default_threads
 
 COMPUTED = 512  # tokens that are computed to fill a cache; more are copies of them
 COPIED = 1 << 28  # bytes that each thread copies: far more than the caches hold

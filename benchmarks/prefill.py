@@ -23,8 +23,8 @@ from benchmarks.turns import in_turns, speedup
 from clex_local.commands.command import SETTINGS, Command
 from clex_local.commands.command_options import options_from
 from clex_local.commands.options import option
+from clex_local.machine import default_threads
 from clex_local.model_file.gguf_file import GGUFFile
-from clex_local.model_file.memory import default_threads
 
 PEAK = Path(__file__).with_name("peak.cpp")
 OTHER_SIDE = Path(__file__).with_name("other_side.cpp")

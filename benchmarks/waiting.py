@@ -22,7 +22,7 @@ from clex_local import library_path
 from clex_local.commands.command import SETTINGS, Command
 from clex_local.commands.command_options import options_from
 from clex_local.commands.options import option
-from clex_local.model_file.memory import default_threads
+from clex_local.machine import default_threads
 
 DEPTH = 64  # tokens cached before
 OTHERS = {"alone": None, "beside busy": 0, "beside niced": 19}  # niceness of what else runs

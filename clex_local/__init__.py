@@ -30,31 +30,33 @@ if TYPE_CHECKING:
     from clex_local.model_file.tables import ContextError, NewerVersionError, TablesError
     from clex_local.runtime.arguments import ArgumentError, ContextWarning
     from clex_local.runtime.clex_state import ClexState
-    from clex_local.runtime.completion import CompletionError
+    from clex_local.runtime.completion_arguments import CompletionError
     from clex_local.runtime.embedding import EmbeddingError
     from clex_local.runtime.lifetime import ClosedError
-    from clex_local.runtime.llama import Llama, StateError
+    from clex_local.runtime.llama import Llama
     from clex_local.runtime.opening import open_model
     from clex_local.runtime.run_options import RunOptions
     from clex_local.runtime.sampler import SamplingError
     from clex_local.runtime.sampling import Sampling
+    from clex_local.runtime.saved_state import StateError
     from clex_local.runtime.settings import Settings
     from clex_local.runtime.turn import StreamError
     from clex_local.runtime.vocabulary import TokenError
     from clex_local.server.options import ServeOptions
     from clex_local.server.process import Server, ServerError
     from clex_local.server.serving import serve
+    from clex_local.session.answer import Answer
     from clex_local.session.exchange import AttachedFile, Exchange
     from clex_local.session.saved_session import SessionError
-    from clex_local.session.session import Answer, PromptTooLong, Session
+    from clex_local.session.session import PromptTooLong, Session
     from clex_local.store.documents import Document, DocumentStore, StoreError
-    from clex_local.templates.templates import TemplateError, TextError
+    from clex_local.templates.chat_template import TemplateError, TextError
 
 # Loading the library takes a while, and reading metadata or `--help` does without: the module of a name is imported
 # when the name is first asked for.
 _MODULES = {
     "runtime.arguments": ["ArgumentError", "ContextWarning"],
-    "runtime.completion": ["CompletionError"],
+    "runtime.completion_arguments": ["CompletionError"],
     "library.decoding": ["DecodeError"],
     "library.devices": ["WorkerError"],
     "runtime.embedding": ["EmbeddingError"],
@@ -67,20 +69,22 @@ _MODULES = {
     "integration": ["install"],
     "runtime.lifetime": ["ClosedError"],
     "runtime.clex_state": ["ClexState"],
-    "runtime.llama": ["Llama", "StateError"],
+    "runtime.llama": ["Llama"],
     "runtime.settings": ["Settings"],
     "runtime.opening": ["open_model"],
     "runtime.run_options": ["RunOptions"],
     "runtime.sampler": ["SamplingError"],
     "runtime.sampling": ["Sampling"],
+    "runtime.saved_state": ["StateError"],
     "session.saved_session": ["SessionError"],
     "server.options": ["ServeOptions"],
     "server.process": ["Server", "ServerError"],
     "server.serving": ["serve"],
-    "session.session": ["Answer", "PromptTooLong", "Session"],
+    "session.answer": ["Answer"],
+    "session.session": ["PromptTooLong", "Session"],
     "store.documents": ["Document", "DocumentStore", "StoreError"],
     "model_file.tables": ["ContextError", "NewerVersionError", "TablesError"],
-    "templates.templates": ["TemplateError", "TextError"],
+    "templates.chat_template": ["TemplateError", "TextError"],
     "runtime.turn": ["StreamError"],
     "runtime.vocabulary": ["TokenError"],
 }

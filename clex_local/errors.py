@@ -27,6 +27,12 @@ def escaped(text: str, longest: int = 200) -> str:
     return text if text.isprintable() else "".join(map(_escape, text))
 
 
+def one_line(text: object, limit: int = 300) -> str:
+    """A log, a value or an exception, by its name where it has no text, on one line of at most `limit` characters."""
+    line = " ".join(str(text).split()) or (type(text).__name__ if isinstance(text, BaseException) else "")
+    return line if len(line) <= limit else line[: limit - 1] + "…"
+
+
 def shown(text: str) -> str:
     """Text of several lines as a terminal can show it: what controls one escaped, except line ends and tabs.
 

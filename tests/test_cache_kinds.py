@@ -10,8 +10,10 @@ import numpy as np
 import pytest
 
 from clex_local.errors import ClexError
+from clex_local.model_file.context_plan import plan_context
 from clex_local.model_file.gguf_file import GGUFFile
-from clex_local.model_file.memory import ModelShape, kv_bytes, plan_context
+from clex_local.model_file.memory import kv_bytes
+from clex_local.model_file.model_shape import ModelShape
 from clex_local.server.plan import for_conversations
 from helpers.gguf_maker import gguf_bytes
 from helpers.low_level import F16, Q4_0, Q8_0, Context, Model, context_params, logged

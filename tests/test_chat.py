@@ -13,13 +13,17 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
-from clex_local import ClexError, open_model
+from clex_local import ClexError, machine, open_model
 from clex_local.chat.cli import main
 from clex_local.chat.terminal import BucketWatch
-from clex_local.model_file import memory as memory_module
-from clex_local.model_file.memory import ModelShape, available_bytes, compute_bytes, kv_bytes, plan_context
+from clex_local.machine import available_bytes
+from clex_local.model_file import context_plan
+from clex_local.model_file.context_plan import plan_context
+from clex_local.model_file.memory import compute_bytes, kv_bytes
+from clex_local.model_file.model_shape import ModelShape
 from clex_local.server.plan import for_conversations
-from clex_local.session.session import CHATML, PLAIN, PromptTooLong, Sampling, Session
+from clex_local.session.session import PromptTooLong, Sampling, Session
+from clex_local.templates.builtin import CHATML, PLAIN
 from helpers.chat_command import COMMAND, Pty, run
 
 pytestmark = pytest.mark.chat
@@ -217,7 +221,7 @@ def test_templates_of_our_own(llm):
 
 
 def test_a_model_without_template_continues_text(llm, monkeypatch):
-    monkeypatch.setattr("clex_local.session.session.own_template", lambda llm: None)
+    monkeypatch.setattr("clex_local.session.session.chat_template", lambda llm: None)
     session = Session(llm)
     assert not session.has_own_template
     assert session._template.render([{"role": "user", "content": "Once upon"}]) == "Once upon"
@@ -364,7 +368,7 @@ def test_quantized_caches_need_whole_blocks():
 def test_a_control_groups_limit_counts(tmp_path, monkeypatch):
     for name, text in [("limit", "3000"), ("usage", "2000"), ("memory.stat", "cache 900\ninactive_file 500\n")]:
         (tmp_path / name).write_text(text)
-    monkeypatch.setattr(memory_module, "_cgroups", lambda: [(tmp_path, "limit", "usage", "inactive_file")])
+    monkeypatch.setattr(machine, "_cgroups", lambda: [(tmp_path, "limit", "usage", "inactive_file")])
     assert available_bytes() == 1500
     (tmp_path / "limit").write_text("max")
     assert available_bytes() > GIB // 8
@@ -462,7 +466,7 @@ def test_a_context_beyond_the_training(smollm):
 
 
 def test_a_context_beyond_the_memory(small_buckets, monkeypatch):
-    monkeypatch.setattr(memory_module, "available_bytes", lambda: 100 * 2**20)
+    monkeypatch.setattr(context_plan, "available_bytes", lambda: 100 * 2**20)
     result = CliRunner().invoke(main, [str(small_buckets), "-p", "x", "--ctx", "2048"])
     assert result.exit_code == 1
     assert "a context of 2,048 tokens needs 141 MiB of memory (q8_0 cache) but 100 MiB are available" in result.stderr

@@ -17,8 +17,8 @@ from clex_local.chat.answer_view import MarkdownView
 from clex_local.chat.commands import COMMANDS, completions, do, find, help_text, path_in
 from clex_local.chat.conversation import Chat
 from clex_local.chat.terminal import Terminal
-from clex_local.session.session import CHATML
 from clex_local.session.transcript import without_thoughts
+from clex_local.templates.builtin import CHATML
 from helpers.chat_command import Pty, sessions_folder
 from helpers.random_gguf import make_model
 

@@ -14,7 +14,7 @@ import pytest
 
 from clex_local import Llama
 from clex_local.model_file.tables import ContextError
-from clex_local.runtime.llama import StateError
+from clex_local.runtime.saved_state import StateError
 from helpers.gguf_maker import gguf_bytes
 from helpers.low_level import ERROR, F16, Context, Model, logged
 from helpers.random_gguf import make_model, model_parts, random_tokens

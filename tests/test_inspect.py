@@ -22,7 +22,8 @@ from clex_local.inspection.cli import main
 from clex_local.inspection.plot import plot
 from clex_local.library import llama_clex
 from clex_local.model_file.gguf_file import GGUFFile
-from clex_local.model_file.memory import ModelShape, compute_bytes, kv_bytes
+from clex_local.model_file.memory import compute_bytes, kv_bytes
+from clex_local.model_file.model_shape import ModelShape
 from clex_local.model_file.tables import read_tables
 from helpers.gguf_maker import MODEL, gguf_bytes, rewrite
 from helpers.low_level import Model

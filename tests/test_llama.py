@@ -13,9 +13,11 @@ import numpy as np
 import pytest
 
 from clex_local import ClexError, Llama, open_model
-from clex_local.model_file import memory as memory_module
+from clex_local.machine import default_threads
+from clex_local.model_file import context_plan
+from clex_local.model_file.context_plan import cache_plan
 from clex_local.model_file.gguf_file import GGUFFile
-from clex_local.model_file.memory import ModelShape, cache_plan, default_threads
+from clex_local.model_file.model_shape import ModelShape
 from clex_local.runtime.settings import Settings
 from helpers.random_architectures import make_architecture
 from helpers.random_gguf import make_model
@@ -212,7 +214,7 @@ def test_q8_0_is_taken_where_only_that_fits(tmp_path, monkeypatch):
         (f16 - 1, {"type_k": 1}, "f16"),
         (q8_0 - 1, {}, "f16"),  # as llama-cpp-python: the system may know better
     ]:
-        monkeypatch.setattr(memory_module, "available_bytes", lambda available=available: available)
+        monkeypatch.setattr(context_plan, "available_bytes", lambda available=available: available)
         found = settings(path, **{"n_ctx": 0, **options})
         assert (found.type_k, found.type_v) == (expected, expected), (available, options)
 

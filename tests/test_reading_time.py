@@ -11,7 +11,7 @@ import pytest
 from clex_local import open_model
 from clex_local.chat.reading_speed import Measured, ReadingSpeed, attention_share, remember, remembered, speeds_file
 from clex_local.chat.reading_time import ReadingTime, readable_time, speed_key
-from clex_local.model_file.memory import ModelShape
+from clex_local.model_file.model_shape import ModelShape
 from helpers.chat_command import Pty, run
 from helpers.random_gguf import make_model
 

@@ -12,7 +12,8 @@ import pytest
 
 from clex_local import ClexError, serve
 from clex_local.model_file.gguf_file import GGUFFile
-from clex_local.model_file.memory import ModelShape, checkpoint_bytes
+from clex_local.model_file.memory import checkpoint_bytes
+from clex_local.model_file.model_shape import ModelShape
 from clex_local.server.options import ServeOptions
 from clex_local.server.plan import CHECKPOINTS, LEAST_CHECKPOINTS, plan_service, server_settings
 from helpers.random_architectures import make_architecture

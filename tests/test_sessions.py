@@ -20,7 +20,7 @@ from clex_local.chat.conversation import Chat
 from clex_local.chat.terminal import Terminal
 from clex_local.session.exchange import Exchange
 from clex_local.session.keeper import SessionKeeper
-from clex_local.session.session import CHATML
+from clex_local.templates.builtin import CHATML
 from helpers.chat_command import COMMAND, Pty, run, sessions_folder
 from helpers.random_gguf import make_model
 

@@ -12,7 +12,7 @@ import pytest
 
 from clex_local import Llama
 from clex_local.library import llama_clex
-from clex_local.runtime.llama import StateError
+from clex_local.runtime.saved_state import StateError
 from helpers.gguf_maker import rewrite
 from helpers.low_level import BF16, ERROR, F16, Q8_0, Context, Model, logged
 from helpers.random_gguf import make_model, random_tokens

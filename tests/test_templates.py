@@ -14,8 +14,11 @@ from llama_cpp.llama_chat_format import Jinja2ChatFormatter
 
 from clex_local import ClexError, Llama
 from clex_local.model_file.gguf_file import GGUFFile
-from clex_local.session.session import CHATML, PLAIN, Session
-from clex_local.templates.templates import MARK, ChatTemplate, ControlTokens, TemplateError, templates
+from clex_local.session.session import Session
+from clex_local.templates import process
+from clex_local.templates.builtin import CHATML, PLAIN
+from clex_local.templates.chat_template import ChatTemplate, TemplateError
+from clex_local.templates.control_tokens import MARK, ControlTokens
 from helpers.gguf_maker import gguf_bytes, rewrite
 from helpers.random_gguf import model_parts
 
@@ -295,7 +298,7 @@ REFUSING = [
 
 @pytest.mark.parametrize(("source", "message"), REFUSING)
 def test_a_template_that_cannot_be_used_is_one_line(llm, monkeypatch, source, message):
-    monkeypatch.setattr("clex_local.session.session.own_template", lambda llm: source or "{# #}")
+    monkeypatch.setattr("clex_local.session.session.chat_template", lambda llm: source or "{# #}")
     with pytest.raises(ClexError) as error:
         Session(llm).send("Hi")
     assert str(error.value).startswith(f"{llm.model_path}: its chat template {message}")
@@ -412,7 +415,7 @@ LARGE = [
 )
 def test_what_a_template_costs_has_a_bound(monkeypatch, source, message):
     if "time" in message:
-        monkeypatch.setattr(templates, "SECONDS", 0.2)
+        monkeypatch.setattr(process, "SECONDS", 0.2)
     template = ChatTemplate(source, CONTROL, {})
     with pytest.raises(TemplateError, match=message):
         template.render([{"role": "user", "content": "Hi"}])
@@ -432,8 +435,8 @@ def test_long_documents_are_within_the_bounds():
 def test_a_worker_that_is_gone_is_replaced():
     template = ChatTemplate("{{ messages[0].content }}", CONTROL, {})
     assert template.render([{"content": "a"}]) == "a"
-    templates._running._process.kill()
-    templates._running._process.wait()
+    process._running._process.kill()
+    process._running._process.wait()
     assert template.render([{"content": "b"}]) == "b"
 
 
@@ -441,7 +444,8 @@ def test_a_worker_that_is_gone_is_replaced():
 def test_a_fork_has_a_worker_of_its_own():
     program = """
 import os, threading
-from clex_local.templates.templates import ChatTemplate, ControlTokens
+from clex_local.templates.chat_template import ChatTemplate
+from clex_local.templates.control_tokens import ControlTokens
 template = ChatTemplate("{{ messages[0].content }}", ControlTokens({}), {})
 def ask(letter):
     for i in range(20):
@@ -469,8 +473,8 @@ def test_an_interrupt_does_not_reach_the_next_conversation(monkeypatch):
 
 
 def test_where_no_process_can_be_started(monkeypatch):
-    templates._forget()
+    process._forget()
     monkeypatch.setattr(sys, "frozen", True, raising=False)
     template = ChatTemplate("{{ messages[0].content }}", CONTROL, {})
     assert template.render([{"content": "a"}]) == "a"
-    assert templates._running is None
+    assert process._running is None

@@ -29,7 +29,8 @@ from clex_local.model_file.baked import baked_in
 from clex_local.model_file.found_models import found_models, listing, model_path, places
 from clex_local.model_file.gguf_file import GGUFFile
 from clex_local.model_file.keys import ModelKeys
-from clex_local.model_file.memory import ModelShape, kv_bytes
+from clex_local.model_file.memory import kv_bytes
+from clex_local.model_file.model_shape import ModelShape
 from clex_local.model_file.table_support import why_no_tables
 from clex_local.runtime.opening import open_model
 from clex_local.runtime.run_options import RunOptions
@@ -42,7 +43,8 @@ from clex_local.sizes import readable_size
 
 if TYPE_CHECKING:
     from clex_local.runtime.llama import Llama
-    from clex_local.session.session import Answer, Session
+    from clex_local.session.answer import Answer
+    from clex_local.session.session import Session
 
 
 class Question:
@@ -360,7 +362,7 @@ def main(
     store = store_wanted(options.store)
     makes_store = store is not None and not store.exists()
     with closing(_open(model, options, quiet=question is not None)) as llm:
-        from clex_local.templates.templates import TemplateError
+        from clex_local.templates.chat_template import TemplateError
 
         try:
             terminal = _terminal(llm, answering, sampling, question, as_json)
@@ -389,7 +391,8 @@ def _terminal(
     Raises:
         ClexError: the template is broken or refuses the system message.
     """
-    from clex_local.session.session import CHATML, PLAIN, Session
+    from clex_local.session.session import Session
+    from clex_local.templates.builtin import CHATML, PLAIN
 
     template = {"chatml": CHATML, "plain": PLAIN}.get(answering.chat_template)
     session = Session(llm, system=answering.system, template=template, sampling=sampling, stops_repetition=True)

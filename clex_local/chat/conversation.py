@@ -18,7 +18,8 @@ from clex_local.session.keeper import SessionKeeper
 
 if TYPE_CHECKING:
     from clex_local.chat.answer_view import AnswerView
-    from clex_local.session.session import Answer, Session
+    from clex_local.session.answer import Answer
+    from clex_local.session.session import Session
 
 _NEARLY_FULL = 0.8  # of the context, from which on the status line warns
 _LONG = 512  # tokens of a file that is worth finding on disk

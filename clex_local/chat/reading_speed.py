@@ -16,7 +16,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from clex_local.model_file.memory import ModelShape
+from clex_local.model_file.model_shape import ModelShape
 from clex_local.private_files import write_private
 from clex_local.store.cache_folder import cache_folder, make_cache_folder
 

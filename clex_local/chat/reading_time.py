@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from clex_local.chat.reading_speed import Measured, ReadingSpeed, attention_share, remember, remembered
 from clex_local.errors import ClexError
 from clex_local.model_file.gguf_file import GGUFFile
-from clex_local.model_file.memory import ModelShape
+from clex_local.model_file.model_shape import ModelShape
 
 if TYPE_CHECKING:
     from clex_local.runtime.llama import Llama

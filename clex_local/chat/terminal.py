@@ -20,7 +20,8 @@ from clex_local.session.full_context import make_room
 if TYPE_CHECKING:
     from clex_local.runtime.clex_state import ClexState
     from clex_local.runtime.llama import Llama
-    from clex_local.session.session import Answer, Session
+    from clex_local.session.answer import Answer
+    from clex_local.session.session import Session
 
 LONG = 60.0  # seconds of reading that are announced
 UNMEASURED = 4096  # tokens of a prompt that is announced where no speed is known
@@ -271,7 +272,7 @@ class Terminal:
 
     def _advised(self, error: ClexError) -> ClexError:
         from clex_local.session.session import PromptTooLong
-        from clex_local.templates.templates import TemplateError
+        from clex_local.templates.chat_template import TemplateError
 
         if isinstance(error, TemplateError):
             return with_advice(error)

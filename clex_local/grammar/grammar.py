@@ -13,7 +13,7 @@ import llama_cpp
 from llama_cpp import LlamaGrammar
 from llama_cpp.llama_grammar import PRIMITIVE_RULES, RESERVED_NAMES, BuiltinRule, SchemaConverter
 
-from clex_local.errors import ClexError
+from clex_local.errors import LONGEST, ClexError, one_line
 from clex_local.grammar.patterns import PatternRules
 from clex_local.grammar.schemas import NothingFits, Schema, both, constraints, listed, target
 from clex_local.library.log import ERROR, logged
@@ -306,7 +306,7 @@ def grammar_of_schema(schema: Any, what: str) -> LlamaGrammar:
         llama_cpp.llama_sampler_free(grammar_sampler(None, grammar))  # what llama.cpp refuses is told at once
         return grammar
     except Exception as error:  # the converter raises what it happens to run into, AssertionError among others
-        reason = " ".join(str(error).split()) or type(error).__name__
+        reason = one_line(error, LONGEST)
         path = ".".join(getattr(error, "path", [])[:_MOST_TOLD])
         raise GrammarError(f"{what} cannot be made a grammar: {f'{path}: ' if path else ''}{reason}") from error
 

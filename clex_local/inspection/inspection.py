@@ -15,7 +15,8 @@ from clex_local.model_file.baked import Baked, baked_in
 from clex_local.model_file.gguf_file import GGUFFile
 from clex_local.model_file.keys import ModelKeys
 from clex_local.model_file.kv_types import KV_TYPES
-from clex_local.model_file.memory import ModelShape, compute_bytes, kv_bytes, kv_type_fits
+from clex_local.model_file.memory import compute_bytes, kv_bytes, kv_type_fits
+from clex_local.model_file.model_shape import ModelShape
 from clex_local.model_file.rope import RopeFacts, longrope_tables, read_rope
 from clex_local.model_file.table_support import why_no_tables
 from clex_local.model_file.tables import Tables, named_tables

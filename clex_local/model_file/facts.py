@@ -10,7 +10,7 @@ from clex_local.model_file.baked import baked_in
 from clex_local.model_file.extension import Extension, extension
 from clex_local.model_file.gguf_file import GGUFFile
 from clex_local.model_file.keys import ModelKeys
-from clex_local.model_file.memory import ModelShape
+from clex_local.model_file.model_shape import ModelShape
 from clex_local.model_file.table_support import why_no_tables
 from clex_local.model_file.tables import Tables, named_tables
 

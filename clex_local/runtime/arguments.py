@@ -15,9 +15,10 @@ import llama_cpp
 
 from clex_local.errors import ClexError
 from clex_local.library.devices import has_gpu
+from clex_local.machine import default_threads
+from clex_local.model_file.context_plan import ContextPlan, choose_cache
 from clex_local.model_file.facts import ModelFacts
 from clex_local.model_file.kv_types import KV_TYPES, TYPE_NAMES, is_quantized
-from clex_local.model_file.memory import ContextPlan, choose_cache, default_threads
 from clex_local.runtime.bindings_arguments import BindingsArguments
 
 Function = TypeVar("Function", bound=Callable[..., Any])
@@ -119,6 +120,20 @@ def with_arguments_of(
         return method
 
     return decorate
+
+
+def check_choices(prefix_reuse: str, policy: str, prompt_lookup: bool, given: BindingsArguments) -> None:
+    """Refuse what our own arguments of ``Llama`` cannot be.
+
+    Raises:
+        ValueError: one is none of its values, or contradicts one of the bindings' that was given.
+    """
+    if prefix_reuse not in ("fast", "exact"):
+        raise ValueError(f"prefix_reuse must be 'fast' or 'exact', not {prefix_reuse!r}")
+    if policy not in ("by-length", "fixed"):
+        raise ValueError(f"policy must be 'by-length' or 'fixed', not {policy!r}")
+    if prompt_lookup and given.get("draft_model") is not None:
+        raise ValueError("prompt_lookup and draft_model exclude each other: each of them guesses the next tokens")
 
 
 def checked(given: BindingsArguments) -> dict[str, Any]:

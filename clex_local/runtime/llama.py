@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import functools
 import inspect
 import os
 import sys
@@ -11,18 +10,16 @@ import warnings
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Concatenate, Literal, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Any, Literal
 
 import llama_cpp
 import numpy as np
-import numpy.typing as npt
 from llama_cpp import _internals
-from llama_cpp.llama import LlamaState
 from llama_cpp.llama_cache import BaseLlamaCache
 from llama_cpp.llama_speculative import LlamaDraftModel
 from llama_cpp.llama_tokenizer import LlamaTokenizer
 
-from clex_local.errors import ClexError, ModelError
+from clex_local.errors import ModelError
 from clex_local.library import llama_clex
 from clex_local.library.decoding import NOT_FINITE, DecodeError, decode_errors
 from clex_local.library.devices import devices_with
@@ -32,6 +29,7 @@ from clex_local.model_file.extension import Extension
 from clex_local.model_file.facts import ModelFacts
 from clex_local.runtime.arguments import (
     ContextWarning,
+    check_choices,
     check_rope,
     checked,
     completed,
@@ -41,15 +39,18 @@ from clex_local.runtime.arguments import (
     with_arguments_of,
 )
 from clex_local.runtime.clex_state import ClexState, too_long
+from clex_local.runtime.clipped_draft import ClippedDraft
 from clex_local.runtime.completion import Completions
 from clex_local.runtime.embedding import embeddings
+from clex_local.runtime.in_turn import in_turn, reading
 from clex_local.runtime.lifetime import Closed, close_at_exit
 from clex_local.runtime.lora import check_adapter
 from clex_local.runtime.prompt_cache import PromptCache
 from clex_local.runtime.prompt_lookup import PromptLookup
-from clex_local.runtime.saved_state import fault, is_sealed, seal
+from clex_local.runtime.saved_state import SavedStates
 from clex_local.runtime.settings import Settings
 from clex_local.runtime.stored_prompt import StoredPrompt
+from clex_local.runtime.table_choice import TableChoice
 from clex_local.runtime.turn import Turn
 from clex_local.runtime.vocabulary import Tokenizer, check_tokens
 from clex_local.templates.chat_formats import ChatFormats
@@ -64,41 +65,13 @@ _GENERATE = inspect.signature(llama_cpp.Llama.generate)
 _LONG_BATCH = 32  # tokens
 _NEVER = llama_cpp.ggml_abort_callback()
 
-Arguments = ParamSpec("Arguments")
-Result = TypeVar("Result")
-
 # With verbose off the bindings send the whole process's output to nowhere while a model loads: also that of other
 # threads, and for good where two of them load. ``logged`` keeps llama.cpp quiet.
 for _module in (_internals, llama_cpp.llama):
     vars(_module)["suppress_stdout_stderr"] = lambda disable=True: nullcontext()
 
 
-def _in_turn(
-    method: Callable[Concatenate[Llama, Arguments], Result], *, reading: bool = False
-) -> Callable[Concatenate[Llama, Arguments], Result]:
-    """A method of ``Llama`` that one thread at a time is inside of; one that is only `reading` disturbs no stream."""
-
-    @functools.wraps(method)
-    def wrapped(self: Llama, /, *args: Arguments.args, **kwargs: Arguments.kwargs) -> Result:
-        with self._turn.take(reading=reading):
-            _ = self._ctx.ctx  # of a closed model, too, that is the answer
-            if self.model_params.vocab_only:
-                raise ModelError(f"{self.model_path}: loaded with vocab_only=True, without what computes")
-            return method(self, *args, **kwargs)
-
-    return wrapped
-
-
-_reading = functools.partial(_in_turn, reading=True)
-
-
-class StateError(ClexError, RuntimeError):
-    """A saved state of another model, other tables or another kind of cache; a RuntimeError too, as llama-cpp-python
-    raises.
-    """
-
-
-class Llama(Completions, ChatFormats):
+class Llama(SavedStates, Completions, ChatFormats):
     """llama-cpp-python's ``Llama``, every argument and method of it, aware of the length of the sequence.
 
     A model whose GGUF has ``clex.*`` tables uses the table of the sequence's actual length, whatever ``n_ctx``, and so
@@ -150,7 +123,6 @@ class Llama(Completions, ChatFormats):
         TypeError: a keyword is no argument of this class; the message has those it may stand for.
     """
 
-    _turn: Turn
     _cache: PromptCache | None = None
 
     @names_every_argument
@@ -174,12 +146,7 @@ class Llama(Completions, ChatFormats):
         self._drafted = 0  # guesses in the next batch
         self._stored: StoredPrompt | None = None
         self._turn = Turn()
-        if prefix_reuse not in ("fast", "exact"):
-            raise ValueError(f"prefix_reuse must be 'fast' or 'exact', not {prefix_reuse!r}")
-        if policy not in ("by-length", "fixed"):
-            raise ValueError(f"policy must be 'by-length' or 'fixed', not {policy!r}")
-        if prompt_lookup and kwargs.get("draft_model") is not None:
-            raise ValueError("prompt_lookup and draft_model exclude each other: each of them guesses the next tokens")
+        check_choices(prefix_reuse, policy, prompt_lookup, kwargs)
         given = checked(kwargs)
         path = file_path(model_path)
         if not Path(path).is_file():
@@ -212,7 +179,6 @@ class Llama(Completions, ChatFormats):
             self._draft = PromptLookup()
         self._fixed = policy == "fixed"
         self._exact = prefix_reuse == "exact" and self._has_tables
-        # of each cached token, the _table() that it was computed with
         self._computed = np.full(len(self.input_ids), -1, np.int64)
         self._stored = StoredPrompt.of(self, store, exact=self._exact or self._fixed)
         if self.verbose:
@@ -319,12 +285,12 @@ class Llama(Completions, ChatFormats):
         """The model's own tokenizer."""
         return Tokenizer(self)
 
-    @_in_turn
+    @in_turn
     def reset(self) -> None:
         """Forget the cached tokens."""
         super().reset()
 
-    @_in_turn
+    @in_turn
     def eval(self, tokens: Sequence[int]) -> None:
         """Evaluate tokens after those in the cache.
 
@@ -352,7 +318,7 @@ class Llama(Completions, ChatFormats):
         self._ctx.kv_cache_seq_rm(-1, self.n_tokens, -1)
         if self._has_tables:
             llama_clex.seq_reserve(self.ctx, 0, total)
-            self._computed[self.n_tokens : total] = self._table(total)
+            self._computed[self.n_tokens : total] = self._tables.of(total)
         if self._stored is not None:
             self._stored.save()  # guesses that turned out right
         guesses, self._drafted = self._drafted, 0
@@ -400,7 +366,7 @@ class Llama(Completions, ChatFormats):
             finally:
                 llama_cpp.llama_set_abort_callback(self.ctx, _NEVER, ctypes.c_void_p())
 
-    @_reading
+    @reading
     @with_arguments_of(llama_cpp.Llama.sample)
     def sample(self, *args: Any, **kwargs: Any) -> int:
         """As llama-cpp-python's."""
@@ -425,7 +391,7 @@ class Llama(Completions, ChatFormats):
             self._restore(tokens)
         return (yield from super().generate(tokens, *args, **kwargs))
 
-    @_in_turn
+    @in_turn
     @with_arguments_of(llama_cpp.Llama.create_chat_completion)
     def create_chat_completion(self, *args: Any, **kwargs: Any) -> Any:
         """As llama-cpp-python's."""
@@ -439,7 +405,7 @@ class Llama(Completions, ChatFormats):
         # From the prompt cache that is looked into to the state that is put there, one text is computed.
         return self._turn.stream(steps)
 
-    @_in_turn
+    @in_turn
     def embed(
         self, input: str | list[str], normalize: bool = False, truncate: bool = False, return_count: bool = False
     ) -> Any:
@@ -478,7 +444,7 @@ class Llama(Completions, ChatFormats):
 
     def _drop_inexact(self, tokens: Sequence[int]) -> None:
         """Forget the cached tokens from the first on that was computed with another table than `tokens` needs."""
-        other = np.flatnonzero(self._computed[: self.n_tokens] != self._table(len(tokens)))
+        other = np.flatnonzero(self._computed[: self.n_tokens] != self._tables.of(len(tokens)))
         if other.size:
             self.n_tokens = int(other[0])
             self._requires_eval = True
@@ -492,7 +458,7 @@ class Llama(Completions, ChatFormats):
             return
         with kept_until_return():
             begin = self._stored.restore(tokens)
-            table = self._table(len(tokens)) if self._exact or self._fixed else -1
+            table = self._tables.of(len(tokens)) if self._exact or self._fixed else -1
             self._computed[begin : self.n_tokens] = table
 
     @property
@@ -505,14 +471,6 @@ class Llama(Completions, ChatFormats):
         """Tokens of the cached text that are in the store or on their way; None where nothing is stored."""
         return None if self._stored is None else self._stored.saved
 
-    def _table(self, n_tokens: int) -> int:
-        """What decides the values computed for a token of a sequence of n_tokens: its bucket, or its length too."""
-        if llama_clex.log_scale(self.model):
-            return n_tokens
-        if self._fixed:
-            return 0
-        return llama_clex.bucket(self.model, min(n_tokens, llama_clex.max_context(self.model)))
-
     @property
     def draft_model(self) -> LlamaDraftModel | None:
         """Guesses the next tokens; with tables, only as many as leave the sequence in the table of its own length.
@@ -521,97 +479,24 @@ class Llama(Completions, ChatFormats):
         """
         if self._draft is None or self.n_tokens >= self._n_ctx or not self._takes_back:
             return None
-        return _ClippedDraft(self._draft, self)
+        return ClippedDraft(self._draft, self._tables, self._count_guesses)
 
     @draft_model.setter
     def draft_model(self, model: LlamaDraftModel | None) -> None:
         self._draft = model
 
     @property
+    def _tables(self) -> TableChoice:
+        return TableChoice(self, self._n_ctx, self._fixed)  # not kept: the model would be freed by the collector alone
+
+    def _count_guesses(self, guesses: int) -> None:
+        self._drafted = guesses
+
+    @property
     def _takes_back(self) -> bool:
         """Whether the last tokens can be forgotten, and were computed without a look at those behind them."""
         keeps_state = llama_cpp.llama_model_is_recurrent(self.model) or llama_cpp.llama_model_is_hybrid(self.model)
         return llama_clex.causal(self.ctx) and not keeps_state
-
-    def _room(self, n_tokens: int) -> int:
-        """Tokens that a sequence of n_tokens can grow by without any value of it being computed differently."""
-        if not self._has_tables:
-            return self._n_ctx - n_tokens
-        if llama_clex.log_scale(self.model):
-            return 0
-        bucket = llama_clex.bucket(self.model, n_tokens)
-        if self._fixed or bucket < 0:
-            return self._n_ctx - n_tokens
-        last = int(llama_clex.scaling_factor(self.model, bucket) * llama_clex.original_context(self.model))
-        return (self._n_ctx if last == llama_clex.max_context(self.model) else last) - n_tokens
-
-    @_reading
-    def save_state(self) -> LlamaState:
-        """As llama-cpp-python's; for ``load_state`` of the same file and the same kind of cache.
-
-        Raises:
-            StateError: llama.cpp cannot read what is cached, as where a worker is gone.
-        """
-        with kept_until_return(), logged(ERROR, forward=self.verbose) as errors:
-            state = super().save_state()
-        if not state.llama_state_size:  # of which the bindings make an empty state
-            reason = errors[-1].split("error saving state: ")[-1] if errors else "llama.cpp did not write it"
-            raise StateError(f"{self.model_path}: cannot save the state: {reason}")
-        state.clex_computed = self._computed[: self.n_tokens].copy()  # pyright: ignore[reportAttributeAccessIssue]
-        seal(state, scores=self._logits_all)
-        return state
-
-    @_in_turn
-    def load_state(self, state: LlamaState) -> None:
-        """Take back a state; one that is refused leaves what was there.
-
-        Raises:
-            ContextError: the state has more tokens than the context holds.
-            StateError: the state is of another model, of other tables, of another type of cache, or damaged. Of models
-                that keep more than a KV cache (recurrent ones) a damaged one may leave an empty cache.
-        """
-        refused = f"{self.model_path}: cannot load the saved state: "
-        if wrong := fault(state, self._n_vocab):
-            raise StateError(refused + wrong)
-        if state.n_tokens > self._n_ctx:
-            raise too_long(state.n_tokens, self._n_ctx)
-        data = (ctypes.c_uint8 * state.llama_state_size).from_buffer_copy(state.llama_state)
-        with kept_until_return(), logged(ERROR, forward=self.verbose) as errors:
-            # Only llama.cpp knows how many tokens are in its part of a state: where no checksum holds the parts
-            # together, there must be a way back.
-            before = None if is_sealed(state) else self._native_state()
-            size = llama_cpp.llama_state_set_data(self.ctx, data, state.llama_state_size)
-            cached = self._cached()
-            if size != state.llama_state_size:
-                reason = errors[-1].split("error loading state: ")[-1] if errors else "llama.cpp did not take it"
-                if cached < self.n_tokens:
-                    self.reset()
-                raise StateError(refused + reason)
-            if before is not None and cached < state.n_tokens:
-                llama_cpp.llama_state_set_data(self.ctx, before, len(before))
-                raise StateError(f"{refused}it counts {state.n_tokens:,} tokens, llama.cpp's part of it has {cached:,}")
-            self._adopt(state)
-
-    def _adopt(self, state: LlamaState) -> None:
-        """Take what Python keeps of a state; llama.cpp has its part."""
-        rows = min(state.n_tokens, len(state.scores), len(self.scores))
-        self.scores[:rows] = state.scores[:rows]
-        self.input_ids[: state.n_tokens] = state.input_ids[: state.n_tokens]
-        self.n_tokens = state.n_tokens
-        self._requires_eval = True
-        self._seed = state.seed
-        self._computed[: self.n_tokens] = getattr(state, "clex_computed", -1)
-
-    def _cached(self) -> int:
-        """Tokens of the sequence that llama.cpp has; 0 for a model that keeps none."""
-        memory = llama_cpp.llama_get_memory(self.ctx)
-        return 0 if memory is None else llama_cpp.llama_memory_seq_pos_max(memory, 0) + 1
-
-    def _native_state(self) -> ctypes.Array[ctypes.c_uint8]:
-        """llama.cpp's part of a state."""
-        data = (ctypes.c_uint8 * llama_cpp.llama_state_get_size(self.ctx))()
-        size = llama_cpp.llama_state_get_data(self.ctx, data, len(data))
-        return (ctypes.c_uint8 * size).from_buffer(data)
 
     def __getstate__(self) -> dict[str, Any]:
         draft = None if self._options["prompt_lookup"] else self._draft
@@ -620,18 +505,3 @@ class Llama(Completions, ChatFormats):
     def _report(self, done: int, total: int) -> None:
         if self.on_prefill is not None:
             self.on_prefill(done, total)
-
-
-class _ClippedDraft(LlamaDraftModel):
-    """Another draft model, kept from entering the next table: verified in one batch, all tokens would get it."""
-
-    def __init__(self, model: LlamaDraftModel, llm: Llama) -> None:
-        self.model, self.llm = model, llm
-
-    def __call__(self, input_ids: npt.NDArray[np.intc], /, **kwargs: Any) -> npt.NDArray[np.intc]:
-        # One batch holds the tokens that are not computed yet and all guesses, of which each has its logits compared.
-        waiting = len(input_ids) - self.llm.n_tokens
-        room = min(self.llm._room(len(input_ids)), self.llm.n_batch - waiting)
-        draft = self.model(input_ids, **kwargs)[: max(0, room)]
-        self.llm._drafted = len(draft)
-        return draft

@@ -16,8 +16,8 @@ import numpy.typing as npt
 
 from clex_local.errors import ClexError, ModelError
 from clex_local.library.decoding import DecodeError
+from clex_local.machine import default_threads
 from clex_local.model_file.kv_types import KV_TYPES
-from clex_local.model_file.memory import default_threads
 
 if TYPE_CHECKING:
     from typing_extensions import Self

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 from clex_local.commands.options import takes_options
 from clex_local.errors import ClexError
 from clex_local.library.devices import WorkerError, has_gpu
+from clex_local.model_file.context_plan import plan_context
 from clex_local.model_file.facts import ModelFacts
 from clex_local.model_file.kv_types import KV_TYPES
-from clex_local.model_file.memory import plan_context
 from clex_local.runtime.run_options import RunOptions
 
 if TYPE_CHECKING:

@@ -11,10 +11,13 @@ from pathlib import Path
 
 from clex_local.errors import ClexError
 from clex_local.library.devices import has_gpu
+from clex_local.machine import available_bytes, default_threads
+from clex_local.model_file.context_plan import ContextPlan, plan_context
 from clex_local.model_file.extension import OVERLAY, Extension
 from clex_local.model_file.facts import ModelFacts
 from clex_local.model_file.gguf_file import GGUFFile
-from clex_local.model_file.memory import CELLS, ContextPlan, ModelShape, available_bytes, default_threads, plan_context
+from clex_local.model_file.memory import CELLS
+from clex_local.model_file.model_shape import ModelShape
 from clex_local.runtime.opening import offloaded_layers
 from clex_local.server.options import PARALLEL, ServeOptions
 from clex_local.sizes import readable_size

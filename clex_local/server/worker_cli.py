@@ -11,7 +11,7 @@ import click
 
 from clex_local.commands.command import SETTINGS, Command
 from clex_local.commands.command_options import options_from
-from clex_local.model_file.memory import default_threads
+from clex_local.machine import default_threads
 from clex_local.server.process import worker_program
 from clex_local.server.worker_options import WorkerOptions
 

@@ -4,35 +4,26 @@ from __future__ import annotations
 
 import codecs
 import re
-import time
-from collections.abc import Callable, Generator, Iterator, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Callable, Generator, Sequence
+from dataclasses import asdict, replace
 from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
 import llama_cpp
 
-from clex_local.errors import ClexError
+from clex_local.errors import ClexError, one_line
 from clex_local.runtime.sampling import Sampling
 from clex_local.runtime.vocabulary import common_prefix
+from clex_local.session.answer import Answer
 from clex_local.session.exchange import Exchange
 from clex_local.session.repetition import is_stuck
 from clex_local.session.thoughts import OPEN
+from clex_local.templates.builtin import CHATML, PLAIN
 from clex_local.templates.chat_formats import chat_template
-from clex_local.templates.templates import ChatTemplate, TemplateError
+from clex_local.templates.chat_template import ChatTemplate, TemplateError
 
 if TYPE_CHECKING:
     from clex_local.runtime.llama import Llama
-
-CHATML = (
-    "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
-# The text so far, continued: for models that were never taught to chat.
-PLAIN = (
-    "{% for message in messages %}{% if message.role == 'user' and not loop.first %}{{ '\\n' }}{% endif %}"
-    "{{ message.content }}{% endfor %}"
-)
 
 SUMMARY = "What was said before, in short:"
 # What `Session.resume` replaces.
@@ -46,39 +37,6 @@ class PromptTooLong(ClexError):
         self.tokens = tokens
         self.capacity = capacity
         super().__init__(f"the prompt has {tokens:,} tokens but the context holds {capacity:,}")
-
-
-@dataclass
-class Answer:
-    """What one turn produced and what it cost. Times are seconds.
-
-    ``finish_reason`` is ``stop`` (the model ended), ``length`` (the caller's limit), ``context`` (the context is
-    full), ``repetition`` (it said the same again and again) or ``interrupted``. ``prefill_tokens`` of the
-    ``prompt_tokens`` were computed, ``restored_tokens`` came from the document store; the rest was in the cache. Prompt
-    lookup guessed ``drafted_tokens`` of the answer, ``accepted_tokens`` of them rightly.
-    """
-
-    text: str = ""
-    finish_reason: str = "interrupted"
-    prompt_tokens: int = 0
-    prefill_tokens: int = 0
-    restored_tokens: int = 0
-    completion_tokens: int = 0
-    prefill_seconds: float = 0.0
-    decode_seconds: float = 0.0
-    drafted_tokens: int = 0
-    accepted_tokens: int = 0
-    decode_steps: int = field(default=0, repr=False)
-
-    @property
-    def prefill_speed(self) -> float:
-        """Prompt tokens computed per second, 0 if nothing was measured."""
-        return self.prefill_tokens / self.prefill_seconds if self.prefill_seconds else 0.0
-
-    @property
-    def decode_speed(self) -> float:
-        """Tokens generated per second after the first one, 0 if nothing was measured."""
-        return self.decode_steps / self.decode_seconds if self.decode_seconds else 0.0
 
 
 class Session:
@@ -121,7 +79,7 @@ class Session:
         self.stops_repetition = stops_repetition
         self.system = system
         self.sampling = sampling or Sampling()
-        self.has_own_template = own_template(llm) is not None
+        self.has_own_template = chat_template(llm) is not None
         self.template_arguments: dict[str, Any] = {}
         self.last: Answer | None = None
         self.totals = Answer()
@@ -129,7 +87,7 @@ class Session:
         vocab = self._vocab = llm._model.vocab
         bos = llm.token_bos()
         self._bos = bos if llama_cpp.llama_vocab_get_add_bos(vocab) and bos >= 0 else None
-        own = own_template(llm) if template is None else None
+        own = chat_template(llm) if template is None else None
         source = template or own or PLAIN
         self._template = ChatTemplate(
             source,
@@ -360,7 +318,7 @@ class Session:
         stream = self.llm.generate(tokens, reset=True, **asdict(self.sampling))
         drafted, accepted = self.llm.drafted_tokens, self.llm.accepted_tokens
         try:
-            for token in self._timed(stream, answer):
+            for token in answer.timed(stream):
                 if not generated:
                     self._count_restored(answer)
                 if llama_cpp.llama_vocab_is_eog(self._vocab, token):
@@ -389,42 +347,13 @@ class Session:
             answer.completion_tokens = len(generated)
             answer.drafted_tokens = self.llm.drafted_tokens - drafted
             answer.accepted_tokens = self.llm.accepted_tokens - accepted
-            self._add_to_totals(answer)
+            self.totals.add(answer)
             if generated or answer.finish_reason != "interrupted":
                 take(answer.text, generated[:whole], answer.finish_reason)
 
     def _count_restored(self, answer: Answer) -> None:
         answer.prefill_tokens += answer.restored_tokens - self.llm.restored_tokens
         answer.restored_tokens = self.llm.restored_tokens
-
-    @staticmethod
-    def _timed(stream: Iterator[int], answer: Answer) -> Iterator[int]:
-        first = True
-        while True:
-            start = time.perf_counter()
-            token = next(stream, None)
-            elapsed = time.perf_counter() - start
-            if token is None:
-                return
-            if first:
-                answer.prefill_seconds = elapsed
-                first = False
-            else:
-                answer.decode_seconds += elapsed
-                answer.decode_steps += 1
-            yield token
-
-    def _add_to_totals(self, answer: Answer) -> None:
-        # A prefill that was interrupted has no duration; counting its tokens would make the speed wrong.
-        if answer.prefill_seconds:
-            self.totals.prefill_tokens += answer.prefill_tokens
-            self.totals.restored_tokens += answer.restored_tokens
-            self.totals.prefill_seconds += answer.prefill_seconds
-        self.totals.completion_tokens += answer.completion_tokens
-        self.totals.drafted_tokens += answer.drafted_tokens
-        self.totals.accepted_tokens += answer.accepted_tokens
-        self.totals.decode_seconds += answer.decode_seconds
-        self.totals.decode_steps += answer.decode_steps
 
     def _cached(self, tokens: list[int]) -> int:
         """Leading tokens that ``Llama.generate`` finds in its cache."""
@@ -460,13 +389,3 @@ class Session:
         except UnicodeEncodeError as error:
             raise ClexError("the message is not valid UTF-8 text") from error
         return self.llm.tokenize(data, add_bos=False, special=special) if data else []
-
-
-def own_template(llm: Llama) -> str | None:
-    """The chat template in the model's file, or None."""
-    return chat_template(llm)
-
-
-def one_line(error: BaseException) -> str:
-    """The message of an exception on one line."""
-    return " ".join(str(error).split()) or type(error).__name__

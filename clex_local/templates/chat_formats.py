@@ -13,7 +13,8 @@ import numpy as np
 import numpy.typing as npt
 from llama_cpp import llama_chat_format
 
-from clex_local.templates.templates import MARK, ChatTemplate, ControlTokens, TemplateError, with_text
+from clex_local.templates.chat_template import ChatTemplate, TemplateError, with_text
+from clex_local.templates.control_tokens import MARK, ControlTokens
 
 _KEY = "tokenizer.chat_template"
 _DEFAULT = "chat_template.default"  # what the bindings call it
@@ -75,7 +76,7 @@ class ChatFormats(llama_cpp.Llama):
         return self._model.token_get_text(token) if token >= 0 else ""
 
     def tokenize(self, text: bytes, add_bos: bool = True, special: bool = False) -> list[int]:
-        """As llama-cpp-python's; a control token with ``templates.MARK`` in it is text, of which the mark is no part.
+        """As llama-cpp-python's; a control token with ``MARK`` in it is text, of which the mark is no part.
 
         Args:
             text: UTF-8.

@@ -4,7 +4,7 @@ A template is a program that comes with a model. Jinja's sandbox keeps it from f
 from a loop without end, ``"x" * 10**10`` or ``9**9**9``, and no check inside the interpreter can stop a single
 operation of that kind. The kernel can stop a process.
 
-``clex_local.templates.templates`` starts this file as a script and speaks to it in frames, each a length and that many
+``clex_local.templates.process`` starts this file as a script and speaks to it in frames, each a length and that many
 bytes: a pickled request to it, a JSON object and the texts that it counts from it. It imports nothing of this package,
 so that it starts in some 60 ms.
 """

@@ -19,8 +19,7 @@ from collections import deque
 from collections.abc import Callable
 from typing import Any
 
-from clex_convert.errors import one_line
-from clex_local.errors import shown
+from clex_local.errors import one_line, shown
 
 _REPORT = "clex-report "
 

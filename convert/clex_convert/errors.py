@@ -7,7 +7,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from clex_local.errors import ClexError
+from clex_local.errors import ClexError, one_line
 
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
@@ -18,12 +18,6 @@ class ConvertError(ClexError):
 
 class NotFiniteError(ConvertError):
     """Weights, or what is computed with them, that are NaN or infinite."""
-
-
-def one_line(text: object, limit: int = 300) -> str:
-    """The text of an exception or a log on one line of at most `limit` characters."""
-    line = " ".join(str(text).split())
-    return line if len(line) <= limit else line[: limit - 1] + "…"
 
 
 def rename(error: BaseException | None, path: str | os.PathLike[str], name: str | os.PathLike[str]) -> None:

@@ -11,8 +11,9 @@ from typing import Any, BinaryIO
 import numpy as np
 import numpy.typing as npt
 
-from clex_convert.errors import ConvertError, one_line
+from clex_convert.errors import ConvertError
 from clex_convert.layout import Layout
+from clex_local.errors import one_line
 from clex_local.model_file.gguf_file import GGUFFile, GGUFHeader
 
 _CHUNK = 8 << 20

@@ -8,10 +8,11 @@ import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from clex_convert.errors import FULL, ConvertError, disk_full, extra_packages, one_line
+from clex_convert.errors import FULL, ConvertError, disk_full, extra_packages
 from clex_convert.gguf_parts import part_names
 from clex_convert.hub_client import broken_off, cached_snapshot, unreachable
 from clex_convert.weight_files import first_choice, no_weights, read_index, shards_without_index
+from clex_local.errors import one_line
 
 # ``org/name`` or ``org/name/file.gguf``, and perhaps a revision.
 _ID = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)(/(?P<file>[^@]+\.gguf))?(@(?P<revision>[^@]+))?")

@@ -9,9 +9,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from clex_convert.errors import ConvertError, one_line
+from clex_convert.errors import ConvertError
 from clex_convert.model_files import read_config, read_headers, read_tensor
 from clex_convert.weights import NAMES, OdeWeights, find_names
+from clex_local.errors import one_line
 
 if TYPE_CHECKING:
     import torch

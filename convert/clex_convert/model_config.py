@@ -13,8 +13,9 @@ from typing import Any
 
 import numpy as np
 
-from clex_convert.errors import ConvertError, one_line
+from clex_convert.errors import ConvertError
 from clex_convert.model_classes import MODEL_CLASSES, ModelClass
+from clex_local.errors import one_line
 from clex_local.model_file import architectures
 
 # Sizes without which nothing can be said of a model; the classes have defaults, those of one released size.

@@ -7,7 +7,8 @@ import zipfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from clex_convert.errors import ConvertError, extra_packages, one_line
+from clex_convert.errors import ConvertError, extra_packages
+from clex_local.errors import one_line
 
 if TYPE_CHECKING:
     import torch

@@ -13,10 +13,11 @@ from typing import Any
 import numpy as np
 
 from clex_convert.child_process import report, request, run_child
-from clex_convert.errors import ConvertError, disk_full, one_line
+from clex_convert.errors import ConvertError, disk_full
 from clex_convert.file_types import file_type
 from clex_convert.imatrix import read_imatrix
 from clex_convert.recipe import Recipe
+from clex_local.errors import one_line
 from clex_local.model_file.gguf_file import GGUFFile, GGUFHeader, tensor_types
 
 # Bytes that llama_model_quantize may use for the rows at work, beside the tensor that they come from; its default is

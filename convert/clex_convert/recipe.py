@@ -7,11 +7,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from clex_convert.errors import ConvertError, one_line
+from clex_convert.errors import ConvertError
 from clex_convert.file_types import OUTTYPES, TENSOR_TYPES, UNQUANTIZED
 from clex_convert.imatrix import ImportanceMatrix, check_text, read_imatrix
 from clex_convert.options import ConvertOptions
 from clex_convert.source import Source
+from clex_local.errors import one_line
 
 
 @dataclass(frozen=True)

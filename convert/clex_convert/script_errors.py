@@ -8,9 +8,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from clex_convert.checkpoint import Checkpoint
-from clex_convert.errors import ConvertError, NotFiniteError, one_line
+from clex_convert.errors import ConvertError, NotFiniteError
 from clex_convert.model_files import read_tensor
 from clex_convert.tensor_chunks import NotFinite
+from clex_local.errors import one_line
 
 
 @contextlib.contextmanager

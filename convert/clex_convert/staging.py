@@ -18,9 +18,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from clex_convert.errors import ConvertError, one_line
+from clex_convert.errors import ConvertError
 from clex_convert.model_files import refuse_pointer
 from clex_convert.transformers_folder import since_release_5, tokenizer_config_before_5
+from clex_local.errors import one_line
 
 # What the scripts, and transformers' tokenizers for them, may look at beside the weights.
 _SMALL = (".json", ".jsonl", ".jinja", ".md", ".model", ".tiktoken", ".txt")

@@ -7,7 +7,8 @@ import re
 from collections.abc import Collection
 from pathlib import Path
 
-from clex_convert.errors import ConvertError, one_line
+from clex_convert.errors import ConvertError
+from clex_local.errors import one_line
 
 # In the order in which transformers looks for them, each with the index of its shards right behind it.
 _KINDS = (("model", ".safetensors"), ("pytorch_model", ".bin"))

@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from clex_convert.errors import ConvertError, extra_packages, one_line
+from clex_convert.errors import ConvertError, extra_packages
+from clex_local.errors import one_line
 
 NAMES = ("ode_up_proj", "ode_down_proj")
 ACTIVATIONS = ("silu", "tanh")

@@ -9,13 +9,13 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from clex_convert.errors import extra_packages, one_line
+from clex_convert.errors import extra_packages
 from clex_convert.model_files import read_config
 from clex_convert.scaling import kind_of
 from clex_convert.transformers_folder import cache_argument, load_config, load_tokenizer
 from clex_convert.weights import settings_from
 from clex_eval.models import Coverage, Prefill, Progress, before_stop, likelihoods, plan_prefill
-from clex_local.errors import ClexError
+from clex_local.errors import ClexError, one_line
 
 
 def _scaling(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -11,7 +11,7 @@ from datasets import Dataset, Features, IterableDataset, Value, load_dataset, lo
 from datasets import Sequence as ListOf
 from transformers import PreTrainedTokenizerBase
 
-from clex_convert.errors import one_line
+from clex_local.errors import one_line
 from clex_train import TrainError
 
 COLUMN = "text"

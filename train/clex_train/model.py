@@ -19,11 +19,10 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMa
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from clex_convert.checkpoint import Checkpoint
-from clex_convert.errors import one_line
 from clex_convert.ode import plain_frequencies
 from clex_convert.transformers_folder import load_config, rope_scaling, rope_theta, set_rope_scaling
 from clex_convert.weights import DEFAULT_ACTIVATION, DEFAULT_TIME_DT
-from clex_local.errors import ClexError
+from clex_local.errors import ClexError, one_line
 from clex_local.model_file.architectures import trainable_classes
 from clex_train import TrainError
 from clex_train.layer import ClexLayer, ClexSettings

@@ -16,10 +16,10 @@ import peft
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments, set_seed
 
-from clex_convert.errors import one_line
 from clex_convert.model_files import read_config
 from clex_convert.transformers_folder import load_tokenizer
 from clex_local.commands.options import takes_options
+from clex_local.errors import one_line
 from clex_train import TrainError
 from clex_train.checkpoints import Checkpoints
 from clex_train.data import collate, load_sequences
