@@ -167,7 +167,7 @@ def _tokenize(path: Path) -> None:
 
 
 def _run(path: Path, wanted: dict[str, Any]) -> None:
-    from clex_convert.decoder import Decoder, NotFinite
+    from clex_convert.decoder import Decoder, NotFiniteLogits
 
     decoder = Decoder(path, wanted["tokens"], n_batch=_BATCH)
     _compare_tables(path, decoder.model)
@@ -180,7 +180,7 @@ def _run(path: Path, wanted: dict[str, Any]) -> None:
         for start in range(0, len(tokens), decoder.n_batch):
             try:
                 logits = decoder.decode(tokens[start : start + decoder.n_batch], start)
-            except NotFinite:
+            except NotFiniteLogits:
                 logits = None
             if logits is None or not np.isfinite(logits).all():
                 report({"infinite": True})

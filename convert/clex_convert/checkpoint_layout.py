@@ -18,7 +18,7 @@ from clex_convert.rope_metadata import RopeMetadata
 from clex_convert.script_errors import reading
 from clex_convert.script_overrides import overridden
 from clex_convert.staging import staged
-from clex_convert.tensor_chunks import NotFinite, write_chunks
+from clex_convert.tensor_chunks import NotFiniteWeights, write_chunks
 
 # Types of the matrices, in the scripts' words.
 _FILE_TYPES = {"f32": "ALL_F32", "f16": "MOSTLY_F16", "bf16": "MOSTLY_BF16"}
@@ -92,6 +92,6 @@ def _write(file: BinaryIO, tensor: Any) -> Iterator[int]:
     # numpy's own tofile does not notice when the disk has no room for the last bytes.
     array = type(tensor).to_eager(tensor) if hasattr(tensor, "_meta") else tensor
     if array.dtype.kind == "f" and not np.isfinite(array).all():
-        raise NotFinite
+        raise NotFiniteWeights
     file.write(np.ascontiguousarray(array).data)
     yield tensor.nbytes

@@ -48,7 +48,7 @@ def _keep_out(path: Path) -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
-class NotFinite(SystemExit):
+class NotFiniteLogits(SystemExit):
     """The model computes values that are no numbers."""
 
 
@@ -106,11 +106,11 @@ class Decoder:
         """Logits of one batch, [tokens, n_vocab]: a view that the next batch overwrites.
 
         Raises:
-            NotFinite: those of the last token are no numbers; the others are not looked at.
+            NotFiniteLogits: those of the last token are no numbers; the others are not looked at.
         """
         try:
             self._context.decode_sequence(tokens, position)
         except DecodeError as error:
-            stop = NotFinite if error.status == NOT_FINITE else SystemExit
+            stop = NotFiniteLogits if error.status == NOT_FINITE else SystemExit
             raise stop(f"cannot compute {len(tokens)} tokens: {decode_failure(error.status)}") from None
         return self._context.all_logits(len(tokens))

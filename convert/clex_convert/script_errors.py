@@ -10,7 +10,7 @@ from pathlib import Path
 from clex_convert.checkpoint import Checkpoint
 from clex_convert.errors import ConvertError, NotFiniteError
 from clex_convert.model_files import read_tensor
-from clex_convert.tensor_chunks import NotFinite
+from clex_convert.tensor_chunks import NotFiniteWeights
 from clex_local.errors import one_line
 
 
@@ -30,7 +30,7 @@ def reading(checkpoint: Checkpoint, part: str, stage: Path) -> Iterator[None]:
         yield
     except ConvertError:
         raise
-    except NotFinite:
+    except NotFiniteWeights:
         raise _not_finite(checkpoint) from None
     except FloatingPointError:
         raise ConvertError(f'{checkpoint.path}: some weights are too large for f16; use `outtype="bf16"`') from None

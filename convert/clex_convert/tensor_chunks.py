@@ -21,7 +21,7 @@ _CHUNK = 32 << 20  # bytes of a chunk as float32
 Chunk = Callable[[], torch.Tensor]
 
 
-class NotFinite(Exception):
+class NotFiniteWeights(Exception):
     """A tensor holds NaN or infinity."""
 
 
@@ -67,7 +67,7 @@ def write_chunks(tensor: Any, file: Any) -> Iterator[int]:
     for make in tensor._chunks:
         chunk = make()
         if not bool(torch.isfinite(chunk).all()):
-            raise NotFinite
+            raise NotFiniteWeights
         array = _array(chunk, tensor)
         file.write(array.data)
         yield array.nbytes
