@@ -9,7 +9,7 @@ import sys
 
 import pytest
 
-from clex_local.chat.cli import text_input
+from clex_local.chat import text_input
 
 pytestmark = pytest.mark.chat
 
@@ -59,7 +59,7 @@ def test_a_redirected_file_is_read_if_nobody_else_reads_it(ask, tmp_path):
 
 def test_an_input_that_says_nothing_is_given_up(smollm, tmp_path):
     program = (
-        "import sys; from clex_local.chat.cli import text_input; text_input.FIRST_BYTE_TIMEOUT = 0.2; "
+        "import sys; from clex_local.chat import text_input; text_input.FIRST_BYTE_TIMEOUT = 0.2; "
         "from clex_local.chat.cli import main; main(sys.argv[1:])"
     )
     reading, writing = os.pipe()
