@@ -24,15 +24,18 @@ PYTEST = $(BIN)/python -m pytest --numprocesses $(WORKERS)
 # What is computed with all layers on a GPU, or whatever device the library finds.
 DEVICE_TESTS := $(addprefix tests/test_,$(addsuffix .py,golden sequences matrix state random k_shift kept_keys shared_ubatch architectures))
 
+WORKER_TESTS := $(addprefix tests/test_,$(addsuffix .py,golden sequences matrix state k_shift kept_keys shared_ubatch))
+
 NATIVE_SOURCES := CMakeLists.txt pyproject.toml $(wildcard native/*.py native/*.txt native/patches/* native/src/* native/src/*/* startup/*)
 
-.PHONY: demo test sanitize lint format docs site bench native stock stock-server wheel test-wheel test-device test-vulkan clean
+.PHONY: demo test sanitize lint format docs site bench native stock stock-server wheel test-wheel test-worker test-device test-vulkan clean
 
 demo: $(NATIVE) ## set everything up, add tables to a small chat model and ask about a text longer than its context
 	$(BIN)/python examples/demo.py
 
 test: $(NATIVE) $(STOCK) $(FRAMEWORKS) $(TRANSFORMERS4) ## set everything up and run the tests of AREA, those of folders with transformers 5 and 4
 	$(PYTEST) $(if $(AREA),-m "$(AREA)")
+	CLEX_TEST_WORKER=1 $(PYTEST) $(WORKER_TESTS) $(if $(AREA),-m "$(AREA)") || test $$? -eq 5  # none
 	PYTHONPATH="$(CURDIR)/build/transformers4" $(PYTEST) -m "folders$(if $(AREA), and ($(AREA)))" || test $$? -eq 5  # none
 
 # For GCC. The interpreter is not built with the sanitizers, so their libraries come first; it leaks on purpose.
@@ -41,6 +44,10 @@ sanitize: $(NATIVE) $(STOCK) $(SANITIZE) ## the tests of the native library unde
 		LD_PRELOAD="$$($${CXX:-c++} -print-file-name=libasan.so) $$($${CXX:-c++} -print-file-name=libubsan.so)" \
 		ASAN_OPTIONS=detect_leaks=0:strict_string_checks=1 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 \
 		$(BIN)/python -m pytest --capture=no $(SANITIZED_TESTS)
+
+# A worker of each process of the tests: another backend that is always there, with memory that nobody reads in place.
+test-worker: $(NATIVE) ## some of these with all layers on a worker of this machine; a part of `test`
+	CLEX_TEST_WORKER=1 $(PYTEST) $(WORKER_TESTS) $(if $(AREA),-m "$(AREA)") || test $$? -eq 5  # none
 
 test-device: $(NATIVE) ## the tests of the native library with all layers on the device that it was built for
 	CLEX_TEST_GPU_LAYERS=-1 $(BIN)/python -m pytest $(DEVICE_TESTS)

@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # On a machine with a GPU: build for it, run the tests of the native library with all layers on it, and compare the speed
 # with stock llama.cpp. For CUDA; other backends: CMAKE_ARGS=-DGGML_VULKAN=ON benchmarks/gpu_check.sh
-# What takes its time can be made smaller: TESTS="tests/test_golden.py", DEPTHS="0 8192 32768", TOKENS, ROUNDS, MODELS.
+# What is tested and measured can be chosen: TESTS="tests/test_golden.py", MODELS, CACHES, DEPTHS="0 8192 32768", PROMPT, TOKENS,
+# ROUNDS. Without a GPU, to try this script: apt install mesa-vulkan-drivers, and GGML_VK_VISIBLE_DEVICES=0.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 export CMAKE_ARGS="${CMAKE_ARGS:--DGGML_CUDA=ON}"
@@ -22,8 +23,8 @@ mkdir -p build/bench
 for model in ${MODELS:-$smollm2}; do
     tables=build/bench/$(basename "$model" .gguf)-ntk.gguf
     .venv/bin/clex-convert "$model" "$tables" --method ntk --max-factor 4 --overwrite
-    for cache in f16 q8_0; do
+    for cache in ${CACHES:-f16 q8_0}; do
         .venv/bin/python -m benchmarks.stock "$model" --tables "$tables" --n-gpu-layers -1 --kv-type "$cache" --flash-attn \
-            --tokens "${TOKENS:-128}" --rounds "${ROUNDS:-10}" $(printf -- '--depth %s ' ${DEPTHS:-0 8192})
+            --prompt "${PROMPT:-512}" --tokens "${TOKENS:-128}" --rounds "${ROUNDS:-10}" $(printf -- '--depth %s ' ${DEPTHS:-0 8192})
     done
 done

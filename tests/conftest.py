@@ -20,7 +20,12 @@ with contextlib.suppress(ValueError):  # not in the main thread
 # Threads that spin while they wait starve those of the other test processes.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
+# Tolerances are the CPU's where no device is asked for; a GPU without a layer would compute products of long prompts.
+if not os.environ.get("CLEX_TEST_GPU_LAYERS"):
+    os.environ |= {"CUDA_VISIBLE_DEVICES": "-1", "GGML_METAL_DEVICES": "0", "GGML_VK_VISIBLE_DEVICES": ""}
+
 import clex_local  # noqa: F401, before any test imports llama_cpp
+from helpers import device
 
 # Nobody's own cache is touched, and none from another run is found.
 _CACHE = tempfile.TemporaryDirectory(prefix="clex-cache-", ignore_cleanup_errors=True)
@@ -33,7 +38,7 @@ DATA = Path(__file__).parent / "data"
 
 def pytest_report_header() -> str:
     names = [name for name in ("transformers", "huggingface_hub", "datasets", "peft", "torch") if find_spec(name)]
-    return ", ".join(f"{name} {version(name)}" for name in names)
+    return ", ".join([*(f"{name} {version(name)}" for name in names), f"computed on {device.description()}"])
 
 
 @pytest.fixture(scope="session")

@@ -21,7 +21,8 @@ from clex_eval.report import Column, Report, plot_curves, plot_heat_map, run
 from clex_local import ClexError, Llama
 from clex_local.figure import curve_style
 from clex_local.session.session import PromptTooLong
-from helpers.low_level import F32, GPU_LAYERS
+from helpers.device import GPU_LAYERS
+from helpers.low_level import F32
 from helpers.tiny_models import LENGTH, convert_plainly, make_model
 
 pytestmark = [pytest.mark.evaluation, pytest.mark.folders]

@@ -6,6 +6,7 @@ import llama_cpp
 import numpy as np
 import pytest
 
+from helpers.device_error import slack
 from helpers.gguf_maker import gguf_bytes
 from helpers.low_level import BF16, F16, F32, Q4_0, Q8_0, Context, Model
 from helpers.random_gguf import model_parts, random_tokens
@@ -56,4 +57,5 @@ def test_shift_of_every_type_of_key_is_close_to_f32(model, type_k, flash_attn):
     exact = shifted(model, F32)
     logits = shifted(model, type_k, flash_attn=flash_attn)
     assert np.isfinite(logits).all()
-    assert np.sqrt(np.square(logits - exact).mean()) / exact.std() < BOUNDS[type_k]
+    error = np.sqrt(np.square(logits - exact).mean()) / exact.std()
+    assert error < BOUNDS[type_k] + slack(model.path) / exact.std()

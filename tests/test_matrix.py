@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from clex_local.library import llama_clex
+from helpers.device_error import slack
 from helpers.low_level import BF16, F16, F32, Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, Context, Model, refusal
 from helpers.random_gguf import make_model, random_tokens
 
@@ -67,7 +68,7 @@ def test_every_cache_is_close_to_f32(model, exact, type_k, flash_attn):
         if not flash_attn and type_v not in (F32, F16, BF16):
             assert "quantized V cache requires flash_attn" in refusal(model, **options)
             continue
-        limit = K_BOUNDS[type_k] + bound + flash_attn * FLASH_BOUND
+        limit = K_BOUNDS[type_k] + bound + flash_attn * FLASH_BOUND + slack(model.path) / exact.std()
         errors = [error(run(model, unified=unified, **options), exact) for unified in (False, True)]
         assert max(errors) < limit, (NAMES[type_v], errors, limit)
 
@@ -107,4 +108,4 @@ def test_64_sequences_of_all_lengths_equal_each_alone(model, unified):
     for s in range(0, 64, 9):
         with Context(model) as context:
             alone = context.steps(rows[s], int(lengths[s]), 4)[-1]
-        np.testing.assert_allclose(together[s], alone, atol=2e-5, rtol=0)
+        np.testing.assert_allclose(together[s], alone, atol=2e-5 + slack(model.path), rtol=0)

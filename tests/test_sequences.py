@@ -7,6 +7,8 @@ import numpy as np
 import pytest
 
 from clex_local.library import llama_clex
+from helpers.device import GPU_LAYERS
+from helpers.device_error import slack
 from helpers.low_level import F16, F32, Q8_0, Context, Model
 
 pytestmark = [pytest.mark.native, pytest.mark.sanitize]
@@ -63,7 +65,7 @@ def test_three_sequences_in_three_buckets_equal_each_alone(model, streams, alone
             buckets.add(tuple(context.bucket(s) for s in range(3)))
     assert buckets == {(0, 0, 1), (0, 0, 2), (1, 0, 2)}
     for s in range(3):
-        np.testing.assert_allclose(np.stack(together[s]), alone[s], atol=1e-5, rtol=0)
+        np.testing.assert_allclose(np.stack(together[s]), alone[s], atol=1e-5 + slack(model.path), rtol=0)
 
 
 def test_one_decodes_while_another_prefills(model, streams, alone):
@@ -73,8 +75,8 @@ def test_one_decodes_while_another_prefills(model, streams, alone):
         context.decode(
             [(streams[0][60], 60, [0], True)] + [(t, i, [1], i == 125) for i, t in enumerate(prompt)],
         )
-        np.testing.assert_allclose(context.logits(0), alone[0][1], atol=1e-5, rtol=0)
-        np.testing.assert_allclose(context.logits(126), alone[2][0], atol=1e-5, rtol=0)
+        np.testing.assert_allclose(context.logits(0), alone[0][1], atol=1e-5 + slack(model.path), rtol=0)
+        np.testing.assert_allclose(context.logits(126), alone[2][0], atol=1e-5 + slack(model.path), rtol=0)
 
 
 def test_copy_in_a_stream_of_its_own_keeps_its_own_bucket(model, golden):
@@ -83,14 +85,14 @@ def test_copy_in_a_stream_of_its_own_keeps_its_own_bucket(model, golden):
         context.feed(ids[:60], 0, 0)
         llama_cpp.llama_memory_seq_cp(context.memory, 0, 1, -1, -1)
         first = [context.feed(ids[60 + i : 61 + i], 60 + i, 0) for i in range(10)]
-        np.testing.assert_allclose(np.stack(first), steps[1:11], atol=5e-4, rtol=0)
+        np.testing.assert_allclose(np.stack(first), steps[1:11], atol=5e-4 + slack(model.path), rtol=0)
         assert context.bucket(0) == 1
-        np.testing.assert_allclose(context.feed(ids[60:61], 60, 1), steps[1], atol=5e-4, rtol=0)
+        np.testing.assert_allclose(context.feed(ids[60:61], 60, 1), steps[1], atol=5e-4 + slack(model.path), rtol=0)
         assert context.bucket(1) == 0
-        np.testing.assert_allclose(context.feed(ids[70:71], 70, 0), steps[11], atol=5e-4, rtol=0)
+        np.testing.assert_allclose(context.feed(ids[70:71], 70, 0), steps[11], atol=5e-4 + slack(model.path), rtol=0)
         context.decode([(ids[71], 71, [0], True), (ids[61], 61, [1], True)])
-        np.testing.assert_allclose(context.logits(0), steps[12], atol=5e-4, rtol=0)
-        np.testing.assert_allclose(context.logits(1), steps[2], atol=5e-4, rtol=0)
+        np.testing.assert_allclose(context.logits(0), steps[12], atol=5e-4 + slack(model.path), rtol=0)
+        np.testing.assert_allclose(context.logits(1), steps[2], atol=5e-4 + slack(model.path), rtol=0)
 
 
 def copy(context, source, target, first=-1, end=-1):
@@ -129,7 +131,7 @@ def test_sequences_that_share_cells_agree_on_the_bucket_of_the_longest(model, go
         context.decode(items)
         assert (context.bucket(1), context.bucket(2)) == (1, 1)
         want = declared_alone(model, [(ids[:40], 0), (ids[40:50], 0), (ids[50:51], 90)])[-1]
-        np.testing.assert_allclose(context.logits(0), want, atol=1e-5, rtol=0)
+        np.testing.assert_allclose(context.logits(0), want, atol=1e-5 + slack(model.path), rtol=0)
 
         # nothing is re-rotated any more, whoever is decoded
         cells = context.rerotated_cells
@@ -145,7 +147,9 @@ def test_sequences_that_share_cells_agree_on_the_bucket_of_the_longest(model, go
         context.feed(ids[54:55], 54, 1)
         assert context.bucket(1) == 0
         pieces = [(ids[:40], 0), (ids[40:50], 0), *((ids[i : i + 1], 90) for i in range(50, 54)), (ids[54:55], 0)]
-        np.testing.assert_allclose(context.logits(0), declared_alone(model, pieces)[-1], atol=1e-5, rtol=0)
+        np.testing.assert_allclose(
+            context.logits(0), declared_alone(model, pieces)[-1], atol=1e-5 + slack(model.path), rtol=0
+        )
 
 
 @pytest.mark.parametrize("cut", ["removed", "kept", "shifted away"])
@@ -184,7 +188,7 @@ def test_copy_of_a_whole_sequence_has_its_declared_length(model, golden, unified
             copy(context, 1, 0, 0, 30)
             llama_cpp.llama_memory_seq_rm(context.memory, 1, 50, -1)
         logits = context.feed(ids[40:50], 40, 1)
-        np.testing.assert_allclose(logits, declared_alone(model, pieces)[-1], atol=1e-5, rtol=0)
+        np.testing.assert_allclose(logits, declared_alone(model, pieces)[-1], atol=1e-5 + slack(model.path), rtol=0)
         assert context.bucket(1) == 1
         if not unified:
             context.feed(ids[40:50], 40, 2)
@@ -245,9 +249,10 @@ def test_sequence_that_is_used_again_does_not_have_the_length_declared_for_its_l
             logits = context.feed(ids[:40], 0, 0)
         assert context.bucket(0) == 0
     pieces = [(ids[:30], 0), (ids[30:40], 0)] if copied else [(ids[:40], 0)]
-    np.testing.assert_allclose(logits, declared_alone(model, pieces)[-1], atol=1e-5, rtol=0)
+    np.testing.assert_allclose(logits, declared_alone(model, pieces)[-1], atol=1e-5 + slack(model.path), rtol=0)
 
 
+@pytest.mark.skipif(GPU_LAYERS != 0, reason="of llama.cpp's devices only the CPU can be told to abort")
 def test_length_declared_for_an_empty_sequence_outlasts_a_removal_and_an_aborted_decode(model, golden):
     """A host removes what there may be before a prompt, and tries a decode again that it has aborted."""
     ids = golden["ids"]
@@ -270,7 +275,7 @@ def test_token_of_two_sequences_takes_the_longer_ones_table(model, golden):
             context.decode([(ids[i], i, [0, 1], True)])
             out.append(context.logits(0))
         assert context.bucket(0) == context.bucket(1) == 1
-    np.testing.assert_allclose(np.stack(out), steps[:11], atol=5e-4, rtol=0)
+    np.testing.assert_allclose(np.stack(out), steps[:11], atol=5e-4 + slack(model.path), rtol=0)
 
 
 def test_truncated_sequence_returns_to_the_smaller_bucket(model, golden):
@@ -281,7 +286,7 @@ def test_truncated_sequence_returns_to_the_smaller_bucket(model, golden):
         llama_cpp.llama_memory_seq_rm(context.memory, 0, 50, -1)
         logits = context.feed(ids[50:60], 50)
         assert context.bucket() == 0
-    np.testing.assert_allclose(logits, steps[0], atol=5e-4, rtol=0)
+    np.testing.assert_allclose(logits, steps[0], atol=5e-4 + slack(model.path), rtol=0)
 
 
 @pytest.mark.parametrize("whole", [True, False])
@@ -295,7 +300,7 @@ def test_saved_state_crosses_a_boundary(model, golden, whole):
         assert context.load(state) if whole else context.load_sequence(state, sequence)
         out = [context.feed(ids[i : i + 1], i, sequence) for i in range(100, 140)]
         assert context.rerotated_cells > 0
-    np.testing.assert_allclose(np.stack(out), steps[41:81], atol=5e-4, rtol=0)
+    np.testing.assert_allclose(np.stack(out), steps[41:81], atol=5e-4 + slack(model.path), rtol=0)
 
 
 def test_state_of_other_tables_is_refused(model, golden, golden_gguf):
@@ -324,7 +329,7 @@ def test_shift_rotates_each_key_with_its_own_table(model, golden, type_k):
         llama_cpp.llama_memory_seq_rm(context.memory, 0, 0, 16)
         plain = context.feed(ids[100:101], 100)
     # RoPE is relative: within a bucket the shift must not change anything.
-    np.testing.assert_allclose(shifted, plain, atol=tolerance, rtol=0)
+    np.testing.assert_allclose(shifted, plain, atol=tolerance + slack(model.path), rtol=0)
 
 
 def test_sequence_beyond_the_last_bucket_is_refused_before_anything_is_computed(model, golden):

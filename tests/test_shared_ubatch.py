@@ -10,6 +10,7 @@ import pytest
 
 from clex_local import library_path
 from clex_local.runtime import low_level
+from helpers.device_error import slack
 from helpers.low_level import Context, Model, context_params
 from helpers.random_architectures import make_architecture
 from helpers.random_gguf import make_model, random_tokens
@@ -61,7 +62,7 @@ def test_eight_sequences_in_four_buckets_share_a_graph_and_equal_each_alone(tmp_
             assert counter.count == 1
             assert [context.bucket(s) for s in range(8)] == [(length + step) // 64 for length in LENGTHS]
             for s in range(8):
-                np.testing.assert_allclose(context.logits(s), alone[s][step], atol=1e-4, rtol=0)
+                np.testing.assert_allclose(context.logits(s), alone[s][step], atol=1e-4 + slack(model.path), rtol=0)
     model.close()
 
 
@@ -86,4 +87,4 @@ def test_more_buckets_than_a_ubatch_takes(tmp_path, unified):
                     rows.append([context.feed(texts[s][a:b], a, s) for s in range(n)])
             results.append(np.array(rows))
     model.close()
-    np.testing.assert_allclose(results[0], results[1], atol=1e-4, rtol=0)
+    np.testing.assert_allclose(results[0], results[1], atol=1e-4 + slack(model.path), rtol=0)

@@ -9,7 +9,7 @@ import pytest
 from clex_convert import convert
 from clex_eval.options import Length
 from clex_eval.ppl import perplexity
-from helpers.low_level import GPU_LAYERS
+from helpers.device import GPU_LAYERS
 
 pytestmark = [pytest.mark.train, pytest.mark.evaluation]
 

@@ -2,16 +2,45 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-from helpers.low_level import GPU_LAYERS
+from helpers.device import GPU_LAYERS, cpu_alone, model_params
+from helpers.low_level import Context, Model
 
 KEYS = b"clex."
 MARGIN = 3  # times that error; tables are one more input of RoPE, which every backend reads as it is
+PROMPTS, STEPS = (50, 120, 200), 4  # tokens: GPUs choose their kernels by the size of a batch
+
+
+def slack(path: str | Path, **options: int) -> float:
+    """How much further two ways to compute the same may be apart than on a CPU: nothing on one.
+
+    Args:
+        path: a GGUF file; its tables are left out.
+        options: of the context.
+
+    Returns:
+        ``MARGIN`` times the largest difference between the logits of the device and those of the CPU.
+    """
+    return _measured(Path(path), tuple(options.items())) if GPU_LAYERS else 0.0
+
+
+@functools.cache
+def _measured(path: Path, options: tuple[tuple[str, int], ...]) -> float:
+    plain = without_tables(path)
+    found = []
+    for where in (model_params(), cpu_alone()):
+        model = Model(plain, **where)
+        tokens = np.random.default_rng(0).integers(0, model.n_vocab, max(PROMPTS) + STEPS)
+        for prompt in PROMPTS:
+            with Context(model, n_ctx=256, **dict(options)) as context:
+                found.append(context.steps(tokens, prompt, STEPS))
+        model.close()
+    device, cpu = np.split(np.array(found), 2)
+    return MARGIN * float(np.abs(device - cpu).max())
 
 
 def without_tables(model: Path) -> Path:
@@ -20,40 +49,3 @@ def without_tables(model: Path) -> Path:
     if not target.exists():
         target.write_bytes(model.read_bytes().replace(KEYS, b"none."))
     return target
-
-
-def allowance(model: Path, tokens: Sequence[int], lengths: Sequence[int], **options: Any) -> float:
-    """What to add to a tolerance that is the CPU's: nothing on a CPU.
-
-    Args:
-        model: a file with tables, which are left out.
-        tokens: a text.
-        lengths: how much of it is computed, one prompt after the other.
-        options: of ``Llama``.
-
-    Returns:
-        ``MARGIN`` times the largest difference between the logits of the device and those of the CPU.
-    """
-    if not GPU_LAYERS:
-        return 0.0
-    rows = [_logits(without_tables(model), tokens, lengths, layers, options) for layers in (GPU_LAYERS, 0)]
-    return MARGIN * float(np.abs(rows[0] - rows[1]).max())
-
-
-def _logits(
-    model: Path, tokens: Sequence[int], lengths: Sequence[int], layers: int, options: dict[str, Any]
-) -> np.ndarray:
-    import warnings
-
-    from clex_local import Llama
-
-    found = []
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # a context longer than it was trained for
-        llm = Llama(str(model), n_ctx=512, logits_all=True, verbose=False, n_gpu_layers=layers, **options)
-    with llm:
-        for n in lengths:
-            llm.reset()
-            llm.eval(tokens[:n])
-            found.append(llm.scores[n - 4 : n].copy())
-    return np.stack(found)

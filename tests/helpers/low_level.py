@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import ctypes
-import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import llama_cpp
 import numpy as np
@@ -15,19 +15,19 @@ import clex_local  # noqa: F401, the library must be chosen before llama_cpp is 
 from clex_local.library import llama_clex
 from clex_local.library.log import logged
 from clex_local.runtime import low_level
+from helpers.device import model_params
 
 set_verbose(False)
 
 F32, F16, Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, BF16 = 0, 1, 2, 3, 6, 7, 8, 30
 WARN, ERROR = 3, 4
 
-# benchmarks/gpu_check.sh runs the tests with all layers on a GPU.
-GPU_LAYERS = int(os.environ.get("CLEX_TEST_GPU_LAYERS", "0"))
-
 
 class Model(low_level.Model):
-    def __init__(self, path: object) -> None:
-        super().__init__(str(path), GPU_LAYERS)
+    """A model where the tests compute, or where fields of ``llama_model_params`` say."""
+
+    def __init__(self, path: object, **params: Any) -> None:
+        super().__init__(str(path), **(params or model_params()))
 
 
 def context_params(
