@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from clex_local.documents.document import LARGEST, Document, DocumentError
+from clex_local.documents.document import LARGEST, AttachedText, DocumentError
 from clex_local.documents.files import STANDARD_INPUT, STDIN_NAME, read_file, read_standard_input
 from clex_local.documents.folders import Found, files_in, is_pattern, matching
 from clex_local.documents.kinds import text_of
@@ -30,7 +30,7 @@ class Attachment:
     """
 
     name: str
-    documents: tuple[Document, ...]
+    documents: tuple[AttachedText, ...]
     notes: tuple[str, ...] = ()
     tokens: int = 0
 
@@ -53,10 +53,10 @@ def attach(path: str, *, web: bool = False) -> Attachment:
     if web:
         page = fetch(path)
         text, notes = text_of(page.data, path, page.media, page.charset)
-        return _single(Document(path, text, None, tuple(notes)))
+        return _single(AttachedText(path, text, None, tuple(notes)))
     if path == STANDARD_INPUT:
         text, notes = text_of(read_standard_input(), STDIN_NAME)
-        documents = (Document("", text),) if text.strip() else ()
+        documents = (AttachedText("", text),) if text.strip() else ()
         return Attachment(STDIN_NAME, documents, tuple(f"{STDIN_NAME}: {note}" for note in notes))
     place = Path(path).expanduser()
     try:
@@ -73,7 +73,7 @@ def attach(path: str, *, web: bool = False) -> Attachment:
     return _single(_document(str(place), data, place if is_file else None, place.name))
 
 
-def _single(document: Document) -> Attachment:
+def _single(document: AttachedText) -> Attachment:
     if not document.text.strip():
         raise DocumentError(f"{document.name}: an empty file")
     name = escaped(document.name, 60)
@@ -108,12 +108,12 @@ def _several(place: Path, found: Found, above: Path) -> Attachment:
     return Attachment(f"{name} ({files})", tuple(documents), tuple(notes))
 
 
-def _document(path: str, data: bytes, place: Path | None, name: str | None = None) -> Document:
+def _document(path: str, data: bytes, place: Path | None, name: str | None = None) -> AttachedText:
     text, notes = text_of(data, path)
     file = None
     if place is not None:
         file = AttachedFile(os.path.abspath(place), len(data), hashlib.sha256(data).hexdigest())
-    return Document(name or path, text, file, tuple(notes))
+    return AttachedText(name or path, text, file, tuple(notes))
 
 
 def without_twice(attachment: Attachment, known: Iterable[AttachedFile]) -> tuple[Attachment, list[str]]:
@@ -136,7 +136,7 @@ def without_twice(attachment: Attachment, known: Iterable[AttachedFile]) -> tupl
     return replace(attachment, documents=tuple(documents)) if twice else attachment, twice
 
 
-def texts(documents: Sequence[Document], *, named: bool) -> list[str]:
+def texts(documents: Sequence[AttachedText], *, named: bool) -> list[str]:
     """Texts as a model is given them; with names before them no two have one name."""
     names = [document.name if named else "" for document in documents]
     full = [document.file.path if document.file else document.name for document in documents]

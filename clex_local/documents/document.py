@@ -15,7 +15,7 @@ class DocumentError(ClexError):
 
 
 @dataclass(frozen=True)
-class Document:
+class AttachedText:
     """A text that was attached.
 
     Attributes:

@@ -42,17 +42,13 @@ def _check_whole(name: str, value: Any) -> None:
         SamplingError: it is none; the message has the argument's name.
     """
     if isinstance(value, bool) or not isinstance(value, Integral) or not -_MOST_INT <= int(value) <= _MOST_INT:
-        raise SamplingError(f"{name} must be a whole number of 32 bits, not {_shown(value)}")
+        raise SamplingError(f"{name} must be a whole number of 32 bits, not {reprlib.repr(value)}")
 
 
 def _check_number(name: str, value: Any) -> None:
     # Each comparison with NaN is false: llama.cpp would draw from all tokens, or none.
     if isinstance(value, bool) or not isinstance(value, Real) or value != value or abs(value) == inf:
-        raise SamplingError(f"{name} must be a number, not {_shown(value)}")
-
-
-def _shown(value: Any) -> str:
-    return reprlib.repr(value)
+        raise SamplingError(f"{name} must be a number, not {reprlib.repr(value)}")
 
 
 @dataclass(frozen=True)

@@ -137,10 +137,10 @@ class Adapter:
             raise self._refuse(f"init_lora_weights = {config['init_lora_weights']!r}, which changes the base model,")
         for key in ("rank_pattern", "alpha_pattern"):
             patterns = config.get(key) or {}
-            if not isinstance(patterns, dict) or not all(map(_is_number, patterns.values())):
+            if not isinstance(patterns, dict) or not all(map(_is_positive, patterns.values())):
                 raise ConvertError(f"{self._config_path}: {key} must map names to numbers")
         for key in ("r", "lora_alpha"):
-            if not _is_number(config.get(key)):
+            if not _is_positive(config.get(key)):
                 raise ConvertError(f"{self._config_path}: {key} must be a number above 0, not {config.get(key)!r}")
 
     @property
@@ -276,5 +276,5 @@ class Adapter:
         return tuple(said)
 
 
-def _is_number(value: Any) -> bool:
+def _is_positive(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value) and value > 0

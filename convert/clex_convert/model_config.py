@@ -14,7 +14,8 @@ from typing import Any
 import numpy as np
 
 from clex_convert.errors import ConvertError
-from clex_convert.model_classes import MODEL_CLASSES, ModelClass
+from clex_convert.model_class import ModelClass
+from clex_convert.model_classes import MODEL_CLASSES
 from clex_local.errors import one_line
 from clex_local.model_file import architectures
 
