@@ -437,7 +437,7 @@ def test_file_and_standard_input_make_one_prompt(small_buckets, tmp_path, monkey
         return "x"
 
     monkeypatch.setattr("clex_local.chat.cli.open_model", stop)
-    monkeypatch.setattr("clex_local.chat.cli.join", join)
+    monkeypatch.setattr("clex_local.chat.question.join", join)
     (tmp_path / "a.txt").write_text("from a file")
     arguments = [str(small_buckets), "-f", str(tmp_path / "a.txt"), "-f", "-", "-p", "question"]
     result = CliRunner().invoke(main, arguments, input="from a pipe")
