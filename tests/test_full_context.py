@@ -166,8 +166,9 @@ def test_answer_that_repeats_itself_is_stopped(llm, monkeypatch, capsys):
 
 
 def test_answer_to_a_script_has_a_limit_and_one_in_a_conversation_has_none(llm):
-    from clex_local.chat.cli import Question, _terminal
+    from clex_local.chat.cli import _terminal
     from clex_local.chat.options import SCRIPT_TOKENS, ChatOptions
+    from clex_local.chat.question import Question
 
     asked = Question("Hi", None, [])
     for given, question, limit in [(None, asked, SCRIPT_TOKENS), (None, None, None), (7, asked, 7), (0, asked, None)]:
