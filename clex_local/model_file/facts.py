@@ -27,6 +27,7 @@ class ModelFacts:
         shape: what decides the memory; None for a kind of cache that the estimate does not cover.
         can_have_tables: whether clex-convert can add tables to it.
         has_classifier: whether it can rank.
+        pools: whether it makes one embedding of a text by itself.
         extension: what it is extended by.
     """
 
@@ -37,6 +38,7 @@ class ModelFacts:
     shape: ModelShape | None
     can_have_tables: bool
     has_classifier: bool
+    pools: bool = False
     extension: Extension | None = None
 
     @classmethod
@@ -64,6 +66,7 @@ class ModelFacts:
                 shape=ModelShape.from_metadata(file),
                 can_have_tables=not why_no_tables(keys),
                 has_classifier=any(tensor.name.startswith("cls") for tensor in file.tensors),
+                pools=keys.has("pooling_type"),
                 extension=made,
             )
 

@@ -15,7 +15,6 @@ from clex_local.machine import available_bytes, default_threads
 from clex_local.model_file.context_plan import ContextPlan, plan_context
 from clex_local.model_file.extension import OVERLAY, Extension
 from clex_local.model_file.facts import ModelFacts
-from clex_local.model_file.gguf_file import GGUFFile
 from clex_local.model_file.memory import CELLS
 from clex_local.model_file.model_shape import ModelShape
 from clex_local.runtime.opening import offloaded_layers
@@ -105,9 +104,7 @@ def plan_service(path: str | os.PathLike[str], options: ServeOptions, available:
     if available is None:
         available = available_bytes()
     weights = os.path.getsize(path)
-    with GGUFFile(path) as file:
-        embeddings = bool(file.get(f"{file.get('general.architecture')}.pooling_type"))
-    checkpoints = 0 if embeddings or _makes_embeddings(options) else asked_checkpoints(options.server_args)
+    checkpoints = 0 if facts.pools or _makes_embeddings(options) else asked_checkpoints(options.server_args)
 
     def plan(parallel: int) -> ContextPlan:
         least = LEAST_CHECKPOINTS if checkpoints is None else checkpoints
@@ -138,8 +135,8 @@ def plan_service(path: str | os.PathLike[str], options: ServeOptions, available:
         prompt_cache if prompt_cache >= LEAST_PROMPT_CACHE else 0,
         checkpoints,
         limited=options.ctx is None and context.n_ctx < facts.maximum,
-        embeddings=embeddings,
-        storable=not embeddings and not (facts.shape and any(cache.state for cache in facts.shape.caches)),
+        embeddings=facts.pools,
+        storable=not facts.pools and not (facts.shape and any(cache.state for cache in facts.shape.caches)),
         extension=facts.extension,
     )
 
