@@ -115,7 +115,7 @@ def _load_ours(extensions: Any) -> None:
         if name in ("llama", "ggml") and not os.environ.get(_VARIABLE):
             directory = library_path()
         library = load(name, directory)
-        if name == "llama" and any(directory.glob("*ggml-cpu-*")):
+        if name == "llama":
             _load_backends(directory)
         return library
 
@@ -123,10 +123,13 @@ def _load_ours(extensions: Any) -> None:
 
 
 def _load_backends(directory: Path) -> None:
-    """Load the CPU's code for this processor, of which a wheel has several: not every program has llama.cpp do it."""
+    """Load the backends where they are libraries of their own, as in wheels: not every program has llama.cpp do it."""
     import ctypes
 
-    ggml = ctypes.CDLL(str(directory / library_file("ggml")))
+    path = directory / library_file("ggml")
+    ggml = ctypes.CDLL(str(path)) if path.is_file() else None
+    if ggml is None or hasattr(ggml, "ggml_backend_cpu_reg"):  # that is of a library that it depends on
+        return
     base = load_ggml()
     quiet = ctypes.CFUNCTYPE(None, ctypes.c_int, ctypes.c_char_p, ctypes.c_void_p)(lambda *_: None)
     base.ggml_log_set(quiet, None)
