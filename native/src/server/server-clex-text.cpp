@@ -59,7 +59,7 @@ static std::string unmarked(const std::string & text) {
     return res;
 }
 
-server_clex_text::server_clex_text(const llama_vocab * vocab) : vocab(vocab) {
+server_clex_text::server_clex_text(const llama_vocab * vocab, bool has_media) : vocab(vocab), has_media(has_media) {
     for (llama_token id = 0; id < llama_vocab_n_tokens(vocab); ++id) {
         const auto attr = llama_vocab_get_attr(vocab, id);
         const std::string text = llama_vocab_get_text(vocab, id);
@@ -175,7 +175,7 @@ bool server_clex_text::has_edges(const std::string & text) const {
     return std::any_of(text.begin(), text.end(), [&](char c) { return begins[(uint8_t) c] || ends[(uint8_t) c]; });
 }
 
-std::vector<llama_token> server_clex_text::tokenize_text(const std::string & text) const {
+std::vector<std::string> server_clex_text::cut(const std::string & text) const {
     std::vector<size_t> cuts;
     for (const auto & name : defined) {
         const std::string marked = with_mark(name);
@@ -187,35 +187,36 @@ std::vector<llama_token> server_clex_text::tokenize_text(const std::string & tex
     cuts.erase(std::unique(cuts.begin(), cuts.end()), cuts.end());
     cuts.push_back(text.size());
 
-    // vocabularies that begin every text with a space do not begin what is behind a cut
-    const std::string anchor = "\n";
-    const auto before = common_tokenize(vocab, anchor, false, false);
-
-    std::vector<llama_token> res;
+    std::vector<std::string> res;
     size_t begin = 0;
     for (const size_t end : cuts) {
-        const std::string part = unmarked(text.substr(begin, end - begin));
-        auto tokens = part.empty() ? llama_tokens() : common_tokenize(vocab, begin ? anchor + part : part, false, false);
-        if (begin && tokens.size() >= before.size() && std::equal(before.begin(), before.end(), tokens.begin())) {
-            tokens.erase(tokens.begin(), tokens.begin() + before.size());
-        } else if (begin) {
-            tokens = common_tokenize(vocab, part, false, false);
-        }
-        res.insert(res.end(), tokens.begin(), tokens.end());
+        res.push_back(unmarked(text.substr(begin, end - begin)));
         begin = end;
     }
     return res;
 }
 
-std::vector<llama_token> server_clex_text::tokenize(const std::string & text) const {
-    std::vector<llama_token> res;
-    const auto add = [&](const std::string & part) {
-        if (!part.empty()) {
-            const auto tokens = common_tokenize(vocab, part, false, true);
-            res.insert(res.end(), tokens.begin(), tokens.end());
-        }
-    };
+std::vector<llama_token> server_clex_text::tokenize_text(const std::string & text) const {
+    // vocabularies that begin every text with a space do not begin what is behind a cut
+    const std::string anchor = "\n";
+    const auto before = common_tokenize(vocab, anchor, false, false);
 
+    std::vector<llama_token> res;
+    bool first = true;
+    for (const auto & part : cut(text)) {
+        auto tokens = part.empty() ? llama_tokens() : common_tokenize(vocab, first ? part : anchor + part, false, false);
+        if (!first && tokens.size() >= before.size() && std::equal(before.begin(), before.end(), tokens.begin())) {
+            tokens.erase(tokens.begin(), tokens.begin() + before.size());
+        } else if (!first) {
+            tokens = common_tokenize(vocab, part, false, false);
+        }
+        res.insert(res.end(), tokens.begin(), tokens.end());
+        first = false;
+    }
+    return res;
+}
+
+void server_clex_text::each_part(const std::string & text, const part_function & add) const {
     auto found = controls(text);
     found.emplace_back(text.size(), text.size());
 
@@ -229,7 +230,7 @@ std::vector<llama_token> server_clex_text::tokenize(const std::string & text) co
 
         const auto known = texts.find(control);
         if (part.find(MARK) != std::string::npos) {
-            add(waiting);
+            add(waiting, true);
             waiting.clear();
 
             if (strip) {
@@ -238,8 +239,7 @@ std::vector<llama_token> server_clex_text::tokenize(const std::string & text) co
             if (known != texts.end() && known->second.left) {
                 part.erase(part.find_last_not_of(SPACE) + 1);
             }
-            const auto tokens = tokenize_text(part);
-            res.insert(res.end(), tokens.begin(), tokens.end());
+            add(part, false);
         } else {
             waiting += part;
         }
@@ -247,7 +247,30 @@ std::vector<llama_token> server_clex_text::tokenize(const std::string & text) co
         end   = stop;
         strip = known != texts.end() && known->second.right;
     }
-    add(waiting);
+    add(waiting, true);
+}
+
+common_json server_clex_text::parts(const std::string & text) const {
+    common_json res = common_json::array();
+    each_part(text, [&](const std::string & part, bool special) {
+        for (const auto & piece : special ? std::vector<std::string>{ part } : cut(part)) {
+            if (!piece.empty()) {
+                common_json item = common_json::object();
+                item["text"]    = piece;
+                item["special"] = special;
+                res.push_back(item);
+            }
+        }
+    });
+    return res;
+}
+
+std::vector<llama_token> server_clex_text::tokenize(const std::string & text) const {
+    std::vector<llama_token> res;
+    each_part(text, [&](const std::string & part, bool special) {
+        const auto tokens = part.empty() ? llama_tokens() : special ? common_tokenize(vocab, part, false, true) : tokenize_text(part);
+        res.insert(res.end(), tokens.begin(), tokens.end());
+    });
 
     const auto edges = common_tokenize(vocab, "", true, false);
     const size_t n_begin = llama_vocab_get_add_bos(vocab) && !edges.empty() ? 1 : 0;
@@ -258,14 +281,16 @@ std::vector<llama_token> server_clex_text::tokenize(const std::string & text) co
 
 using text_change = std::function<void(std::string & text, bool answered)>;
 
-// what of a conversation somebody has written, and what of it is JSON, where a mark may be in strings only
-// not names and parameters of tools, which decide the grammar of answers too
-static void each_text(common_chat_templates_inputs & inputs, const text_change & change, const text_change & change_json) {
+// what of a request somebody has written: texts, and JSON and words that templates compare, where a mark may be in control
+// tokens only
+static void each_text(common_chat_templates_inputs & inputs, const text_change & change, const text_change & change_word) {
     for (auto & msg : inputs.messages) {
         const bool answered = msg.role == "assistant";
         change(msg.content, answered);
         change(msg.reasoning_content, answered);
         change(msg.tool_name, answered);
+        change_word(msg.tool_call_id, answered);
+        change_word(msg.role, answered);
         for (auto & part : msg.content_parts) {
             if (part.type == "text") {
                 change(part.text, answered);
@@ -273,21 +298,40 @@ static void each_text(common_chat_templates_inputs & inputs, const text_change &
         }
         for (auto & call : msg.tool_calls) {
             change(call.name, answered);
-            change_json(call.arguments, true);
+            change_word(call.id, true);
+            change_word(call.arguments, true);
         }
     }
     for (auto & tool : inputs.tools) {
+        change(tool.name, false);
         change(tool.description, false);
+        change_word(tool.parameters, false);
     }
     for (auto & item : inputs.chat_template_kwargs) {
-        change_json(item.second, true);
+        change_word(item.second, true);
+    }
+}
+
+// JSON with its characters as they are: what is written \u003c is a < for a template that reads it
+static void unescape(std::string & arguments) {
+    if (arguments.find("\\u") == std::string::npos) {
+        return;
+    }
+    try {
+        arguments = common_json::parse(arguments).dump();
+    } catch (const std::exception &) { // no JSON: templates take it as a text
     }
 }
 
 common_chat_params server_clex_text::apply(
-        const common_chat_templates * tmpls, const common_chat_templates_inputs & inputs, std::vector<llama_token> & tokens) const {
-    tokens.clear();
+        const common_chat_templates * tmpls, common_chat_templates_inputs inputs, common_json & prompt) const {
     std::call_once(defined_found, [&] { find_defined(tmpls); });
+
+    for (auto & msg : inputs.messages) {
+        for (auto & call : msg.tool_calls) {
+            unescape(call.arguments);
+        }
+    }
 
     bool edges = false;
     const auto guarding = [&](std::string & text, bool answered) {
@@ -309,9 +353,55 @@ common_chat_params server_clex_text::apply(
         }
     }
     if (res.prompt.find(MARK) != std::string::npos) {
-        tokens = tokenize(res.prompt);
+        prompt = has_media ? parts(res.prompt) : common_json(tokenize(res.prompt));
     }
-    res.prompt            = unmarked(res.prompt);
+    const std::string written = unmarked(res.prompt);
+    if (!inputs.tools.empty()) {
+        // names and parameters of tools decide how an answer is read and which there can be
+        res = common_chat_templates_apply(tmpls, inputs);
+    }
+    res.prompt            = written;
     res.generation_prompt = unmarked(res.generation_prompt);
     return res;
+}
+
+int32_t server_clex_tokenize_media(
+        mtmd_context * mctx, mtmd_input_chunks * chunks, const common_json & prompt, const std::string & marker,
+        const std::vector<const mtmd_bitmap *> & media) {
+    if (prompt.is_string()) {
+        const std::string text = prompt.get<std::string>();
+        const mtmd_input_text input = { text.data(), text.size(), /* add_special */ true, /* parse_special */ true };
+        return mtmd_tokenize(mctx, chunks, &input, media.data(), media.size());
+    }
+
+    std::vector<std::pair<std::string, bool>> texts; // one that is empty is a medium
+    for (const auto & part : prompt) {
+        const std::string text    = part.at("text").get<std::string>();
+        const bool        special = part.at("special").get<bool>();
+        size_t begin = 0;
+        for (size_t at; (at = text.find(marker, begin)) != std::string::npos; begin = at + marker.size()) {
+            if (at > begin) {
+                texts.emplace_back(text.substr(begin, at - begin), special);
+            }
+            texts.emplace_back("", true);
+        }
+        if (begin < text.size()) {
+            texts.emplace_back(text.substr(begin), special);
+        }
+    }
+
+    std::vector<mtmd_input_text> inputs(texts.size());
+    std::vector<mtmd_input_part> parts(texts.size());
+    std::vector<const mtmd_input_part *> pointers;
+    size_t n_media = 0;
+    for (size_t i = 0; i < texts.size(); ++i) {
+        const auto & [text, special] = texts[i];
+        if (text.empty() && n_media == media.size()) {
+            return 1;
+        }
+        inputs[i] = { text.data(), text.size(), false, special };
+        parts[i]  = text.empty() ? mtmd_input_part { nullptr, media[n_media++] } : mtmd_input_part { &inputs[i], nullptr };
+        pointers.push_back(&parts[i]);
+    }
+    return n_media == media.size() ? mtmd_tokenize_from_parts(mctx, chunks, pointers.data(), pointers.size(), true) : 1;
 }

@@ -5,7 +5,9 @@
 
 #include "chat.h"
 #include "llama.h"
+#include "mtmd.h"
 
+#include <functional>
 #include <memory>
 #include <mutex>
 #include <string>
@@ -15,12 +17,13 @@
 
 class server_clex_text {
 public:
-    explicit server_clex_text(const llama_vocab * vocab);
+    server_clex_text(const llama_vocab * vocab, bool has_media);
 
-    // As common_chat_templates_apply. Where contents have texts of control tokens, tokens are those of the prompt, with
-    // those contents as text and with what the model adds to every prompt; otherwise they are empty.
+    // As common_chat_templates_apply. Where contents have texts of control tokens, `prompt` becomes the prompt with those
+    // contents as text: its tokens with what the model adds to every prompt, or for a model that takes media the parts of
+    // server_clex_tokenize_media; otherwise it is left alone.
     common_chat_params apply(
-            const common_chat_templates * tmpls, const common_chat_templates_inputs & inputs, std::vector<llama_token> & tokens) const;
+            const common_chat_templates * tmpls, common_chat_templates_inputs inputs, common_json & prompt) const;
 
 private:
     struct stripping {
@@ -28,7 +31,8 @@ private:
         bool right;
     };
 
-    using span = std::pair<size_t, size_t>; // begin and end, in bytes
+    using span          = std::pair<size_t, size_t>; // begin and end, in bytes
+    using part_function = std::function<void(const std::string & part, bool special)>;
 
     std::vector<span> candidates(const std::string & text) const;
     std::vector<span> controls  (const std::string & text) const;
@@ -44,10 +48,19 @@ private:
 
     bool has_edges(const std::string & text) const;
 
+    // parts of a prompt with marks: with control tokens of the template, and without
+    void each_part(const std::string & text, const part_function & add) const;
+
+    // a text with marks without them, cut where tokens that llama.cpp finds in any text would be
+    std::vector<std::string> cut(const std::string & text) const;
+
+    common_json parts(const std::string & text) const;
+
     std::vector<llama_token> tokenize     (const std::string & text) const;
     std::vector<llama_token> tokenize_text(const std::string & text) const; // with marks, and none of the template's
 
     const llama_vocab * vocab;
+    const bool          has_media;
 
     mutable std::once_flag           defined_found;
     mutable std::vector<std::string> defined; // longest first
@@ -58,3 +71,9 @@ private:
     bool begins[256] = {}; // first bytes
     bool ends  [256] = {}; // last bytes
 };
+
+// As mtmd_tokenize. A prompt is a text, or a list of {"text", "special"}: only where special is true control tokens are
+// looked for.
+int32_t server_clex_tokenize_media(
+        mtmd_context * mctx, mtmd_input_chunks * chunks, const common_json & prompt, const std::string & marker,
+        const std::vector<const mtmd_bitmap *> & media);
