@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import pickle
 import subprocess
 from pathlib import Path
@@ -94,6 +95,36 @@ def test_other_architectures_and_split_models(tmp_path, golden_gguf):
         source = rewrite(clex, tmp_path / f"{name}.gguf", {f"clex.{key}": None for key in gone})
         convert(source, tmp_path / f"{name}-long.gguf", max_factor=4)
         assert np.array_equal(logits(source, extend="4x"), logits(tmp_path / f"{name}-long.gguf"))
+
+
+def split(path: Path, folder: Path) -> list[Path]:
+    """A model in two parts, the second of which has the last of its tensors."""
+    folder.mkdir()
+    keys, tensors = model_parts(tables=False, original=LENGTH)
+    names = list(tensors)
+    paths = []
+    for number, some in enumerate((names[:-2], names[-2:])):
+        place = {
+            "split.no": np.uint16(number),
+            "split.count": np.uint16(2),
+            "split.tensors.count": np.int32(len(names)),
+        }
+        paths.append(folder / f"model-{number + 1:05d}-of-00002.gguf")
+        own = keys if number == 0 else {"general.architecture": keys["general.architecture"]}
+        paths[-1].write_bytes(gguf_bytes({**own, **place}, {name: tensors[name] for name in some}))
+    return paths
+
+
+def test_split_models(plain, tmp_path):
+    first, second = split(plain, tmp_path / "parts")
+    assert np.array_equal(logits(first, extend="4x"), logits(plain, extend="4x"))
+    before = first.read_bytes(), second.read_bytes()
+    with pytest.raises(ClexError, match=r"model-00002-of-00002.gguf: .*part"):
+        Llama(second, extend="4x", verbose=False)
+    second.unlink()
+    with pytest.raises(ClexError, match=r"part 2 of the 2 of a split model is missing|model-00002-of-00002.gguf"):
+        Llama(first, extend="4x", verbose=False)
+    assert first.read_bytes() == before[0]
 
 
 def test_within_the_original_context_it_is_the_plain_model(plain):
@@ -218,6 +249,44 @@ def test_the_server_extends(plain, tmp_path, several):
     assert answers[0]["tokens"] == answers[1]["tokens"]
     assert answers[0]["completion_probabilities"] == answers[1]["completion_probabilities"]
     assert answers[0]["timings"]["clex"]["bucket"] == 3
+
+
+def test_a_draft_model_beside_it_keeps_its_own_keys(plain, tmp_path):
+    """llama-server loads it with the same overrides; tables for other heads would not even fit."""
+    draft = plain_model(tmp_path / "draft.gguf", head=16, n_head=4, n_layer=1)
+    options = {"port": 0, "ctx": 0, "parallel": 1, "threads": 1, "batch": 64, "kv_type": "f32", "store": False}
+    asked = {"prompt": IDS[:100], "n_predict": 8, "temperature": 0, "return_tokens": True, "ignore_eos": True}
+    answers = []
+    drafting = (
+        "--model-draft",
+        str(draft),
+        "--spec-type",
+        "draft-simple",
+        "--spec-draft-n-max",
+        "4",
+        "--spec-draft-p-min",
+        "0",
+    )
+    for more in ((), drafting):
+        with serve(plain, extend="4x", server_args=("--no-warmup", *more), **options) as server:
+            answer = httpx.post(f"{server.url}/completion", json=asked, timeout=120)
+            assert answer.status_code == 200, answer.text
+            answers.append(answer.json())
+    assert answers[0]["tokens"] == answers[1]["tokens"]
+    assert answers[1]["timings"]["clex"]["bucket"] == 1
+    assert answers[1]["timings"]["draft_n"] > 0
+
+
+def test_a_name_that_is_no_utf8_is_extended_too(plain, tmp_path):
+    import shutil
+
+    path = tmp_path / os.fsdecode(b"odd \xff.gguf")
+    try:
+        shutil.copy(plain, path)
+    except OSError:
+        pytest.skip("no such names here")
+    with extension(path, "4x").overrides() as keys:
+        assert Path(*keys.values()).stat().st_size > 0
 
 
 def test_evaluation_extends(plain, tmp_path):

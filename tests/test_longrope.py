@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 
 import numpy as np
 import pytest
 import torch
 
-from clex_local import Llama
+from clex_convert import ConvertError, convert
+from clex_local import ClexError, Llama
 from clex_local.library import llama_clex
 from clex_local.model_file.gguf_file import GGUFFile
 from clex_local.model_file.tables import Tables
@@ -128,3 +130,22 @@ def test_state_of_stock_is_refused(pair, ids, monkeypatch):
                 assert context.load(states["ours"])
                 assert not context.load(states["stock"])
         model.close()
+
+
+@pytest.mark.parametrize("times", [4, 8])
+def test_extending_goes_on_from_the_factors_as_conversion_does(pair, ids, tmp_path, times):
+    def logits(path, **options):
+        with Llama(path, n_ctx=0, n_threads=1, verbose=False, logits_all=True, **options) as llm:
+            assert (llm.clex.method, llm.clex.buckets) == ("longrope", (1.0, float(times)))
+            llm.eval(ids[:LONGEST].tolist())
+            return llm.scores[: llm.n_tokens].copy()
+
+    try:
+        convert(pair[1], tmp_path / "long.gguf", max_factor=times)
+    except ConvertError as error:  # for tables that rotate a part of each head
+        with pytest.raises(ClexError, match=re.escape(str(error))):
+            Llama(pair[1], extend=f"{times}x", verbose=False)
+        return
+    assert np.array_equal(logits(pair[1], extend=f"{times}x"), logits(tmp_path / "long.gguf"))
+    with pytest.raises(ClexError, match="ntk cannot be combined with a model that has the scaling longrope of its own"):
+        Llama(pair[1], extend=f"ntk:{times}x", verbose=False)

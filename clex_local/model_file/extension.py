@@ -7,7 +7,7 @@ import os
 import re
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from clex_local.model_file.gguf_file import GGUFHeader
 from clex_local.model_file.tables import Tables
 
 OVERLAY = "clex.overlay"  # the override by which llama.cpp is told of the keys
-_REMOVED = "clex.overlay.removed"
+_REMOVED, _MODEL = "clex.overlay.removed", "clex.overlay.model"
 _LONGEST = 127  # bytes of an override
 _FORM = re.compile(r"(?:([a-z]+):)?(\d{1,5})x?", re.IGNORECASE)
 
@@ -34,11 +34,13 @@ class Extension:
         tables: that it gets.
         keys: that it gets, those of the tables among them.
         removed: names of keys that it loses.
+        path: of the file.
     """
 
     tables: Tables
     keys: dict[str, Any]
     removed: tuple[str, ...]
+    path: Path
 
     def write(self, path: Path) -> None:
         """Write them for llama.cpp.
@@ -48,8 +50,11 @@ class Extension:
         """
         if len(os.fsencode(path)) > _LONGEST:
             raise ModelError(f"{path}: the name of a temporary file is too long for llama.cpp; set TMPDIR to another")
+        own = {_REMOVED: "\n".join(self.removed)}
+        with suppress(UnicodeDecodeError):  # a draft model beside it, which is rare, would get the keys too
+            own[_MODEL] = os.fsencode(os.path.abspath(self.path)).decode()
         with GGUFHeader() as header:
-            for key, value in {**self.keys, _REMOVED: "\n".join(self.removed)}.items():
+            for key, value in {**self.keys, **own}.items():
                 header.set(key, value)
             try:
                 path.write_bytes(header.encoded())
@@ -98,7 +103,7 @@ def extension(path: str | os.PathLike[str], extend: str | float) -> Extension:
     # The converter is downstream's affair everywhere else; nothing here but this wish needs it.
     make = importlib.import_module("clex_convert.extension").extended_keys
     try:
-        return Extension(*make(Path(path), int(factor[:-1]), method or None))
+        return Extension(*make(Path(path), int(factor[:-1]), method or None), Path(path))
     except ExtensionError:
         raise
     except ClexError as error:
