@@ -1,8 +1,9 @@
 """How fast prompts are read: what was measured, remembered for the next time, and what it lets expect.
 
 A token costs more the more tokens it looks back at, a + b * depth seconds. Both numbers are fitted to what was measured
-at each depth. At the beginning little is known, and the fit leans on the share that attention has of the computation by
-the shape of the model; the more was measured at depth, the less.
+at each depth, by relative errors, so that short prompts count as much as long ones. At the beginning nothing is known
+of the depth: the fit then leans on what attention alone takes on this machine, or, where that is not to be measured, on
+the share that it has of the computation by the shape of the model; the more was measured at depth, the less.
 """
 
 from __future__ import annotations
@@ -25,10 +26,12 @@ _REMEMBERED = 4096  # tokens that an average counts as at most, so that it follo
 _MODELS = 100  # sets of averages that are kept
 _VERSION = 1
 
-# The prior of the fit: as good as this many tokens measured at this depth. At 2,000 tokens read it decides how the cost
-# grows, at 8,000 it does not.
-_PRIOR_TOKENS, _PRIOR_DEPTH = 256, 4096
-_ATTENTION = 0.8  # time of a multiplication in attention, as a part of the time of one with a weight
+# What is known before of how the cost grows, as so many tokens whose cost were off by as much as the growth is: a batch
+# of 512 is believed to 5 %, attention by itself to 10 %, and the shape not even to the factor 2.
+_ALONE, _BY_SHAPE = 128.0, 1.0
+_UNKNOWN_DEPTH = 4096  # tokens at which no growth at all is expected, where even the shape is unknown
+# Time of a multiplication in attention, as a part of that of one with a weight: 0.8 to 3, by processor and weights.
+_ATTENTION = 1.5
 
 
 @dataclass(frozen=True)
@@ -41,6 +44,19 @@ class ReadingSpeed:
     def seconds(self, start: int, end: int) -> float:
         """The time that the tokens from one depth to another take."""
         return (end - start) * (self.base + self.per_depth * (start + end) / 2)
+
+
+@dataclass(frozen=True)
+class Growth:
+    """What is known of ``per_depth`` before it was measured at depth.
+
+    Attributes:
+        share: what it is of ``base`` as far as the shape of the model tells.
+        alone: what it is as far as attention by itself tells, in seconds; None where that was not measured.
+    """
+
+    share: float = 0.0
+    alone: float | None = None
 
 
 @dataclass
@@ -71,24 +87,39 @@ class Measured:
             result._add(step, *values)
         return result
 
-    def speed(self, share: float) -> ReadingSpeed | None:
+    @property
+    def deepest(self) -> float:
+        """Tokens of depth up to which something was measured."""
+        return max((depth for _, depth, _ in self.steps.values()), default=0.0)
+
+    def speed(self, growth: Growth) -> ReadingSpeed | None:
         """The speed that fits best; None where nothing was measured.
 
         Args:
-            share: what ``per_depth`` is of ``base`` as far as the shape of the model tells.
+            growth: what is known besides.
         """
         if not self.steps:
             return None
-        prior = _PRIOR_TOKENS * _PRIOR_DEPTH**2
-        points = self.steps.values()
-        n, nd, ndd = (sum(tokens * depth**power for tokens, depth, _ in points) for power in range(3))
-        c, cd = (sum(tokens * cost * depth**power for tokens, depth, cost in points) for power in range(2))
-        # The least squares of n (cost - a - b d)^2, and of prior (b - share a)^2.
-        aa, ab, bb = n + prior * share**2, nd - prior * share, ndd + prior
-        base, per_depth = (c * bb - ab * cd) / (aa * bb - ab * ab), (aa * cd - ab * c) / (aa * bb - ab * ab)
-        if per_depth < 0 or base < 0:  # noise
-            return ReadingSpeed(c / n, 0.0) if per_depth < 0 else ReadingSpeed(0.0, cd / ndd)
-        return ReadingSpeed(base, per_depth)
+        points = list(self.steps.values())
+        # The least squares of (cost - a - b d) / cost for each token, and of (b - expected) / expected.
+        expected, weight = self._expected(growth)
+        n, nd, ndd = (sum(tokens * depth**power / cost**2 for tokens, depth, cost in points) for power in range(3))
+        c, cd = (sum(tokens * depth**power / cost for tokens, depth, cost in points) for power in range(2))
+        ndd, cd = ndd + weight, cd + weight * expected
+        base, per_depth = (c * ndd - nd * cd) / (n * ndd - nd * nd), (n * cd - nd * c) / (n * ndd - nd * nd)
+        if per_depth < 0:  # noise
+            return ReadingSpeed(sum(n * cost for n, _, cost in points) / sum(n for n, _, _ in points), 0.0)
+        return ReadingSpeed(base, per_depth) if base >= 0 else ReadingSpeed(0.0, cd / ndd)
+
+    def _expected(self, growth: Growth) -> tuple[float, float]:
+        """What ``per_depth`` is expected to be, and the weight of the square of what it is off by."""
+        if growth.alone:
+            return growth.alone, _ALONE / growth.alone**2
+        _, depth, cost = self.steps[min(self.steps)]
+        if growth.share:
+            by_shape = growth.share * cost / (1 + growth.share * depth)
+            return by_shape, _BY_SHAPE / by_shape**2
+        return 0.0, _BY_SHAPE * (_UNKNOWN_DEPTH / cost) ** 2
 
 
 def attention_share(shape: ModelShape | None) -> float:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from clex_local.chat.reading_speed import Measured, ReadingSpeed, attention_share, remember, remembered
+from clex_local.chat.attention_speed import measured_per_depth
+from clex_local.chat.reading_speed import Growth, Measured, ReadingSpeed, attention_share, remember, remembered
 from clex_local.errors import ClexError
 from clex_local.model_file.gguf_file import GGUFFile
 from clex_local.model_file.model_shape import ModelShape
@@ -24,13 +26,20 @@ class ReadingTime:
     Args:
         llm: the model.
         clock: seconds.
+        attention: see ``measured_per_depth``.
     """
 
-    def __init__(self, llm: Llama, clock: Callable[[], float] = time.perf_counter) -> None:
-        self._llm, self._clock = llm, clock
+    def __init__(
+        self,
+        llm: Llama,
+        clock: Callable[[], float] = time.perf_counter,
+        attention: Callable[[Llama, ModelShape | None], float | None] = measured_per_depth,
+    ) -> None:
+        self._llm, self._clock, self._attention = llm, clock, attention
         self._key = speed_key(llm)
         with GGUFFile(llm.model_path) as file:
-            self._share = attention_share(ModelShape.from_metadata(file))
+            self._shape = ModelShape.from_metadata(file)
+        self._growth = Growth(attention_share(self._shape))
         self._before = Measured()
         self._batches: list[tuple[int, int, float]] = []
         self._start = self._done = self._total = 0
@@ -42,9 +51,17 @@ class ReadingTime:
         if done == 0:
             self._before = remembered(self._key)
             self._start, self._batches = self._llm.n_tokens, []
+            if total > 2 * self._llm.settings.n_ubatch and self._before.deepest < self._start + total / 2:
+                self._measure_attention()
+                now = self._clock()
         elif done > self._done:
             self._batches.append((self._start + self._done, self._start + done, now - self._time))
         self._done, self._total, self._time = done, total, now
+
+    def _measure_attention(self) -> None:
+        """Find out how the cost grows with depth, once, before anything was read there."""
+        if self._growth.alone is None:
+            self._growth = replace(self._growth, alone=self._attention(self._llm, self._shape))
 
     @property
     def known(self) -> bool:
@@ -70,15 +87,15 @@ class ReadingTime:
     def speed(self) -> ReadingSpeed | None:
         """The speed to expect; None where nothing was ever measured."""
         measured = self.measured
-        expected = self._before.speed(self._share)
+        expected = self._before.speed(self._growth)
         if expected is None or not measured.steps:
-            return expected or measured.speed(self._share)
+            return expected or measured.speed(self._growth)
         took, would = 0.0, 0.0
         for tokens, depth, cost in measured.steps.values():
             took += tokens * cost
             would += tokens * (expected.base + expected.per_depth * depth)
         scale = (took + expected.seconds(0, _SURE)) / (would + expected.seconds(0, _SURE))
-        return self._before.merged(measured, scale, most=_SURE).speed(self._share)
+        return self._before.merged(measured, scale, most=_SURE).speed(self._growth)
 
     def left(self) -> float | None:
         """Seconds until the prompt is read, None where nothing is known."""
