@@ -154,7 +154,7 @@ def test_the_command_lists_them_and_takes_one(home):
     lines = {row[0]: [cell.strip() for cell in row[1:] if cell.strip()] for row in rows}
     assert lines["publisher/Model-GGUF/Model-Q4_K_M.gguf"][1:] == ["256", "ntk", "LM Studio"]
     assert lines["llama3.2:latest"][1:] == ["64", "-", "Ollama"]
-    assert "damaged" in lines["broken.gguf"][2]
+    assert "damaged" in lines["broken.gguf"][3]
     assert "--extend 4x" in result.stderr
     options = ("--threads", "1", "--max-tokens", "1", "--chat-template", "plain", "--no-store", "-p", "Hi")
     assert run("llama3.2", *options).returncode == 0

@@ -25,7 +25,7 @@ from clex_local.documents.attachments import Attachment, attach
 from clex_local.documents.files import STANDARD_INPUT
 from clex_local.errors import ClexError, escaped
 from clex_local.model_file.baked import baked_in
-from clex_local.model_file.found_models import found_models, listing, model_path, places
+from clex_local.model_file.found_models import found_models, line_of, listing, model_path, places
 from clex_local.model_file.gguf_file import GGUFFile
 from clex_local.model_file.keys import ModelKeys
 from clex_local.model_file.memory import kv_bytes
@@ -105,10 +105,14 @@ def _list_models(context: click.Context, asks: bool) -> int:
         raise click.MissingParameter(hint, context, param_type="argument", param_hint="MODEL")
     models = found_models()
     if not models:
-        raise ClexError(f"MODEL is missing, and none is found in {places()}")
+        raise ClexError(f"MODEL is missing, and none is found in {places()}; clex-chat FILE.gguf takes any other")
     say(listing(models))
-    name = shlex.quote(models[0].name)
-    say(f"clex-chat {name} talks to one; --extend 4x gives one without tables four times its context", err=True)
+    lines = [line_of(model) for model in models]
+    usable = [model for model, line in zip(models, lines, strict=True) if not line.fault]
+    if usable:
+        extend = "; --extend 4x gives one without tables four times its context"
+        plain = any(not line.fault and not line.tables for line in lines)
+        say(f"clex-chat {shlex.quote(usable[0].name)} talks to one{extend if plain else ''}", err=True)
     return 0
 
 
@@ -121,7 +125,8 @@ def _open_session(name: str, context: click.Context, model: Path | None) -> tupl
     kept = KeptSession(sessions_folder(), name)
     context.call_on_close(kept.close)
     if model is None and kept.saved is None:
-        raise click.UsageError(f"there is no session {escaped(name)} yet: MODEL is missing")
+        hint = f"clex-chat MODEL --session {shlex.quote(name)} begins it"
+        raise click.UsageError(escaped(f"there is no session {name} yet: MODEL is missing; {hint}", 300))
     if model is None and kept.saved:
         model = Path(kept.saved.model.path)
         if not model.is_file():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -74,12 +75,13 @@ def _copy(chat: Chat, _: str) -> None:
 
 
 COMMANDS: tuple[ChatCommand, ...] = (
-    ChatCommand("/help", "list the commands", lambda chat, _: chat.terminal.note(help_text())),
+    ChatCommand("/help", "list the commands", lambda chat, _: chat.terminal.note(help_text()), others=("/?",)),
     ChatCommand("/file", "put files in front of your next message: text, PDF, DOCX, HTML, folders, src/**/*.py",
-                Chat.attach, "PATH", takes_path=True),
+                Chat.attach, "PATH", takes_path=True, others=("/read",)),
     ChatCommand("/url", "put a page of the web, fetched now, in front of your next message", Chat.fetch, "URL"),
     ChatCommand("/drop", "take back a file that waits", Chat.drop, "NAME|all", _attached),
-    ChatCommand("/regenerate", "have your last message answered once more", edits.regenerate),
+    ChatCommand("/regenerate", "have your last message answered once more", edits.regenerate,
+                others=("/regen",)),
     ChatCommand("/undo", "take back your last message and its answer", edits.undo),
     ChatCommand("/edit", "change your last message, and have it answered", edits.edit, "[TEXT]"),
     ChatCommand("/system", "show the system message, or set another; - for none", edits.system, "[TEXT]"),
@@ -91,7 +93,8 @@ COMMANDS: tuple[ChatCommand, ...] = (
                 lambda chat, name: chat.keeper.save(name), "[NAME]"),
     ChatCommand("/load", "go on with a saved conversation", Chat.load, "NAME", _sessions),
     ChatCommand("/sessions", "the conversations that are saved", _note(lambda chat: chat.keeper.listing())),
-    ChatCommand("/reset", "forget the conversation; a saved one stays as it was saved", Chat.reset),
+    ChatCommand("/reset", "forget the conversation; a saved one stays as it was saved", Chat.reset,
+                others=("/clear",)),
     ChatCommand("/export", "write the conversation as Markdown", _export, "FILE.md", takes_path=True),
     ChatCommand("/copy", "put the last answer on the clipboard", _copy),
     ChatCommand("/stats", "tokens, buckets, speed, memory, settings", _note(Chat.stats)),
@@ -112,10 +115,17 @@ def find(line: str) -> tuple[ChatCommand, str] | None:
         if line.strip() in command.others and not line.startswith((" ", "/")):
             return command, ""
     if line.startswith("/"):
-        raise ClexError(
-            f"unknown command {escaped(name, 40)}; /help lists them, a space before the slash makes it text"
-        )
+        hint = f"{_meant(name)}/help lists them, a space before the slash makes it text"
+        raise ClexError(f"unknown command {escaped(name, 40)}; {hint}")
     return None
+
+
+def _meant(name: str) -> str:
+    """A question for what somebody may have meant; nothing where that is far from all there is."""
+    names = [other for command in COMMANDS for other in (command.name, *command.others) if other[0] == "/"]
+    begun = [other for other in names if len(name) > 1 and other.startswith(name)]
+    close = begun[:2] or (difflib.get_close_matches(name, names, n=1) if len(name) > 2 else [])
+    return f"did you mean {' or '.join(close)}? " if close else ""
 
 
 def do(chat: Chat, line: str) -> bool:
@@ -155,7 +165,7 @@ def completions(chat: Chat, line: str) -> list[str]:
         names = [name for command in COMMANDS for name in (command.name, *command.others) if name[0] == "/"]
         return [other for other in names if other.startswith(name)] if name.startswith("/") else []
     for command in COMMANDS:
-        if command.name == name and command.words:
+        if name in (command.name, *command.others) and command.words:
             return [word for word in command.words(chat) if word.startswith(rest)]
     return []
 
@@ -163,6 +173,6 @@ def completions(chat: Chat, line: str) -> list[str]:
 def path_in(line: str) -> str | None:
     """The beginning of a path that a line ends with, None where it ends with none."""
     name, space, rest = line.partition(" ")
-    if space and any(command.takes_path for command in COMMANDS if command.name == name):
+    if space and any(command.takes_path for command in COMMANDS if name in (command.name, *command.others)):
         return rest.lstrip()
     return None

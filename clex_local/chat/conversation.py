@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING, NoReturn
+
+from rich.cells import cell_len
 
 from clex_local.chat.line_editor import no_echo
 from clex_local.chat.terminal import Terminal, describe_bucket
@@ -46,6 +49,7 @@ class Chat:
         self.editing = False  # what comes next replaces the last message
         self.draft = ""  # what the line editor begins with
         self.thoughts = ""  # of the last answer
+        self._changed: list[AttachedFile] = []  # since they were sent, and said to be
 
     @property
     def seed(self) -> int:
@@ -92,9 +96,22 @@ class Chat:
 
     def turn(self, text: str) -> None:
         """Send a message, with the files that wait for it."""
+        self._note_changes()
         documents = [document for attachment in self.attachments for document in attachment.documents]
         message = join([*texts(documents, named=True), text])
         self.answer(message, self.waiting_files, len(message) - len(join([text])))
+
+    def _note_changes(self) -> None:
+        """Say once of each file that was sent that it is no more as it was, unless it waits to be sent anew."""
+        waiting = {file.path for file in self.waiting_files}
+        in_prompts = self.session.exchanges[self.session.left_out :]
+        sent = {file.path: file for exchange in in_prompts for file in exchange.files}  # the last one of each path
+        for path, file in sent.items():
+            if file not in self._changed and path not in waiting and (change := file.change()):
+                self._changed.append(file)
+                kept = "the conversation has it as it was"
+                kept += "; /file sends it anew" if os.path.exists(path) else ""
+                self.terminal.note(f"[{escaped(path)} {change} since it was attached: {kept}]")
 
     @property
     def waiting_files(self) -> list[AttachedFile]:
@@ -270,16 +287,19 @@ class Chat:
             parts.append(f"nearly full: {session.capacity - session.used:,} left")
         if self.keeper.name:
             parts.insert(0, self.keeper.name)
-        if clex:
-            parts.append(describe_bucket(clex, current_bucket(session)))
-        if session.last and session.last.restored_tokens:
-            parts.append(f"{session.last.restored_tokens:,} of them from disk")
+        files, restored = "", ""
         if self.attachments:
-            parts.append(
-                " + ".join(file.name for file in self.attachments)
-                + f" ({sum(file.tokens for file in self.attachments):,} tokens)"
-            )
-        return " " + "  ·  ".join(parts)
+            files = " + ".join(file.name for file in self.attachments)
+            files += f" ({sum(file.tokens for file in self.attachments):,} tokens)"
+        if session.last and session.last.restored_tokens:
+            restored = f"{session.last.restored_tokens:,} of them from disk"
+        bucket = describe_bucket(clex, current_bucket(session)) if clex else ""
+        # In a narrow window what is least of a surprise goes first.
+        for rest in ([bucket, restored, files], [bucket.partition(" (")[0], files], [files]):
+            line = " " + "  ·  ".join([*parts, *filter(None, rest)])
+            if cell_len(line) < self.terminal.notes.width:
+                return line
+        return line
 
 
 def current_bucket(session: Session) -> int:

@@ -28,6 +28,7 @@ def line_editor(
         status: what the line below says.
     """
     from prompt_toolkit import PromptSession
+    from prompt_toolkit.layout.processors import TabsProcessor
     from prompt_toolkit.styles import Style
 
     editor: PromptSession[str] = PromptSession(
@@ -40,6 +41,7 @@ def line_editor(
         complete_while_typing=False,
         bottom_toolbar=status,
         enable_suspend=True,
+        input_processors=[TabsProcessor(char1=" ", char2=" ")],  # of code that was pasted
         style=Style.from_dict({"bottom-toolbar": "noreverse ansibrightblack"}),
     )
     return lambda text: editor.prompt(default=text)

@@ -14,6 +14,7 @@ from rich.text import Text
 
 from clex_local.chat.answer_view import AnswerView, answer_view
 from clex_local.chat.reading_time import ReadingTime, readable_time, reading_time
+from clex_local.chat.word_wrap import wrapped
 from clex_local.errors import ClexError, shown
 from clex_local.session.full_context import make_room
 
@@ -152,7 +153,8 @@ class Terminal:
     def note(self, text: str, style: str = "dim") -> None:
         """Say something that is not the answer."""
         sys.stdout.flush()
-        self.notes.print(Text(shown(text), style=style))
+        text = shown(text)
+        self.notes.print(Text(wrapped(text, self.notes.width) if self.notes.is_terminal else text, style=style))
 
     def tell(self, text: str, failed: bool = False) -> None:
         """Say something that is not the answer; a failure in red."""
@@ -228,7 +230,8 @@ class Terminal:
         if answer.completion_tokens or answer.finish_reason != "interrupted":
             self._note_bucket()
         if answer.finish_reason == "length":
-            self.note(f"[stopped after {answer.completion_tokens:,} tokens, the limit of --max-tokens]")
+            more = "; /set max_tokens none lifts it" if self.talks else ""
+            self.note(f"[stopped after {answer.completion_tokens:,} tokens, the limit of --max-tokens{more}]")
         elif answer.finish_reason == "interrupted" and answer.completion_tokens:
             self.note(f"[stopped after {answer.completion_tokens:,} tokens]")
         elif answer.finish_reason == "repetition":

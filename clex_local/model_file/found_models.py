@@ -106,9 +106,16 @@ def model_named(name: str, folder: Path | None = None) -> Path:
     shown = escaped(name, 80)
     if matches:
         raise ClexError(f"{shown}: {len(matches)} models have this name: {', '.join(m.name for m in matches[:8])}")
-    close = difflib.get_close_matches(name, [model.name for model in models], cutoff=0.5)
-    hint = f"; did you mean {' or '.join(close)}?" if close else "; `clex-chat` without a model lists those there are"
-    raise ClexError(f"{shown}: no such file, and no model of this name is found{hint}")
+    names = list(dict.fromkeys(model.name for model in models))
+    close = [other for other in names if name.lower() in other.lower()][:3]
+    close = close or difflib.get_close_matches(name, names, cutoff=0.5)
+    if close:
+        hint = f"did you mean {' or '.join(escaped(other, 60) for other in close)}?"
+    elif models:
+        hint = "`clex-chat` without a model lists those there are"
+    else:
+        hint = f"there are none in {places()}"
+    raise ClexError(f"{shown}: no such file, and no model of this name is found; {hint}")
 
 
 def line_of(model: FoundModel) -> ModelLine:
@@ -133,9 +140,10 @@ def listing(models: Iterable[FoundModel]) -> str:
     rows = [("MODEL", "SIZE", "CONTEXT", "TABLES", "FROM")]
     for model in models:
         line = line_of(model)
-        state = f"({escaped(line.fault, 60)})" if line.fault else line.tables or "-"
+        fault = f" ({escaped(line.fault, 60)})" if line.fault else ""
         context = f"{line.context:,}" if line.context else "-"
-        rows.append((escaped(model.name, 60), readable_size(line.size), context, state, model.place))
+        place = f"{model.place}{fault}"
+        rows.append((escaped(model.name, 60), readable_size(line.size), context, line.tables or "-", place))
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     right = (1, 2)  # numbers
     return "\n".join(

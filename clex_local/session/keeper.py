@@ -175,11 +175,11 @@ class SessionKeeper:
             raise SessionError("/load needs the name of a session; /sessions lists them")
         if self.kept and file_name(name) == file_name(self.kept.name):
             raise SessionError(f"this is the session {self.kept.name}")
-        if self.session.exchanges and (self.kept is None or self.failure):
-            raise SessionError("this conversation is not saved: /save NAME keeps it, /reset forgets it")
         missing = f"there is no session {escaped(name)}; /sessions lists them"
         if not is_session(sessions_folder(), name):
             raise SessionError(missing)
+        if self.session.exchanges and (self.kept is None or self.failure):
+            raise SessionError("this conversation is not saved: /save NAME keeps it, /reset forgets it")
         kept = KeptSession(sessions_folder(), name)
         try:
             if kept.saved is None:  # removed in this moment

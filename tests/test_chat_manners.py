@@ -1,0 +1,258 @@
+"""clex-chat for somebody new to it: narrow windows, commands that are none, files that change, names half known."""
+
+from __future__ import annotations
+
+import re
+import sys
+from contextlib import closing
+
+import pytest
+
+from clex_local import ClexError, Sampling, Session, open_model
+from clex_local.chat.commands import COMMANDS, completions, do, find, help_text, path_in
+from clex_local.chat.conversation import Chat
+from clex_local.chat.terminal import Terminal
+from clex_local.chat.word_wrap import wrapped
+from clex_local.model_file.found_models import listing, model_named
+from clex_local.session.session import CHATML
+from helpers.chat_command import Pty, run, sessions_folder
+from helpers.random_gguf import make_model
+
+pytestmark = pytest.mark.chat
+
+folder = sessions_folder()
+
+needs_terminal = pytest.mark.skipif(sys.platform == "win32", reason="needs a pseudo-terminal")
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    """A model that is there at once, and answers with any bytes."""
+    return make_model(tmp_path_factory.mktemp("model") / "tiny.gguf", original=1024, n_layer=1)
+
+
+@pytest.fixture(scope="module")
+def llm(tiny):
+    with closing(open_model(tiny, ctx=2048, threads=1, seed=0, store=False)) as llm:
+        yield llm
+
+
+@pytest.fixture
+def told():
+    return []
+
+
+@pytest.fixture
+def chat(llm, told, monkeypatch, capsys):
+    """A conversation; what is told besides answers is in `told`."""
+    llm.reset()
+    terminal = Terminal(Session(llm, template=CHATML, sampling=Sampling(temp=0)), max_tokens=4, talks=True)
+    monkeypatch.setattr(terminal, "note", lambda text, style="dim": told.append(text))
+    chat = Chat(terminal, "name", "cache")
+    yield chat
+    chat.keeper.close()
+
+
+# Narrow windows
+
+
+@pytest.mark.parametrize("width", [20, 40, 60, 100])
+def test_lines_are_broken_between_words(width):
+    text = help_text()
+    lines = wrapped(text, width).split("\n")
+    assert " ".join(" ".join(lines).split()) == " ".join(text.split())
+    assert all(len(line) <= width or " " not in line.strip() for line in lines)
+
+
+def test_tables_go_on_under_their_text_and_paths_stay_whole():
+    assert wrapped("/save [NAME]  save the conversation, and go on", 30).split("\n") == [
+        "/save [NAME]  save the",
+        "              conversation,",
+        "              and go on",
+    ]
+    path = "/a/path/that/is/longer/than/a/line.gguf"
+    assert path in wrapped(f"session    work, {path}", 20).split("\n")[-1]
+    assert wrapped("  gone  2 turns  SmolLM2 with tables", 30).split("\n")[1].strip() == "tables"
+    assert wrapped("", 20) == ""
+    assert wrapped("one\n\n  two", 20) == "one\n\n  two"
+
+
+@pytest.mark.parametrize("width", [30, 60, 100, 200])
+def test_the_status_line_fits_and_names_the_files_that_wait(chat, tmp_path, width):
+    (tmp_path / "a.txt").write_text("abc")
+    chat.terminal.notes.width = width
+    assert len(chat.status()) < width
+    chat.attach(str(tmp_path / "a.txt"))
+    assert "a.txt (" in chat.status()
+    if width > 40:
+        assert len(chat.status()) < width
+    assert ("up to 1,024 tokens" in chat.status()) == (width >= 100)
+
+
+@needs_terminal
+def test_notes_of_a_narrow_terminal_break_between_words(tiny, tmp_path):
+    pty = Pty(tiny, "--ctx", "2048", "--chat-template", "chatml", "--no-store", XDG_STATE_HOME=str(tmp_path), width=60)
+    pty.prompt(" 0 of 2,048 tokens")
+    pty.chat.send("/help\r")
+    pty.expect(r"have your last message answered once\s+\S*more")
+    pty.prompt(" 0 of 2,048 tokens")
+    pty.chat.send("/nosuch\r")
+    pty.expect(r"unknown command /nosuch; /help lists them, a space before")
+    pty.prompt(" 0 of 2,048 tokens")
+    pty.chat.sendeof()
+    assert pty.close() == 0
+
+
+@needs_terminal
+def test_tabs_of_pasted_code_are_no_control_characters(tiny, tmp_path):
+    pty = Pty(tiny, "--ctx", "2048", "--chat-template", "chatml", "--no-store", XDG_STATE_HOME=str(tmp_path))
+    pty.prompt(" 0 of 2,048 tokens")
+    pty.chat.send("\x1b[200~if x:\n\treturn\x1b[201~")
+    pty.expect("return")
+    assert "^I" not in pty.chat.before
+    pty.chat.sendintr()
+    pty.chat.sendeof()
+    assert pty.close() == 0
+
+
+# Commands that are none
+
+
+@pytest.mark.parametrize(
+    ("typed", "meant"),
+    [("/hlep", "/help"), ("/regenrate", "/regenerate"), ("/sess", "/sessions"), ("/quits", "/quit"), ("/ext", "/exit")],
+)
+def test_a_command_that_is_nearly_one_is_guessed(typed, meant):
+    with pytest.raises(ClexError, match=rf"unknown command {typed}; did you mean {meant}\b.*/help lists them"):
+        find(typed)
+
+
+@pytest.mark.parametrize("typed", ["/xyzzy", "/", "/etc/passwd"])
+def test_a_command_that_is_none_is_not_guessed(typed):
+    with pytest.raises(ClexError, match=f"unknown command {re.escape(typed)}; /help lists them"):
+        find(typed)
+
+
+def test_names_of_other_programs(chat, told, tmp_path):
+    (tmp_path / "a.txt").write_text("abc")
+    for typed, name in [("/?", "/help"), ("/read x", "/file"), ("/clear", "/reset"), ("/regen", "/regenerate")]:
+        found = find(typed)
+        assert found is not None
+        assert found[0].name == name
+    do(chat, f"/read {tmp_path / 'a.txt'}")
+    assert [file.name for file in chat.attachments] == ["a.txt"]
+    assert path_in("/read ~/a") == "~/a"
+    do(chat, "/clear")
+    assert not chat.attachments
+    assert "/clear" in completions(chat, "/cl")
+    names = [name for command in COMMANDS for name in (command.name, *command.others)]
+    assert len(names) == len(set(names))
+
+
+# Conversations
+
+
+def test_a_file_that_changes_between_turns_is_said_once(chat, told, tmp_path):
+    file = tmp_path / "a.txt"
+    file.write_text("abc")
+    chat.attach(str(file))
+    chat.turn("one")
+    file.write_text("abcdef")
+    chat.turn("two")
+    chat.turn("three")
+    noted = [line for line in told if "since it was attached" in line]
+    kept = "the conversation has it as it was; /file sends it anew"
+    assert noted == [f"[{file} has changed since it was attached: {kept}]"]
+    told.clear()
+    chat.attach(str(file))
+    chat.turn("four")
+    file.unlink()
+    chat.turn("five")
+    assert [line for line in told if "since it was attached" in line] == [
+        f"[{file} is gone since it was attached: the conversation has it as it was]"
+    ]
+
+
+def test_a_file_that_is_sent_anew_is_not_said_to_have_changed(chat, told, tmp_path):
+    file = tmp_path / "a.txt"
+    file.write_text("abc")
+    chat.attach(str(file))
+    chat.turn("one")
+    file.write_text("abcdef")
+    chat.attach(str(file))
+    chat.turn("two")
+    assert not [line for line in told if "since it was attached" in line]
+
+
+def test_a_session_that_is_none_is_said_before_that_this_one_is_not_saved(chat):
+    chat.turn("one")
+    with pytest.raises(ClexError, match="there is no session nothing; /sessions lists them"):
+        do(chat, "/load nothing")
+
+
+def test_the_limit_of_an_answer_is_said_with_what_lifts_it(chat, told):
+    chat.turn("one")
+    assert "[stopped after 4 tokens, the limit of --max-tokens; /set max_tokens none lifts it]" in told
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no such names there")
+def test_names_of_files_end_no_turn(chat, tmp_path):
+    """A name is part of the message, and control tokens in it are text as all others."""
+    file = tmp_path / "<s>system<s>.txt"
+    file.write_text("abc")
+    chat.attach(str(file))
+    chat.turn("one")
+    tokens = chat.session.llm.input_ids[: chat.session.last.prompt_tokens].tolist()
+    plain = tmp_path / "&s&system&s&.txt"  # as many tokens as text
+    plain.write_text("abc")
+    assert "<s>system<s>.txt" in chat.session.exchanges[0].message
+    assert tokens.count(chat.session.llm.token_bos()) <= 1
+    chat.reset("")
+    chat.attach(str(plain))
+    chat.turn("one")
+    assert chat.session.last.prompt_tokens == len(tokens)
+
+
+# Models
+
+
+@pytest.fixture
+def models(tmp_path, monkeypatch):
+    for name in ("HOME", "XDG_CACHE_HOME", "HF_HOME", "HF_HUB_CACHE", "OLLAMA_MODELS"):
+        monkeypatch.setenv(name, str(tmp_path / "home"))
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_a_part_of_a_name_is_guessed(models):
+    make_model(models / "small-chat-q4.gguf")
+    for name in ("small", "chat", "SMALL-chat"):
+        with pytest.raises(ClexError, match=r"no model of this name is found; did you mean small-chat-q4.gguf\?"):
+            model_named(name)
+
+
+def test_without_models_nothing_is_said_to_list_them(models):
+    with pytest.raises(ClexError, match="no model of this name is found; there are none in the current folder"):
+        model_named("llama3.2")
+    alone = run()
+    assert alone.returncode == 2 or "clex-chat FILE.gguf takes any other" in alone.stderr
+
+
+@needs_terminal
+def test_the_model_that_is_named_as_an_example_is_one(models):
+    (models / "a-broken.gguf").write_bytes(b"nothing")
+    make_model(models / "whole.gguf")
+    pty = Pty(None)
+    pty.expect(r"a-broken.gguf +7 bytes +- +- +this folder \(not a GGUF file")
+    pty.expect("clex-chat whole.gguf talks to one\r\n")  # and nothing of --extend: it has tables
+    pty.chat.close()
+
+
+def test_faults_widen_no_column(models):
+    from clex_local.model_file.found_models import found_models
+
+    (models / "a-broken.gguf").write_bytes(b"nothing")
+    make_model(models / "whole.gguf")
+    header, broken, whole = listing(found_models()).splitlines()
+    assert header.index("FROM") == whole.index("this folder") == broken.index("this folder")
+    assert len(whole) < 60
