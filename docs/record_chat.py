@@ -94,7 +94,7 @@ def record(folder: Path, options: list[str], lines: list[str]) -> tuple[str, flo
     for line in lines:
         chat.expect("(?:^|\n)> ")
         shown += f"{chat.before}\n> "
-        read += chat.before
+        read += chat.before or ""
         chat.sendline(line)
     chat.expect(pexpect.EOF)
     machine = time.monotonic() - began

@@ -37,7 +37,7 @@ def test_the_options_are_those_of_the_commands() -> None:
 def test_the_commands_of_a_conversation_are_those_there_are() -> None:
     text = generate.CHAT.read_text(encoding="utf-8")
     assert text == generate.chat(), "run make docs"
-    assert "| `/file PATH` |" in text
+    assert "| `/file PATH`, `/read` |" in text
 
 
 @pytest.mark.skipif(shutil.which("git") is None or not (ROOT / ".git").exists(), reason="needs the git repository")

@@ -103,7 +103,8 @@ def extension(path: str | os.PathLike[str], extend: str | float) -> Extension:
     # The converter is downstream's affair everywhere else; nothing here but this wish needs it.
     make = importlib.import_module("clex_convert.extension").extended_keys
     try:
-        return Extension(*make(Path(path), int(factor[:-1]), method or None), Path(path))
+        tables, keys, removed = make(Path(path), int(factor[:-1]), method or None)
+        return Extension(tables, keys, removed, Path(path))
     except ExtensionError:
         raise
     except ClexError as error:
