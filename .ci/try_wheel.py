@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import gzip
 import json
 import os
 import shutil
@@ -172,10 +173,12 @@ def listens(port: int, *, health: bool) -> bool:
 
 def fetch(url: str, body: bytes | None = None) -> bytes:
     """What a server sends for a request."""
-    request = urllib.request.Request(url, body, {"Content-Type": "application/json"})
+    headers = {"Content-Type": "application/json", "Accept-Encoding": "gzip"}  # without, there is no page
+    request = urllib.request.Request(url, body, headers)
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # none stands before this machine
     with opener.open(request, timeout=300) as reply:
-        return reply.read()
+        data = reply.read()
+        return gzip.decompress(data) if reply.headers["Content-Encoding"] == "gzip" else data
 
 
 if __name__ == "__main__":

@@ -38,13 +38,17 @@ class Host:
         self.name, cable, here = f"clex-host-{number}", f"clexn{number}", f"clexh{number}"
         self.address = f"10.213.{number}.2:{PORT}"
         ip("netns", "add", self.name)
-        ip("link", "add", here, "type", "veth", "peer", "name", cable, "netns", self.name)
-        ip("addr", "add", f"10.213.{number}.1/24", "dev", here)
-        ip("link", "set", here, "up")
-        ip("-n", self.name, "addr", "add", f"10.213.{number}.2/24", "dev", cable)
-        ip("-n", self.name, "link", "set", cable, "up")
-        if delay:
-            subprocess.run(["tc", "qdisc", "add", "dev", here, "root", "netem", "delay", f"{delay}ms"], check=True)
+        try:
+            ip("link", "add", here, "type", "veth", "peer", "name", cable, "netns", self.name)
+            ip("addr", "add", f"10.213.{number}.1/24", "dev", here)
+            ip("link", "set", here, "up")
+            ip("-n", self.name, "addr", "add", f"10.213.{number}.2/24", "dev", cable)
+            ip("-n", self.name, "link", "set", cable, "up")
+            if delay:
+                run("tc", "qdisc", "add", "dev", here, "root", "netem", "delay", f"{delay}ms")
+        except click.ClickException:
+            ip("netns", "del", self.name)
+            raise
         command = [Path(sys.executable).with_name("clex-worker"), "--host", f"10.213.{number}.2", "--threads", threads]
         self.process = subprocess.Popen(
             ["ip", "netns", "exec", self.name, *map(str, command)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
@@ -77,8 +81,19 @@ class Host:
 
 
 def ip(*words: str) -> None:
-    """A command of iproute2."""
-    subprocess.run(["ip", *words], check=True)
+    """A command about addresses, links or namespaces."""
+    run("ip", *words)
+
+
+def run(*command: str) -> None:
+    """A command of iproute2.
+
+    Raises:
+        click.ClickException: it failed, for one because the kernel lacks what it is about.
+    """
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise click.ClickException(f"{' '.join(command)}: {done.stderr.strip()}")
 
 
 @contextlib.contextmanager
@@ -123,6 +138,13 @@ def extend(llm: Llama, count: int) -> tuple[list[int], np.ndarray]:
     return tokens, np.array(logits)
 
 
+def resume(llm: Llama, state: Any, expected: list[int]) -> bool:
+    """Whether the same tokens follow a saved prompt."""
+    llm.load_state(state)
+    llm.eval(expected[:1])  # a state has no logits to take it from
+    return extend(llm, len(expected) - 1)[0] == expected[1:]
+
+
 def compare(model: Path, rpc: list[str], prompt: list[int], count: int, options: Any) -> None:
     """Print the speed of this host alone and of others, and whether they computed the same."""
     with Llama(model, **options) as llm:
@@ -139,14 +161,12 @@ def compare(model: Path, rpc: list[str], prompt: list[int], count: int, options:
         difference = np.abs(spread.logits - alone.logits).max()
         print(f"the same {count} tokens: {spread.tokens == alone.tokens}; logits differ by at most {difference:.2g}")
         print(f"tables: {llm.clex}")
-        llm.load_state(state)
-        print(f"a state of this host, the same tokens there: {extend(llm, count)[0] == alone.tokens}")
+        print(f"a state of this host, the same tokens there: {resume(llm, state, alone.tokens)}")
         llm.reset()
         llm.eval(prompt)
         state = llm.save_state()
     with Llama(model, **options) as llm:
-        llm.load_state(state)
-        print(f"a state of those hosts, the same tokens here: {extend(llm, count)[0] == alone.tokens}")
+        print(f"a state of those hosts, the same tokens here: {resume(llm, state, alone.tokens)}")
 
 
 def end_one(model: Path, found: list[Host], prompt: list[int], count: int, options: Any) -> None:
