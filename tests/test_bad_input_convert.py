@@ -145,6 +145,7 @@ def test_a_config_with_an_unusable_value(capfd: Any, tmp_path: Path, out: Path, 
         ({"time_dt": float("nan")}, "time_dt must be"),
         ({"time_dt": 1e-12}, "takes more than 1000000 steps"),
         ({"act": "gelu"}, "act must be one of silu, tanh, not 'gelu'"),
+        ({"dynamics": "pi"}, "dynamics must be one of ntk, yarn, not 'pi'"),
         ({"type": "yarn"}, "rope_scaling: the key act is unknown for 'yarn' and may change the frequencies"),
     ],
 )

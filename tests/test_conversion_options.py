@@ -19,7 +19,17 @@ DATA = Path(__file__).parent / "data"
 # Promised to users of the Python functions.
 KEYWORDS = {
     *("outtype", "method", "clex_weights", "lora", "original_context", "factors", "max_factor", "rope_scaling", "act"),
-    *("time_dt", "log_scale", "bake", "pre_tokenizer", "imatrix", "imatrix_from", "imatrix_chunks", "save_imatrix"),
+    *(
+        "time_dt",
+        "dynamics",
+        "log_scale",
+        "bake",
+        "pre_tokenizer",
+        "imatrix",
+        "imatrix_from",
+        "imatrix_chunks",
+        "save_imatrix",
+    ),
     *("tensor_type", "keep_f16", "output_tensor_type", "token_embedding_type", "pure", "check", "overwrite", "verbose"),
 }
 CALLBACKS = {"progress", "expected"}
@@ -45,6 +55,7 @@ def test_the_command_has_every_option():
         ({"factors": [1, 2], "max_factor": 2}, "`factors` and `max_factor` exclude each other"),
         ({"check": "some"}, "the check must be one of none, basic, full"),
         ({"time_dt": 2.0}, "time_dt must be above 0"),
+        ({"dynamics": "pi"}, "dynamics must be one of ntk, yarn, not 'pi'"),
     ],
 )
 def test_options_that_no_conversion_can_use(options, message):

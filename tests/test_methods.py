@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -227,6 +228,43 @@ def test_an_untrained_layer_gives_the_closed_form_everywhere() -> None:
     closed = tables("ntk", dim=64, base=1e4, original_context=4096, factors=factors)
     dynamics = Dynamics(torch.ones(32, 64), torch.zeros(64, 32), "silu")
     np.testing.assert_allclose(integrate(dynamics, 1e4, np.array(factors), 0.01), closed.inv_freq, rtol=3e-5)
+
+
+@pytest.mark.parametrize("base", [1e4, 1e6])
+def test_an_untrained_layer_around_yarn_is_yarn_at_every_factor(base: float) -> None:
+    """To the precision of float32 whatever the step is, and with the attention factor."""
+    common = dict(dim=64, base=base, original_context=512, factors=[1, 1.01, 1.237, 2, 5.5, 8, 16])
+    layer = {"ode_up_proj": np.ones((32, 64), np.float32), "ode_down_proj": np.zeros((64, 32), np.float32)}
+    closed = tables("yarn", **common)
+    for time_dt in (0.05, 1.0):
+        made = tables("clex", **common, weights=layer, dynamics="yarn", time_dt=time_dt)
+        np.testing.assert_allclose(made.inv_freq, closed.inv_freq, rtol=5e-7)
+        np.testing.assert_allclose(made.attn_scale, closed.attn_scale, rtol=1e-6)
+    assert json.loads(made.provenance)["dynamics"] == "yarn"
+
+
+def test_a_learned_layer_around_yarn_follows_its_equation() -> None:
+    """d log f / dt is the learned part and YaRN's drift, -r / (t (t (1 - r) + r)), by finite differences."""
+    known = np.load(DATA / "table_llama2-128.npz")
+    weights_of = {key: known[key].astype(np.float64) for key in weights.NAMES}
+    dim, t, step = int(known["dim"]), 2.5, 0.005
+    made = tables(
+        "clex",
+        dim=dim,
+        base=float(known["base"]),
+        original_context=4096,
+        weights={key: known[key] for key in weights.NAMES},
+        act="tanh",
+        dynamics="yarn",
+        factors=[1, t - step, t, t + step],
+    )
+    logs = np.log(made.inv_freq.astype(np.float64))
+    ramp = frequencies.yarn_ramp(dim, float(known["base"]), 4096)
+    form = np.log(frequencies.plain(dim, float(known["base"])) * (1 - ramp + ramp / t))
+    learned_part = np.tanh((logs[2] + form) @ weights_of["ode_up_proj"]) @ weights_of["ode_down_proj"]
+    assert np.abs(learned_part).max() > 0.01
+    expected = learned_part - ramp / (t * (t * (1 - ramp) + ramp))
+    np.testing.assert_allclose((logs[3] - logs[1]) / (2 * step), expected, atol=3e-4)
 
 
 # factors and parameters

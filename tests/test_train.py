@@ -231,6 +231,96 @@ def test_layer_of_its_own_learning_rate(base, text, tmp_path):
     torch.testing.assert_close(weights[1e-3][UP], weights[0.0][UP], rtol=0, atol=0)
 
 
+def test_layer_decays_towards_its_closed_form(done, text, tmp_path):
+    """By the learning rate times the decay; Adam's own step does not know of it."""
+    options = dict(text=[text], **{**QUICK, "max_steps": 1}, weight_decay=50.0)
+    before = load_file(done[0].path / "model.safetensors")
+    weights = {}
+    for decay in (0.0, 100.0):
+        train(done[0].path, tmp_path / str(decay), ode_weight_decay=decay, **options)
+        weights[decay] = load_file(tmp_path / str(decay) / "model.safetensors")
+    torch.testing.assert_close(weights[100.0][DOWN] - weights[0.0][DOWN], -0.1 * before[DOWN], rtol=1e-3, atol=1e-7)
+    torch.testing.assert_close(weights[100.0][UP], weights[0.0][UP], rtol=0, atol=0)
+
+
+def test_layer_around_yarn(base, text, tmp_path):
+    """What is trained, saved, converted and trained further is one and the same, and untrained it is YaRN."""
+    options = {**QUICK, "text": [text], "max_steps": 2}
+    result = train(base, tmp_path / "out", dynamics="yarn", **options)
+    assert json.loads((result.path / "config.json").read_text())["rope_scaling"]["dynamics"] == "yarn"
+    tables = read_tables(clex_convert.convert(result.path, tmp_path / "m.gguf", outtype="f32").path)
+    layer = clex_layer(load_model(result.path))
+    with torch.no_grad():
+        np.testing.assert_allclose(tables.inv_freq, layer.frequencies([1, 2, 3]), rtol=1e-6)
+    np.testing.assert_allclose(tables.attn_scale, [(0.1 * np.log(t) + 1) ** 2 for t in (1, 2, 3)], rtol=1e-6)
+    further = train(result.path, tmp_path / "further", **options)
+    assert json.loads((further.path / "config.json").read_text())["rope_scaling"]["dynamics"] == "yarn"
+    with pytest.raises(TrainError, match="has dynamics = yarn, which is not to change"):
+        train(result.path, tmp_path / "no", dynamics="ntk", **options)
+    with pytest.raises(ClexError, match="goes around YaRN from 64 tokens on; leave `original_context` out"):
+        clex_convert.convert(result.path, tmp_path / "n.gguf", original_context=32)
+    adapter = train(base, tmp_path / "adapter", dynamics="yarn", lora_rank=2, ode_learning_rate=0.0, **only(options))
+    made = read_tables(clex_convert.convert(base, tmp_path / "a.gguf", outtype="f32", lora=adapter.path).path)
+    yarn = read_tables(clex_convert.convert(base, tmp_path / "y.gguf", outtype="f32", method="yarn", max_factor=3).path)
+    np.testing.assert_allclose(made.inv_freq, yarn.inv_freq, rtol=5e-7)
+    np.testing.assert_allclose(made.attn_scale, yarn.attn_scale, rtol=1e-6)
+
+
+def only(options: dict[str, Any]) -> dict[str, Any]:
+    """Without a learning rate of the layer."""
+    return {name: value for name, value in options.items() if name != "ode_learning_rate"}
+
+
+def gradients(base, text, folder, monkeypatch, **options) -> dict[str, torch.Tensor]:
+    """Of the first step of a LoRA training, in float64, and the types of what is frozen."""
+    seen: dict[str, torch.Tensor] = {}
+    step = transformers.Trainer.training_step
+
+    def kept(self, model, inputs, items=None):
+        loss = step(self, model, inputs, items)
+        seen.update({name: one.grad.double() for name, one in model.named_parameters() if one.grad is not None})
+        kinds = {one.dtype for one in model.parameters() if not one.requires_grad}
+        assert kinds == {torch.bfloat16 if options.get("bf16") else torch.float32}
+        return loss
+
+    with monkeypatch.context() as patch:
+        patch.setattr(transformers.Trainer, "training_step", kept)
+        train(base, folder, text=[text], lora_rank=4, max_steps=1, seed=1, **options)
+    return {name: one for name, one in seen.items() if one.abs().max() > 0}
+
+
+def test_gradients_in_bfloat16_are_as_near_as_those_of_plain_torch(done, base, text, tmp_path, monkeypatch):
+    """The yardstick is bfloat16's own error: of the same model without a layer, against float32."""
+    errors = {}
+    common = dict(length=64, batch_size=2, lora_target=("q_proj", "v_proj", "down_proj"))
+    for name, folder, options in (
+        ("plain", base, dict(no_clex=True, positions="none")),
+        ("clex", done[0].path, dict(positions="uniform", time_dt=0.25)),
+    ):
+        exact, rounded = (
+            gradients(folder, text, tmp_path / f"{name}{bf16}", monkeypatch, bf16=bf16, **common, **options)
+            for bf16 in (False, True)
+        )
+        assert exact.keys() == rounded.keys()
+        errors[name] = {key: float((rounded[key] - exact[key]).norm() / exact[key].norm()) for key in exact}
+    ode = [error for key, error in errors["clex"].items() if "clex_layer" in key]
+    usual = max(errors["plain"].values())
+    assert 2**-10 < usual < 0.1
+    assert len(ode) == 2
+    assert max(errors["clex"].values()) < 3 * usual
+
+
+def test_merged_model_has_the_weights_of_its_folder(base, text, tmp_path):
+    """Not those of bfloat16, in which they take part: with a learning rate of 0 they come out bit for bit."""
+    options = dict(text=[text], lora_rank=2, merge=True, max_steps=1, bf16=True, length=24, time_dt=1.0)
+    path = train(base, tmp_path / "out", learning_rate=0.0, **options).path
+    before, after = (load_file(folder / "model.safetensors") for folder in (base, path))
+    assert after.keys() == {*before, UP, DOWN}
+    for name, weight in before.items():
+        torch.testing.assert_close(after[name], weight, rtol=0, atol=0)
+    assert json.loads((path / "config.json").read_text())["dtype"] == "float32"
+
+
 def test_layer_is_trained_further_with_its_settings(done, text, tmp_path):
     options = dict(text=[text], length=24, max_steps=1, batch_size=2, learning_rate=0.0)
     result = train(done[0].path, tmp_path / "out", **options)
@@ -272,7 +362,7 @@ def test_gaps_between_positions_are_no_borders_of_documents(base, text, tmp_path
         return seen["loss"]
 
     monkeypatch.setattr(transformers.Trainer, "training_step", kept)
-    train(base, tmp_path / "out", text=[text], no_clex=True, length=24, max_steps=1, attention="sdpa", seed=3)
+    train(base, tmp_path / "out", text=[text], no_clex=True, length=24, max_steps=1, seed=3, bf16=False)
     model = load_model(base)
     with torch.no_grad():
         rows, positions = seen["input_ids"], seen["position_ids"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -10,12 +11,20 @@ import pytest
 import torch
 import transformers
 
+import clex_convert
 from clex_convert.frequencies import ntk, plain
+from clex_convert.ode import whole_states
+from clex_convert.transformers_folder import load_tokenizer
+from clex_convert.weights import ACTIVATIONS, DYNAMICS
+from clex_local import Llama
 from clex_local.model_file.architectures import trainable_classes
 from clex_local.model_file.tables import Tables
 from clex_train import TrainError
 from clex_train.layer import ClexLayer, ClexSettings
 from clex_train.model import add_clex, clex_layer, load_model
+from clex_train.saving import save_model
+from clex_train.solution import trained_states
+from helpers.low_level import F32, GPU_LAYERS
 from helpers.tiny_models import LENGTH, Reference, kind_of, make_model
 from test_architectures import MODELS
 
@@ -179,6 +188,23 @@ def test_gradients_through_the_ode_are_those_of_finite_differences():
     assert torch.autograd.gradcheck(lambda *_: layer.frequencies([2, 3]), weights, eps=1e-6, atol=1e-8)
 
 
+@pytest.mark.parametrize("dynamics", DYNAMICS)
+@pytest.mark.parametrize("act", ACTIVATIONS)
+@pytest.mark.parametrize("time_dt", [0.03, 0.5, 1.0])
+def test_gradients_of_the_ode_are_those_of_autograd(dynamics, act, time_dt):
+    """Through torchdiffeq's solver, recorded; steps of 0.03 end with a shorter one, and pass by the whole factors."""
+    torch.manual_seed(0)
+    layer = ClexLayer(16, 1e5, 64, ClexSettings(act=act, dynamics=dynamics)).double()
+    torch.nn.init.normal_(layer.proj_func.ode_down_proj, std=0.1)
+    found, wanted = (solve(layer.proj_func, layer.base, 4, time_dt) for solve in (trained_states, whole_states))
+    torch.testing.assert_close(found, wanted, rtol=0, atol=1e-12)
+    weights, direction = list(layer.parameters()), torch.randn_like(wanted)
+    gradients = [torch.autograd.grad((states * direction).sum(), weights) for states in (found, wanted)]
+    assert min(gradient.abs().max() for gradient in gradients[1]) > 0.1
+    for one, other in zip(*gradients, strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-11)
+
+
 def test_weights_have_a_gradient_where_nothing_is_learned():
     """At t = 1: otherwise a process whose rows are all there would leave the others waiting."""
     layer = ClexLayer(4, 10000.0, 64, ClexSettings(max_factor=3, time_dt=0.5))
@@ -239,6 +265,52 @@ def test_untrained_layer_gives_the_closed_form():
         np.testing.assert_allclose(layer.frequencies(range(1, 9)), expected, rtol=1e-5)
 
 
+@pytest.mark.parametrize("factor", [1, 2, 4])
+def test_model_with_an_untrained_layer_around_yarn_is_yarns(golden_dir, ids, tmp_path, factor):
+    """transformers' own YaRN, attention factor included, of a factor that is the length's."""
+    make_model("Llama", {}, tmp_path, golden_dir("llama"))
+    scaling = {"rope_type": "yarn", "factor": float(factor), "original_max_position_embeddings": LENGTH}
+    yarn, model = load_model(tmp_path, scaling=scaling).eval(), load_model(tmp_path).eval()
+    add_clex(model, ClexSettings(max_factor=4, time_dt=1.0, dynamics="yarn"))
+    tokens = ids[:, : LENGTH * factor]
+    with torch.no_grad():
+        found, expected = (one(tokens).logits[0] for one in (model, yarn))
+    np.testing.assert_allclose(found, expected, atol=5e-5, rtol=0)
+
+
+def test_rows_have_the_attention_factors_of_their_scaling_factors(golden_dir, ids, tmp_path):
+    make_model("Llama", {}, tmp_path, golden_dir("llama"))
+    model = load_model(tmp_path).eval()
+    trained(model, ClexSettings(max_factor=4, time_dt=0.5, dynamics="yarn"))
+    rows, positions = ids[:, :32].repeat(2, 1), torch.stack([torch.arange(32.0) * t for t in (1, 4)])
+    given = dict(attention_mask=torch.ones_like(rows), position_ids=positions, clex_factors=torch.tensor([1, 4]))
+    with torch.no_grad():
+        together = model(rows, **given).logits
+        for row in (0, 1):
+            alone = model(**{name: value[row : row + 1] for name, value in given.items()}, input_ids=rows[:1]).logits
+            np.testing.assert_allclose(together[row], alone[0], atol=5e-5, rtol=0)
+
+
+@pytest.mark.parametrize("dynamics", DYNAMICS)
+def test_runtime_gives_the_models_logits(golden_dir, ids, tmp_path, dynamics):
+    """A learned layer in transformers, and the file that is made of it, in every bucket."""
+    make_model("Llama", {}, tmp_path / "base", golden_dir("llama"))
+    model = load_model(tmp_path / "base").eval()
+    layer = trained(model, ClexSettings(max_factor=4, time_dt=0.25, dynamics=dynamics))
+    save_model(model, layer, load_tokenizer(tmp_path / "base"), tmp_path / "out", None)
+    model = load_model(tmp_path / "out").eval()
+    assert clex_layer(model).settings.dynamics == dynamics
+    path = clex_convert.convert(tmp_path / "out", tmp_path / "m.gguf", outtype="f32").path
+    llm = Llama(str(path), n_ctx=256, logits_all=True, verbose=False, n_gpu_layers=GPU_LAYERS, type_k=F32, type_v=F32)
+    for n in (40, 100, 150, 240):
+        llm.reset()
+        llm.eval(ids[0, :n].tolist())
+        with torch.no_grad():
+            expected = model(ids[:, :n]).logits[0]
+        np.testing.assert_allclose(llm.scores[:n], expected, atol=5e-4, rtol=0)
+    llm.close()
+
+
 def test_layer_stays_in_float32(llama, ids):
     model = copy.deepcopy(llama)
     with torch.no_grad():
@@ -275,12 +347,13 @@ def test_dynamics_that_diverge_are_named():
     [
         ("Falcon", {}, "cannot be added to FalconForCausalLM; supported: LlamaForCausalLM, "),
         ("Llama", {"rope_scaling": {"rope_type": "linear", "factor": 2.0}}, "scaled already .rope_scaling is linear"),
+        ("Phi", {"partial_rotary_factor": 0.5}, r"only \d+ of the \d+ dimensions of a head are rotated"),
     ],
 )
 def test_models_that_cannot_have_a_layer(golden_dir, tmp_path: Path, name, changes, message):
-    make_model(name, changes, tmp_path, golden_dir("llama"))
+    make_model(name, changes, tmp_path, golden_dir("phi2" if name == "Phi" else "llama"))
     with pytest.raises(TrainError, match=message):
-        add_clex(load_model(tmp_path), SETTINGS)
+        add_clex(load_model(tmp_path), replace(SETTINGS, dynamics="yarn"))
 
 
 def test_second_layer_is_refused(llama):

@@ -45,6 +45,15 @@ def yarn(
         beta_slow: turns below which its frequency is divided by the factor.
         truncate: whether the ends of the range between them are moved out to whole dimensions.
     """
+    ramp = yarn_ramp(dim, base, original, beta_fast=beta_fast, beta_slow=beta_slow, truncate=truncate)
+    start = plain(dim, base)
+    return start * (1 - ramp) + start / factor * ramp
+
+
+def yarn_ramp(
+    dim: int, base: float, original: int, *, beta_fast: float = 32.0, beta_slow: float = 1.0, truncate: bool = True
+) -> Array:
+    """How far YaRN divides each frequency by the factor, 0 to 1, whatever that is; arguments are those of `yarn`."""
 
     def dimension(turns: float) -> float:
         return dim * math.log(original / (turns * 2 * math.pi)) / (2 * math.log(base))
@@ -55,9 +64,7 @@ def yarn(
     low, high = max(low, 0), min(high, dim - 1)
     if low == high:
         high += 0.001
-    ramp = np.clip((np.arange(dim // 2, dtype=np.float64) - low) / (high - low), 0, 1)
-    start = plain(dim, base)
-    return start * (1 - ramp) + start / factor * ramp
+    return np.clip((np.arange(dim // 2, dtype=np.float64) - low) / (high - low), 0, 1)
 
 
 def yarn_attention(factor: float, mscale: float = 1.0) -> float:

@@ -15,7 +15,15 @@ import numpy.typing as npt
 from clex_convert import frequencies
 from clex_convert.errors import ConvertError, extra_packages
 from clex_convert.scaling import Scaling, read_scaling
-from clex_convert.weights import DEFAULT_ACTIVATION, DEFAULT_TIME_DT, NAMES, OdeSettings, OdeWeights
+from clex_convert.weights import (
+    DEFAULT_ACTIVATION,
+    DEFAULT_DYNAMICS,
+    DEFAULT_TIME_DT,
+    DYNAMICS,
+    NAMES,
+    OdeSettings,
+    OdeWeights,
+)
 from clex_local.commands.options import about, documented, option, takes_options
 from clex_local.model_file.tables import Tables, TablesError
 
@@ -95,9 +103,12 @@ def _clex(request: Request) -> ScaledFrequencies:
     with extra_packages():
         import torch
 
+        from clex_convert.closed_forms import closed_form
         from clex_convert.ode import Dynamics, integrate
+    around = settings.dynamics or DEFAULT_DYNAMICS
+    form = closed_form(around, request.dim, request.base, request.context)
     # Copies: numpy may share memory that torch would have to treat as read-only.
-    dynamics = Dynamics(torch.tensor(weights.up), torch.tensor(weights.down), act)
+    dynamics = Dynamics(torch.tensor(weights.up), torch.tensor(weights.down), act, form)
     inv_freq = integrate(dynamics, request.base, factors, time_dt)
     wrong = ~(np.isfinite(inv_freq) & (inv_freq > 0)).all(axis=1)
     if wrong.any():
@@ -113,7 +124,9 @@ def _clex(request: Request) -> ScaledFrequencies:
         "step": time_dt,
         "weights_sha256": weights.sha256,
     }
-    return ScaledFrequencies(inv_freq, None, facts)
+    if around != DEFAULT_DYNAMICS:
+        facts["dynamics"] = around
+    return ScaledFrequencies(inv_freq, [form.attention(float(t)) for t in factors], facts)
 
 
 def _extended(request: Request, row: Callable[[frequencies.Array, float], frequencies.Array]) -> ScaledFrequencies:
@@ -283,6 +296,12 @@ class TableOptions:
     )
     act: str | None = option(None, "Activation of the layer, silu or tanh.", default_text="silu")
     time_dt: float | None = option(None, "Step of the integration in units of t.", default_text="0.01")
+    dynamics: str | None = option(
+        None,
+        "Closed form that the layer was trained around.",
+        choices=DYNAMICS,
+        default_text="ntk",
+    )
     log_scale: bool = option(False, "Whether queries are scaled by log(tokens) / log(L) at run time.")
     source: Mapping[str, Any] | None = option(None, "Settings of the source, for the provenance.")
 
@@ -300,7 +319,7 @@ class TableOptions:
     @property
     def ode_settings(self) -> OdeSettings:
         """How the dynamics of a CLEX layer are integrated."""
-        return OdeSettings(self.act, self.time_dt, None, self.log_scale)
+        return OdeSettings(self.act, self.time_dt, None, self.log_scale, self.dynamics)
 
     def read_scaling(self) -> Scaling:
         """The model's own scaling.
@@ -415,4 +434,6 @@ def _partial(name: str, scaling: Scaling, attention: float, dim: int, head_dim: 
     )
     if scaling.kind == "longrope":
         return line + "a file of llama.cpp's own converter needs none, the library chooses its factors by length"
+    if name == "clex":
+        return line + "train the layer around ntk instead"
     return line + "pass `rope_scaling` with an attention_factor of 1 to leave it out"

@@ -83,6 +83,11 @@ def _new_tables(method: str | None, weights: OdeWeights | None, model: Source, o
         )
     if weights is not None:
         settings = settings.over(weights.settings).over(rope.settings)
+        if settings.dynamics == "yarn" and context != rope.context:
+            raise ConvertError(
+                f"{model.path}: its CLEX layer goes around YaRN from {rope.context} tokens on; "
+                "leave `original_context` out"
+            )
     try:
         return tables(
             method,
@@ -96,6 +101,7 @@ def _new_tables(method: str | None, weights: OdeWeights | None, model: Source, o
             weights=weights,
             act=settings.act,
             time_dt=settings.time_dt,
+            dynamics=settings.dynamics,
             log_scale=bool(settings.log_scale),
             source=rope.facts,
         )

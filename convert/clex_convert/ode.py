@@ -13,29 +13,31 @@ import numpy.typing as npt
 import torch
 from torchdiffeq import odeint
 
+from clex_convert.closed_forms import ClosedForm, Ntk
+
 ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "silu": torch.nn.functional.silu,
     "tanh": torch.tanh,
 }
 
-# Quirk: the base inside n(t) is 10000 in the authors' code, whatever the model's rope_theta is.
-_NTK_BASE = 10000.0
-
 
 class Dynamics(torch.nn.Module):
-    """dx/dt of the state x(t) = log f(t), f the d/2 inverse frequencies in rad/position.
+    """d/dt of the state of log f(t), f the d/2 inverse frequencies in rad/position.
 
-    dx/dt = act((x + log n(t)) @ up) @ down + e(t), where n(t) are the NTK-aware frequencies at a stretch of
-    a = 2t - 1 (1 below t = 1) and e(t) = d/dt log n(t).
+    dx/dt = act((x + log n(t)) @ up) @ down + d/dt log n(t), where n(t) is a closed form and x(t) = log f(t); the form
+    says which part of x is the state.
     """
 
-    def __init__(self, up: torch.Tensor, down: torch.Tensor, activation: str) -> None:
+    def __init__(
+        self, up: torch.Tensor, down: torch.Tensor, activation: str, closed_form: ClosedForm | None = None
+    ) -> None:
         """Takes the weights.
 
         Args:
             up: float32 [d/2, p * d], p the parameter factor.
             down: float32 [p * d, d/2].
             activation: ``silu`` or ``tanh``.
+            closed_form: n(t); None for that of CLEX's authors.
         """
         super().__init__()
         self.ode_up_proj = torch.nn.Parameter(up)
@@ -43,15 +45,14 @@ class Dynamics(torch.nn.Module):
         self.activation = ACTIVATIONS[activation]
         dim = 2 * up.shape[0]
         self.dim = dim
+        self.closed_form = Ntk(dim) if closed_form is None else closed_form
         self.register_buffer("even", torch.arange(0, dim, 2, dtype=torch.float32), persistent=False)
 
-    def forward(self, t: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-        """dx/dt, float32 [d/2], at scaling factor t (a scalar) and state x [d/2]."""
-        even, dim = self.get_buffer("even"), self.dim
-        stretch = 2 * t - 1 if t >= 1 else torch.ones_like(t)
-        ntk = 1 / (_NTK_BASE * stretch ** (dim / (dim - 2))) ** (even / dim)
-        drift = -(even / (dim - 2)) * 2 / stretch
-        return self.activation((x + torch.log(ntk)) @ self.ode_up_proj) @ self.ode_down_proj + drift
+    def forward(self, t: torch.Tensor, state: torch.Tensor) -> torch.Tensor:
+        """d/dt of the state, float32 [d/2], at scaling factor t (a scalar)."""
+        form = self.closed_form
+        hidden = self.activation((state + form.shift(t)) @ self.ode_up_proj)
+        return hidden @ self.ode_down_proj + form.drift(t)
 
 
 def plain_frequencies(dynamics: Dynamics, base: float) -> torch.Tensor:
@@ -60,18 +61,18 @@ def plain_frequencies(dynamics: Dynamics, base: float) -> torch.Tensor:
 
 
 def whole_states(dynamics: Dynamics, base: float, last: int, time_dt: float) -> torch.Tensor:
-    """x(t) at t = 1, 2, ... last, which can be differentiated by the weights.
+    """The state at t = 1, 2, ... last, which can be differentiated by the weights.
 
     Args:
         dynamics: those of the model.
-        base: the model's rope_theta; x(1) is log of base^(-2i/d).
+        base: the model's rope_theta; f(1) is base^(-2i/d).
         last: the largest t.
         time_dt: step in units of t.
 
     Returns:
         [last, d/2] in the type of the weights.
     """
-    start = torch.log(plain_frequencies(dynamics, base))
+    start = dynamics.closed_form.start(plain_frequencies(dynamics, base))
     if last == 1:
         return start[None]
     return _solve(dynamics, start, torch.arange(1, last + 1, dtype=start.dtype, device=start.device), time_dt)
@@ -93,7 +94,7 @@ def integrate(
 
     Args:
         dynamics: those of the model.
-        base: the model's rope_theta; x(1) is log of base^(-2i/d).
+        base: the model's rope_theta; f(1) is base^(-2i/d).
         factors: [n] scaling factors t, ascending from 1.
         time_dt: step in units of t.
 
@@ -105,13 +106,14 @@ def integrate(
         start = plain_frequencies(dynamics, base)
         states = whole_states(dynamics, base, int(factors[-1]), time_dt)
         rows, t, x = [], torch.tensor(1.0), states[0]
-        for factor in torch.tensor(factors, dtype=torch.float32):
+        wanted = torch.tensor(factors, dtype=torch.float32)
+        for factor in wanted:
             below = factor.floor()
             if below > t or factor == below:
                 t, x = below, states[int(below) - 1]
             if factor > t:
                 t, x = factor, _solve(dynamics, x, torch.stack((t, factor)), time_dt)[1]
             rows.append(x)
-        frequencies = torch.exp(torch.stack(rows))
+        frequencies = dynamics.closed_form.frequencies(wanted[:, None], torch.stack(rows))
         frequencies[0] = start  # f(1) itself, without the rounding of exp(log(f))
         return frequencies.numpy()

@@ -11,7 +11,7 @@ from clex_convert.check import CHECKS
 from clex_convert.errors import ConvertError
 from clex_convert.file_types import OUTTYPES, TENSOR_TYPES
 from clex_convert.methods import METHODS
-from clex_convert.weights import ACTIVATIONS, OdeSettings
+from clex_convert.weights import ACTIVATIONS, DYNAMICS, OdeSettings
 from clex_local.commands.options import documented, json_object, option
 
 PathLike = str | os.PathLike[str]
@@ -93,6 +93,12 @@ class ConvertOptions:
         metavar="X",
         default_text="as the layer's config says, or 0.01",
     )
+    dynamics: str | None = option(
+        None,
+        "Closed form that the CLEX layer was trained around.",
+        choices=DYNAMICS,
+        default_text="as its config says, or ntk",
+    )
     log_scale: bool | None = option(
         None, "Scale attention by log(tokens) / log(original context).", default_text="as the config says, or no"
     )
@@ -150,4 +156,4 @@ class ConvertOptions:
     @property
     def ode_settings(self) -> OdeSettings:
         """What is said of the dynamics of a CLEX layer."""
-        return OdeSettings(self.act, self.time_dt, self.max_factor, self.log_scale)
+        return OdeSettings(self.act, self.time_dt, self.max_factor, self.log_scale, self.dynamics)

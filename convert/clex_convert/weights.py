@@ -17,7 +17,9 @@ from clex_local.errors import one_line
 
 NAMES = ("ode_up_proj", "ode_down_proj")
 ACTIVATIONS = ("silu", "tanh")
-DEFAULT_ACTIVATION, DEFAULT_TIME_DT = "silu", 0.01  # of the authors' code where a config lacks them
+DYNAMICS = ("ntk", "yarn")  # the closed forms that a layer may go around
+# of the authors' code where a config lacks them
+DEFAULT_ACTIVATION, DEFAULT_TIME_DT, DEFAULT_DYNAMICS = "silu", 0.01, "ntk"
 
 
 @dataclass(frozen=True)
@@ -28,6 +30,7 @@ class OdeSettings:
     time_dt: float | None = None
     max_factor: int | None = None
     log_scale: bool | None = None
+    dynamics: str | None = None
 
     def over(self, other: OdeSettings) -> OdeSettings:
         """These settings, and the other ones where these say nothing."""
@@ -38,6 +41,8 @@ class OdeSettings:
         """Raises ConvertError, naming `where`, for a value that no conversion can use."""
         if self.act is not None and self.act not in ACTIVATIONS:
             raise ConvertError(f"{where}: act must be one of {', '.join(ACTIVATIONS)}, not {self.act!r}")
+        if self.dynamics is not None and self.dynamics not in DYNAMICS:
+            raise ConvertError(f"{where}: dynamics must be one of {', '.join(DYNAMICS)}, not {self.dynamics!r}")
         if self.time_dt is not None and not (math.isfinite(self.time_dt) and 0 < self.time_dt <= 1):
             raise ConvertError(f"{where}: time_dt must be above 0 and at most 1, not {self.time_dt}")
         if self.max_factor is not None and not 1 <= self.max_factor <= 65536:
@@ -67,7 +72,8 @@ def settings_from(values: Mapping[str, Any], where: str) -> OdeSettings:
         log_scale = {"true": True, "false": False}.get(log_scale.lower(), log_scale)
     if not isinstance(log_scale, (bool, type(None))):
         raise ConvertError(f"{where}: log_scale must be true or false, not {log_scale!r}")
-    settings = OdeSettings(values.get("act"), number("time_dt", float), number("max_factor", int), log_scale)
+    numbers = number("time_dt", float), number("max_factor", int)
+    settings = OdeSettings(values.get("act"), *numbers, log_scale, values.get("dynamics"))
     settings.check(where)
     return settings
 

@@ -9,9 +9,12 @@ from typing import Any
 import torch
 from transformers import PretrainedConfig
 
+from clex_convert.closed_forms import closed_form
 from clex_convert.ode import Dynamics, plain_frequencies, whole_states
 from clex_convert.transformers_folder import set_rope_scaling
+from clex_convert.weights import DEFAULT_DYNAMICS
 from clex_train import TrainError
+from clex_train.solution import trained_states
 
 
 @dataclass(frozen=True)
@@ -24,6 +27,7 @@ class ClexSettings:
         act: ``tanh`` or ``silu``.
         time_dt: step of the integration in units of t.
         log_scale: whether queries are multiplied by log(n) / log(L), n the tokens of the pass.
+        dynamics: the closed form that the ODE goes around, and that an untrained layer is: ``ntk`` or ``yarn``.
     """
 
     max_factor: int = 16
@@ -31,10 +35,13 @@ class ClexSettings:
     act: str = "tanh"
     time_dt: float = 0.01
     log_scale: bool = False
+    dynamics: str = DEFAULT_DYNAMICS
 
     def put_into(self, config: PretrainedConfig) -> None:
-        """Writes the entries of config.json that the authors' code reads."""
-        values = {key: value for key, value in vars(self).items() if key != "log_scale"}
+        """Writes the entries of config.json that the authors' code reads, and dynamics that are not theirs."""
+        values = {key: value for key, value in vars(self).items() if key not in ("log_scale", "dynamics")}
+        if self.dynamics != DEFAULT_DYNAMICS:
+            values["dynamics"] = self.dynamics
         set_rope_scaling(config, {"type": "clex", **values, "factor": 1})
         config.log_scale = self.log_scale
 
@@ -43,7 +50,7 @@ class ClexLayer(torch.nn.Module):
     """Inverse frequencies f(t) of a model; its weights stay in float32 whatever becomes of the model's."""
 
     def __init__(self, dim: int, base: float, context: int, settings: ClexSettings) -> None:
-        """An untrained layer, which gives the NTK-aware frequencies at a stretch of 2t - 1.
+        """An untrained layer, which gives the closed form: NTK-aware frequencies at a stretch of 2t - 1, or YaRN's.
 
         Args:
             dim: rotary dimension d of a head.
@@ -55,7 +62,8 @@ class ClexLayer(torch.nn.Module):
         self.base, self.context, self.settings = base, context, settings
         up = torch.empty(dim // 2, settings.param_factor * dim)
         torch.nn.init.kaiming_uniform_(up)
-        self.proj_func = Dynamics(up, torch.zeros(up.shape[1], up.shape[0]), settings.act)
+        form = closed_form(settings.dynamics, dim, base, context)
+        self.proj_func = Dynamics(up, torch.zeros(up.shape[1], up.shape[0]), settings.act, form)
         self._cached: tuple[Any, torch.Tensor] | None = None
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> ClexLayer:
@@ -81,22 +89,30 @@ class ClexLayer(torch.nn.Module):
         weights = self.proj_func.ode_up_proj, self.proj_func.ode_down_proj
         if torch.is_grad_enabled() and any(weight.requires_grad for weight in weights):
             # Row 1 does not depend on the weights, but they need a gradient in every process at every step.
-            return self._table(max(2, *factors))[[t - 1 for t in factors]]
+            last = max(2, *factors)
+            states = trained_states(self.proj_func, self.base, last, self.settings.time_dt)
+            return self._table(states)[[t - 1 for t in factors]]
         key = [(weight.data_ptr(), weight._version, weight.dtype) for weight in weights]
         if self._cached is None or self._cached[0] != key:
-            with torch.no_grad():
-                self._cached = key, self._table(self.settings.max_factor)
+            # autocast would round the weights
+            with torch.no_grad(), torch.autocast(weights[0].device.type, enabled=False):
+                states = whole_states(self.proj_func, self.base, self.settings.max_factor, self.settings.time_dt)
+                self._cached = key, self._table(states)
         return self._cached[1][[t - 1 for t in factors]]
 
-    def _table(self, last: int) -> torch.Tensor:
-        # autocast would round the weights
-        with torch.autocast(self.proj_func.ode_up_proj.device.type, enabled=False):
-            states = whole_states(self.proj_func, self.base, last, self.settings.time_dt)
-            finite = torch.isfinite(states).all(dim=-1)
-            if not bool(finite.all()):
-                raise TrainError(
-                    f"the CLEX layer's dynamics diverge: the frequencies at t = {int(finite.int().argmin()) + 1} are "
-                    "not finite; a smaller `ode_learning_rate` or `time_dt` may help"
-                )
-            # f(1) itself, without the rounding of exp(log(f)); nothing is learned there
-            return torch.cat((plain_frequencies(self.proj_func, self.base)[None], torch.exp(states[1:])))
+    def attention(self, factors: Sequence[int]) -> list[float] | None:
+        """What queries and keys are multiplied by at each of the scaling factors; None where it is 1 at all."""
+        scales = [self.proj_func.closed_form.attention(t) for t in factors]
+        return None if all(scale == 1 for scale in scales) else scales
+
+    def _table(self, states: torch.Tensor) -> torch.Tensor:
+        finite = torch.isfinite(states).all(dim=-1)
+        if not bool(finite.all()):
+            raise TrainError(
+                f"the CLEX layer's dynamics diverge: the frequencies at t = {int(finite.int().argmin()) + 1} are "
+                "not finite; a smaller `ode_learning_rate` or `time_dt` may help"
+            )
+        times = torch.arange(2, len(states) + 1, dtype=states.dtype, device=states.device)[:, None]
+        # f(1) itself, without the rounding of exp(log(f)); nothing is learned there
+        first = plain_frequencies(self.proj_func, self.base)[None]
+        return torch.cat((first, self.proj_func.closed_form.frequencies(times, states[1:])))

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,7 +21,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from clex_convert.checkpoint import Checkpoint
 from clex_convert.ode import plain_frequencies
 from clex_convert.transformers_folder import load_config, rope_scaling, rope_theta, set_rope_scaling
-from clex_convert.weights import DEFAULT_ACTIVATION, DEFAULT_TIME_DT
+from clex_convert.weights import DEFAULT_ACTIVATION, DEFAULT_DYNAMICS, DEFAULT_TIME_DT, settings_from
 from clex_local.errors import ClexError, one_line
 from clex_local.model_file.architectures import trainable_classes
 from clex_train import TrainError
@@ -36,7 +36,7 @@ class Rotation(NamedTuple):
     Attributes:
         cos: float32 [1 or B, 1, keys, d/2]; the queries are the last of the keys.
         sin: the same.
-        query_scale: [1 or B, 1, 1, 1], the log scale; None for 1.
+        query_scale: [1 or B, 1, 1, 1], the log scale and what goes with the frequencies; None for 1.
     """
 
     cos: torch.Tensor
@@ -71,6 +71,11 @@ def add_clex(model: PreTrainedModel, settings: ClexSettings, original_context: i
     frequencies: torch.Tensor = decoder.rotary_emb.inv_freq
     context = original_context or config.max_position_embeddings
     layer = ClexLayer(2 * frequencies.numel(), rope_theta(config), context, settings).to(frequencies.device)
+    if settings.dynamics == "yarn" and layer.proj_func.dim != _head_dim(config):
+        raise TrainError(
+            f"only {layer.proj_func.dim} of the {_head_dim(config)} dimensions of a head are rotated, where YaRN's "
+            "attention factor cannot be expressed; use `dynamics` ntk"
+        )
     if not torch.allclose(plain_frequencies(layer.proj_func, layer.base), frequencies, rtol=1e-5, atol=0):
         raise TrainError("the model's inverse frequencies are not powers of its rope_theta; a CLEX layer begins there")
     decoder.clex_layer = layer
@@ -82,6 +87,10 @@ def add_clex(model: PreTrainedModel, settings: ClexSettings, original_context: i
     if config._attn_implementation not in ALL_ATTENTION_FUNCTIONS:
         raise TrainError(f"attention must be one of {', '.join(ATTENTIONS)}")
     return layer
+
+
+def _head_dim(config: PretrainedConfig) -> int:
+    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
 
 def kind_of_scaling(config: PretrainedConfig) -> str | None:
@@ -117,6 +126,7 @@ def load_model(
         if scaling is not None:
             set_rope_scaling(config, scaling)
         if kind_of_scaling(config) == "clex":
+            settings_from(rope_scaling(config), str(folder / "config.json"))  # refuses what is no setting
             settings = _settings(rope_scaling(config), bool(getattr(config, "log_scale", False)))
             set_rope_scaling(config, None)
         if settings is not None and not from_scratch:
@@ -153,6 +163,7 @@ def _settings(values: dict[str, Any], log_scale: bool) -> ClexSettings:
         act=values.get("act") or DEFAULT_ACTIVATION,
         time_dt=float(values.get("time_dt") or DEFAULT_TIME_DT),
         log_scale=log_scale,
+        dynamics=values.get("dynamics") or DEFAULT_DYNAMICS,
     )
 
 
@@ -200,12 +211,24 @@ class _Passes:
             else [factor_for(length, layer.context, layer.settings.max_factor) for length in lengths]
         )
         angles = positions[:, None, :, None] * layer.frequencies(ts)[:, None, None, :]
-        scale = None
-        if layer.settings.log_scale:
-            scales = [math.log(max(length, 1)) / math.log(layer.context) for length in lengths]
-            scale = torch.tensor(scales, device=angles.device)[:, None, None, None]
+        scales = _query_scales(layer, ts, lengths)
+        scale = None if scales is None else torch.tensor(scales, device=angles.device)[:, None, None, None]
         kwargs["clex_rotation"] = Rotation(angles.cos(), angles.sin(), scale)
         return args, kwargs
+
+
+def _query_scales(layer: ClexLayer, factors: Sequence[int], lengths: Sequence[int]) -> list[float] | None:
+    """What the queries of each row are multiplied by: the keys' part of an attention factor as well, as in a GGUF."""
+    attention = layer.attention(factors)
+    if attention is None and not layer.settings.log_scale:
+        return None
+    squares = [factor**2 for factor in attention or [1.0] * len(lengths)]
+    if not layer.settings.log_scale:
+        return squares
+    return [
+        square * math.log(max(length, 1)) / math.log(layer.context)
+        for square, length in zip(squares, lengths, strict=True)
+    ]
 
 
 def _rotated(x: torch.Tensor, rotation: Rotation, scale: torch.Tensor | None = None) -> torch.Tensor:

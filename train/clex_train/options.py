@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from clex_convert.weights import ACTIVATIONS
+from clex_convert.weights import ACTIVATIONS, DYNAMICS
 from clex_local.commands.options import documented, json_object, option
 from clex_train import TrainError
 
@@ -69,6 +69,13 @@ class TrainOptions:
     log_scale: bool | None = option(
         None, "Multiply queries by log(n) / log(original context).", default_text="off, or the model's"
     )
+    dynamics: str | None = option(
+        None,
+        "Closed form that the ODE goes around, and that an untrained layer is: NTK-aware scaling by 2t - 1, as CLEX's "
+        "authors do it, or YaRN by t, attention factor included, which their code does not know.",
+        default_text="ntk, or the model's",
+        choices=DYNAMICS,
+    )
     positions: str = option(
         "random",
         "How a sequence is spread over the positions of one that is t times as long. random: sorted random positions, "
@@ -90,7 +97,7 @@ class TrainOptions:
     learning_rate: float = option(2e-5, "Its peak, of AdamW.", metavar="LR", minimum=0)
     ode_learning_rate: float | None = option(
         None,
-        "That of the CLEX layer; 0 leaves the layer as it is, NTK-aware scaling at first.",
+        "That of the CLEX layer; 0 leaves the layer as it is, at first the closed form of `dynamics`.",
         default_text="`learning_rate`",
         metavar="LR",
         minimum=0,
@@ -99,14 +106,21 @@ class TrainOptions:
     warmup_ratio: float = option(
         0.03, "Part of the steps in which the learning rates rise.", metavar="R", minimum=0, maximum=1
     )
-    weight_decay: float = option(0.0, "Of the model's matrices; the CLEX layer has none.", metavar="W", minimum=0)
+    weight_decay: float = option(
+        0.0, "Of the model's matrices; the CLEX layer has one of its own.", metavar="W", minimum=0
+    )
+    ode_weight_decay: float = option(
+        0.0, "Decay of the CLEX layer towards the closed form that it goes around.", metavar="W", minimum=0
+    )
     batch_size: int = option(1, "Sequences of a pass.", metavar="N", minimum=1)
     gradient_accumulation: int = option(1, "Passes of a step.", metavar="N", minimum=1)
     max_steps: int | None = option(None, "Steps to train.", default_text="as `epochs` says", metavar="N", minimum=1)
     epochs: float = option(1.0, "How often the text is read.", metavar="X", above=0)
     seed: int = option(0, "Of all that is random.", metavar="N", minimum=0)
     bf16: bool | None = option(
-        None, "Compute in bfloat16, the CLEX layer excepted.", default_text="with a GPU that can"
+        None,
+        "Compute in bfloat16, the CLEX layer excepted; with `lora_rank` the frozen weights are kept in it.",
+        default_text="with a GPU or a CPU that has instructions for it",
     )
     attention: str = option(
         "sdpa",
@@ -149,15 +163,17 @@ class TrainOptions:
             raise TrainError("a stream has no known end; give `max_steps`")
         if self.lora_rank is None and (self.merge or self.lora_alpha or self.lora_target):
             raise TrainError("`lora_alpha`, `lora_target` and `merge` need `lora_rank`")
-        if self.no_clex and self.ode_learning_rate is not None:
-            raise TrainError("`ode_learning_rate` is of a CLEX layer, which `no_clex` leaves out")
+        if self.no_clex and (self.ode_learning_rate is not None or self.ode_weight_decay):
+            raise TrainError(
+                "`ode_learning_rate` and `ode_weight_decay` are of a CLEX layer, which `no_clex` leaves out"
+            )
         if self.rope_scaling is not None and not self.no_clex:
             raise TrainError("`rope_scaling` is for training without a CLEX layer; pass `no_clex=True`")
 
     @property
     def clex_settings(self) -> dict[str, Any]:
         """What they say of the CLEX layer; what they leave open is not in it."""
-        names = ("max_factor", "param_factor", "act", "time_dt", "log_scale")
+        names = ("max_factor", "param_factor", "act", "time_dt", "log_scale", "dynamics")
         return {name: value for name in names if (value := getattr(self, name)) is not None}
 
     def identity(self, model: Path, output: Path) -> dict[str, Any]:

@@ -6,7 +6,7 @@ import contextlib
 import math
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields, replace
 from functools import partial
 from pathlib import Path
@@ -14,6 +14,7 @@ from typing import Any
 
 import peft
 import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments, set_seed
 
 from clex_convert.model_files import read_config
@@ -96,39 +97,37 @@ class _Training:
         layer: its CLEX layer, unless it is trained without.
         tokenizer: the model's.
         trainer: holds the data and the positions.
+        whole: loads the model once more, in float32.
     """
 
     model: PreTrainedModel | peft.PeftModel
     layer: ClexLayer | None
     tokenizer: PreTrainedTokenizerBase
     trainer: ClexTrainer
+    whole: Callable[[], PreTrainedModel]
 
     @classmethod
     def prepare(cls, folder: Path, checkpoints: Path, options: TrainOptions) -> _Training:
-        bf16 = options.bf16
-        if bf16 is None:
-            bf16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
+        bf16 = _computes_in_bfloat16() if options.bf16 is None else options.bf16
         arguments = _training_arguments(checkpoints, bf16, options)
         set_seed(options.seed)
         tokenizer = _load_tokenizer(folder)
-        adapter_alone = options.lora_rank is not None and not options.merge
-        network = load_model(
-            folder,
-            dtype=torch.bfloat16 if bf16 and adapter_alone else torch.float32,
-            attention=options.attention,
-            scaling=options.rope_scaling,
-            from_scratch=options.from_scratch,
-        )
+        # What is frozen need not be cast at every step; random weights are nowhere else.
+        halved = bf16 and options.lora_rank is not None and not options.from_scratch
+        network = _load_network(folder, torch.bfloat16 if halved else torch.float32, options)
         layer = _prepare_layer(network, options)
         sampler = _position_sampler(network, layer, options)
         embeddings: Any = network.get_input_embeddings()
         trained = network if options.lora_rank is None else _with_adapter(network, layer, options.lora_rank, options)
+        if bf16:
+            _spare_casts(trained)
         length = options.length or sampler.original
         trainer = ClexTrainer(
             trained,
             arguments,
             sampler=sampler,
             ode_learning_rate=options.ode_learning_rate,
+            ode_weight_decay=options.ode_weight_decay,
             report=options.report,
             data_collator=partial(collate, vocabulary=embeddings.num_embeddings),
             train_dataset=load_sequences(
@@ -136,7 +135,7 @@ class _Training:
             ),
             processing_class=tokenizer,
         )
-        return cls(trained, layer, tokenizer, trainer)
+        return cls(trained, layer, tokenizer, trainer, partial(_load_network, folder, torch.float32, options))
 
     def run(self, output: Path, checkpoints: Checkpoints, last: Path | None, *, merge: bool) -> tuple[int, float]:
         """Trains and saves the result; the number of steps, and the loss."""
@@ -154,6 +153,7 @@ class _Training:
             if first:
                 model = self.model
                 if merge:
+                    _restore_weights(model, self.whole)
                     model, state = model.merge_and_unload(), None  # pyright: ignore
                 save_model(model, self.layer, self.tokenizer, output, state)
         except KeyboardInterrupt as interrupt:
@@ -212,6 +212,43 @@ def _warmup(ratio: float) -> dict[str, float]:
     return {"warmup_steps": min(ratio, math.nextafter(1, 0))}
 
 
+def _computes_in_bfloat16() -> bool:
+    """Whether the device that trains has instructions for it."""
+    if torch.cuda.is_available():
+        return torch.cuda.is_bf16_supported()
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+
+
+def _load_network(folder: Path, dtype: torch.dtype, options: TrainOptions) -> PreTrainedModel:
+    return load_model(
+        folder,
+        dtype=dtype,
+        attention=options.attention,
+        scaling=options.rope_scaling,
+        from_scratch=options.from_scratch,
+    )
+
+
+def _spare_casts(model: torch.nn.Module) -> None:
+    """Adapters cast their inputs to float32, which autocast makes bfloat16 again: twice for nothing."""
+    for module in model.modules():
+        if isinstance(module, BaseTunerLayer):
+            setattr(module, "cast_input_dtype_enabled", False)  # noqa: B010, no attribute that its class declares
+
+
+def _restore_weights(model: Any, whole: Callable[[], PreTrainedModel]) -> None:
+    """Gives a model that was trained with its frozen weights in bfloat16 those of its folder, to merge into."""
+    frozen = {
+        name.replace(".base_layer.", "."): weight
+        for name, weight in model.base_model.model.named_parameters()
+        if weight.dtype == torch.bfloat16
+    }
+    if frozen:
+        for name, weight in whole().named_parameters():
+            if name in frozen:
+                frozen[name].data = weight.data.to(frozen[name].device)
+
+
 def _load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     if not folder.exists():
         raise TrainError(f"{folder}: no such folder")
@@ -240,7 +277,7 @@ def _prepare_layer(model: PreTrainedModel, options: TrainOptions) -> ClexLayer |
 
 def _change_settings(layer: ClexLayer, model: PreTrainedModel, options: TrainOptions) -> None:
     asked = options.clex_settings
-    for key in ("param_factor", "act"):
+    for key in ("param_factor", "act", "dynamics"):
         if asked.get(key) not in (None, getattr(layer.settings, key)):
             raise TrainError(
                 f"the model's CLEX layer has {key} = {getattr(layer.settings, key)}, which is not to change"

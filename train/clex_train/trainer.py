@@ -76,6 +76,7 @@ class ClexTrainer(Trainer):
         *args: Any,
         sampler: PositionSampler,
         ode_learning_rate: float | None,
+        ode_weight_decay: float = 0.0,
         report: Callable[[str], None],
         **kwargs: Any,
     ) -> None:
@@ -84,6 +85,7 @@ class ClexTrainer(Trainer):
         Args:
             sampler: of positions.
             ode_learning_rate: of the CLEX layer; None for the model's.
+            ode_weight_decay: of its second matrix, which is zero where the layer is its closed form.
             report: gets a line every few steps.
         """
         super().__init__(*args, **kwargs)
@@ -91,7 +93,7 @@ class ClexTrainer(Trainer):
         self.add_callback(_Report(report))
         self.stop = _Stop(self)
         self.add_callback(self.stop)
-        self.sampler, self.ode_learning_rate = sampler, ode_learning_rate
+        self.sampler, self.ode_learning_rate, self.ode_weight_decay = sampler, ode_learning_rate, ode_weight_decay
         self._step, self._part = -1, 0
         layer = self._layer
         if layer is not None and self.accelerator.distributed_type == DistributedType.FSDP:
@@ -108,7 +110,7 @@ class ClexTrainer(Trainer):
         return None if self.model is None else clex_layer(self.model)
 
     def create_optimizer(self) -> Any:
-        """As Trainer does it, with the CLEX layer in a group of its own, without weight decay."""
+        """As Trainer does it, with the CLEX layer's matrices in groups of their own."""
         if self.optimizer is not None:
             return self.optimizer
         optimizer, layer = super().create_optimizer(), self._layer
@@ -122,7 +124,9 @@ class ClexTrainer(Trainer):
             for group in optimizer.param_groups:
                 group["params"] = [weight for weight in group["params"] if id(weight) not in own]
             rate = self.args.learning_rate if self.ode_learning_rate is None else self.ode_learning_rate
-            optimizer.add_param_group({"params": ode, "lr": rate, "weight_decay": 0.0})
+            decays = {id(layer.proj_func.ode_down_proj): self.ode_weight_decay} if layer is not None else {}
+            for weight in ode:
+                optimizer.add_param_group({"params": [weight], "lr": rate, "weight_decay": decays.get(id(weight), 0.0)})
         return optimizer
 
     def training_step(
