@@ -21,7 +21,8 @@ from clex_convert.check import TEXT
 from clex_convert.imatrix import compute_imatrix, read_imatrix
 from clex_convert.llama_cpp_scripts import conversion_scripts
 from clex_local import Llama
-from clex_local.model_file.gguf_file import GGUFFile, tensor_types
+from clex_local.model_file.gguf_api import tensor_types
+from clex_local.model_file.gguf_file import GGUFFile
 from clex_local.sizes import readable_size
 from helpers.gguf_maker import MODEL, _string, _value, gguf_bytes
 from helpers.low_level import Context, Model

@@ -12,7 +12,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from clex_local.errors import ClexError
-from clex_local.model_file.gguf_file import GGUFError, GGUFFile, GGUFHeader
+from clex_local.model_file.gguf_file import GGUFError, GGUFFile
+from clex_local.model_file.gguf_header import GGUFHeader
 from clex_local.model_file.tables import ContextError, Tables, TablesError, read_tables
 from helpers.gguf_maker import MODEL, TENSORS, gguf_bytes
 

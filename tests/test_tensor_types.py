@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from clex_local.model_file.gguf_file import GGUFFile, GGUFHeader
+from clex_local.model_file.gguf_file import GGUFFile
+from clex_local.model_file.gguf_header import GGUFHeader
 from helpers.gguf_maker import gguf_bytes
 from helpers.random_gguf import model_parts
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from clex_local.errors import ClexError, ModelError
-from clex_local.model_file.gguf_file import GGUFHeader
+from clex_local.model_file.gguf_header import GGUFHeader
 from clex_local.model_file.tables import Tables
 
 OVERLAY = "clex.overlay"  # the override by which llama.cpp is told of the keys

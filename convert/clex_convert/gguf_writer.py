@@ -14,7 +14,8 @@ import numpy.typing as npt
 from clex_convert.errors import ConvertError
 from clex_convert.layout import Layout
 from clex_local.errors import one_line
-from clex_local.model_file.gguf_file import GGUFFile, GGUFHeader
+from clex_local.model_file.gguf_file import GGUFFile
+from clex_local.model_file.gguf_header import GGUFHeader
 
 _CHUNK = 8 << 20
 _F32 = 0  # ggml_type

@@ -18,7 +18,9 @@ from clex_convert.file_types import file_type
 from clex_convert.imatrix import read_imatrix
 from clex_convert.recipe import Recipe
 from clex_local.errors import one_line
-from clex_local.model_file.gguf_file import GGUFFile, GGUFHeader, tensor_types
+from clex_local.model_file.gguf_api import tensor_types
+from clex_local.model_file.gguf_file import GGUFFile
+from clex_local.model_file.gguf_header import GGUFHeader
 
 # Bytes that llama_model_quantize may use for the rows at work, beside the tensor that they come from; its default is
 # eight times as much as a machine for small models has.

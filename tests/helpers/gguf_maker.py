@@ -8,7 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from clex_local.model_file.gguf_file import GGUFFile, GGUFHeader
+from clex_local.model_file.gguf_file import GGUFFile
+from clex_local.model_file.gguf_header import GGUFHeader
 
 _CODES = {
     np.uint8: 0,
