@@ -19,6 +19,11 @@ static int64_t covered(const llama_model * model, int32_t bucket) {
     return (int64_t) ((double) llama_clex_scaling_factor(model, bucket) * llama_clex_original_context(model));
 }
 
+// with which a prompt of n_tokens alone is computed; where the length scales queries, each length is a table
+static int32_t table_of(const llama_model * model, int32_t n_tokens) {
+    return llama_clex_log_scale(model) ? n_tokens : llama_clex_bucket(model, n_tokens);
+}
+
 void server_clex_declare(llama_context * ctx_tgt, llama_context * ctx_dft, llama_seq_id seq_id, int32_t n_tokens) {
     for (llama_context * ctx : { ctx_tgt, ctx_dft }) {
         if (has_tables(ctx)) {
@@ -132,19 +137,15 @@ void server_clex_history::restored(llama_context * ctx, int32_t n_past, int32_t 
     if (!has_tables(ctx)) {
         return;
     }
-    const llama_model * model = llama_get_model(ctx);
-
     tables.resize(std::min(n_past, n), -1);
-    tables.resize(n, !exact ? -1 : llama_clex_log_scale(model) ? n_tokens : llama_clex_bucket(model, n_tokens));
+    tables.resize(n, exact ? table_of(llama_get_model(ctx), n_tokens) : -1);
 }
 
 int32_t server_clex_history::reusable(llama_context * ctx, int32_t n_past, int32_t n_tokens) const {
     if (!server_clex_exact(ctx)) {
         return n_past;
     }
-    const llama_model * model = llama_get_model(ctx);
-
-    const int32_t table = llama_clex_log_scale(model) ? n_tokens : llama_clex_bucket(model, n_tokens);
+    const int32_t table = table_of(llama_get_model(ctx), n_tokens);
 
     const auto end = tables.begin() + std::min<size_t>(tables.size(), n_past);
     return (int32_t) (std::find_if(tables.begin(), end, [&](int32_t used) { return used != table; }) - tables.begin());

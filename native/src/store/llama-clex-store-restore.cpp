@@ -224,6 +224,35 @@ bool clex_store_restore::place(const llama_token * tokens, size_t i0, size_t iw)
     return window->place(tokens, (int32_t) iw*CLEX_BLOCK, (int32_t) (best.size() - iw)*CLEX_BLOCK, distinct ? &cells : nullptr);
 }
 
+size_t clex_store_restore::n_own(const llama_token * tokens, int32_t n_tokens, bool exact) const {
+    const auto as_wanted = [&](const llama_clex_store_cache::cell & c) {
+        return !exact || (c.as_computed && !c.alone && std::to_string(c.table) == wanted);
+    };
+    const auto own = cache.match(tokens, n_tokens);
+
+    size_t n = 0;
+    while (n < std::min(best.size(), own.size()/CLEX_BLOCK) && std::all_of(&own[n*CLEX_BLOCK], &own[n*CLEX_BLOCK] + CLEX_BLOCK, as_wanted)) {
+        ++n;
+    }
+    return n;
+}
+
+void clex_store_restore::describe(const llama_token * tokens, const place_of & at, const std::vector<clex_block_header> & headers) {
+    std::vector<std::string> paths;
+    for (size_t i = 0; i < best.size(); ++i) {
+        if (i >= at.i0) {
+            const auto & header = headers[i - at.i0];
+            cache.set_tables(i - at.i0, header.tokens, header.tables, header.buckets, header.flags & CLEX_BLOCK_ALONE);
+        }
+        paths.push_back(best[i].path);
+    }
+    if (window && !best.empty()) {
+        window->set_texts(tokens, (int32_t) at.iw*CLEX_BLOCK);
+    }
+    // all at once, so that a text is never older than what goes on from it
+    clex_store_folder::touch(paths);
+}
+
 int32_t clex_store_restore::try_restore(const llama_token * tokens, int32_t n_tokens, bool exact, bool & retry) {
     const int32_t step  = context.step();
     const int32_t n_has = context.caches()[0]->seq_pos_max(seq_id) + 1;
@@ -239,15 +268,7 @@ int32_t clex_store_restore::try_restore(const llama_token * tokens, int32_t n_to
     }
 
     // what the sequence has of the same text stays; with a window, all of it is taken anew
-    const auto own = cache.match(tokens, n_tokens);
-    size_t i0 = 0;
-    while (!window && i0 < std::min(best.size(), own.size()/CLEX_BLOCK)) {
-        const auto * cell = own.data() + i0*CLEX_BLOCK;
-        if (exact && !std::all_of(cell, cell + CLEX_BLOCK, [&](const auto & c) { return c.as_computed && !c.alone && std::to_string(c.table) == wanted; })) {
-            break;
-        }
-        ++i0;
-    }
+    const size_t i0 = window ? 0 : n_own(tokens, n_tokens, exact);
 
     context.settle();
     context.truncate(seq_id, (llama_pos) i0*CLEX_BLOCK);
@@ -273,20 +294,7 @@ int32_t clex_store_restore::try_restore(const llama_token * tokens, int32_t n_to
     retry = !all && !unreadable;
     best.resize(all ? best.size() : window ? 0 : std::max(i0, whole(i0 + n_right)));
     context.truncate(seq_id, (llama_pos) best.size()*CLEX_BLOCK);
-
-    std::vector<std::string> paths;
-    for (size_t i = 0; i < best.size(); ++i) {
-        if (i >= i0) {
-            const auto & header = headers[i - i0];
-            cache.set_tables(i - i0, header.tokens, header.tables, header.buckets, header.flags & CLEX_BLOCK_ALONE);
-        }
-        paths.push_back(best[i].path);
-    }
-    if (window && !best.empty()) {
-        window->set_texts(tokens, (int32_t) iw*CLEX_BLOCK);
-    }
-    // all at once, so that a text is never older than what goes on from it
-    clex_store_folder::touch(paths);
+    describe(tokens, { i0, iw }, headers);
 
     return (int32_t) best.size()*CLEX_BLOCK;
 }

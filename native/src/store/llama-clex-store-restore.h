@@ -54,6 +54,12 @@ private:
     // their part.
     size_t find_window();
 
+    // blocks at the beginning of the chain that the sequence has in its cells; exact: computed with the table that is wanted
+    size_t n_own(const llama_token * tokens, int32_t n_tokens, bool exact) const;
+
+    // what the cells were computed of and with, and the blocks as used now
+    void describe(const llama_token * tokens, const place_of & at, const std::vector<clex_block_header> & headers);
+
     // find cells for all but the first i0 blocks
     bool place(const llama_token * tokens, size_t i0, size_t iw);
 
