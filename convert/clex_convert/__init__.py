@@ -5,7 +5,7 @@ Heavy packages (torch, transformers) are imported only where a conversion needs 
 
 from clex_convert.convert import ConversionResult, convert
 from clex_convert.errors import ConvertError
-from clex_convert.methods import tables
+from clex_convert.method_tables import tables
 from clex_convert.options import ConvertOptions
 from clex_convert.sizes import Size, sizes
 

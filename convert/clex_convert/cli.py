@@ -18,7 +18,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from clex_convert.convert import ConversionResult, convert
-from clex_convert.methods import converter_version
+from clex_convert.method_tables import converter_version
 from clex_convert.options import ConvertOptions
 from clex_convert.sizes import Size, sizes
 from clex_local.commands.command import SETTINGS, Command, Lines, say

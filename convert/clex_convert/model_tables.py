@@ -6,7 +6,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from clex_convert.errors import ConvertError
-from clex_convert.methods import METHODS, ScalingError, original_context, tables
+from clex_convert.method_tables import ScalingError, original_context, tables
+from clex_convert.methods import METHODS
 from clex_convert.options import ConvertOptions
 from clex_convert.rope_metadata import RopeMetadata, baked, with_tables
 from clex_convert.scaling import kind_of

@@ -1,7 +1,7 @@
 #pragma once
 
 // Contents of messages that stay text: control tokens in a conversation are those of the chat template alone. Somebody's
-// <|im_end|> ends no turn. How: clex_local/templates/templates.py, of which this is the same for the server.
+// <|im_end|> ends no turn. How: clex_local/templates/control_tokens.py, of which this is the same for the server.
 
 #include "chat.h"
 #include "llama.h"
