@@ -39,15 +39,29 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
-def test_kernels_compile_for(source: Path, variant: str) -> None:
+def compile_for(source: Path, variant: str, *options: str) -> subprocess.CompletedProcess[str]:
+    """All kernels with the instructions of a variant."""
     lists = (source / "ggml" / "src" / "CMakeLists.txt").read_text(encoding="utf-8")
     features = re.findall(rf"ggml_add_cpu_backend_variant\({variant}\b([^)]*)\)", lists)[0].split()
     flags = " ".join(FLAGS[name] for name in features).split()
     ggml = source / "ggml"
     includes = [f"-I{folder}" for folder in (ggml / "include", ggml / "src", ggml / "src" / "ggml-cpu")]
-    command = [str(COMPILER), "-std=gnu++17", "-fsyntax-only", *flags, *includes, *map(str, KERNELS)]
-    done = subprocess.run(command, capture_output=True, text=True)
+    command = [str(COMPILER), "-std=gnu++17", *options, *flags, *includes, *map(str, KERNELS)]
+    return subprocess.run(command, capture_output=True, text=True)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_kernels_compile_for(source: Path, variant: str) -> None:
+    done = compile_for(source, variant, "-fsyntax-only")
     errors = [line for line in done.stderr.splitlines() if "error:" in line]
     assert not errors, "\n".join(errors[:5])
     assert done.returncode == 0, done.stderr[:1000]
+
+
+def test_nothing_is_computed_when_a_variant_is_loaded(source: Path, tmp_path: Path, monkeypatch) -> None:
+    """ggml loads every variant to ask it whether the processor can run it."""
+    monkeypatch.chdir(tmp_path)
+    assert compile_for(source, "haswell", "-O0", "-S").returncode == 0
+    assembly = {path.stem: path.read_text(encoding="utf-8") for path in tmp_path.glob("*.s")}
+    assert len(assembly) == len(KERNELS)
+    assert not [name for name, text in assembly.items() if re.search(r"\.init_array|_GLOBAL__sub_I|\.ctors", text)]

@@ -19,12 +19,17 @@
 #endif
 
 // Not decided but given: the threads, and the nodes after which the first of them is alone; 0: decide.
-static std::atomic<int> fixed_threads(getenv("GGML_CLEX_THREADS_FIXED") ? INT_MAX : 0);
+// Set up when they are needed and not when the library is loaded: whether this processor can run the library is not known then.
+static std::atomic<int> & fixed_threads() {
+    static std::atomic<int> n(getenv("GGML_CLEX_THREADS_FIXED") ? INT_MAX : 0);
+    return n;
+}
+
 static std::atomic<int> fixed_nodes(0);
 
 void ggml_clex_threads_fix(int n_threads, int n_nodes) {
-    fixed_threads = n_threads;
-    fixed_nodes   = n_nodes;
+    fixed_threads() = n_threads;
+    fixed_nodes     = n_nodes;
 }
 
 #if defined(RUSAGE_THREAD)
@@ -60,10 +65,10 @@ struct graph_kind {
 };
 
 std::mutex mutex;
-graph_kind kinds[16];
-uint64_t   n_used = 0;
 
 ggml_clex_ladder & find_ladder(uint64_t id, int n_planned) {
+    static graph_kind kinds[16];
+    static uint64_t   n_used = 0;
     graph_kind * kind = std::find_if(std::begin(kinds), std::end(kinds), [&](const graph_kind & k) { return k.id == id; });
     if (kind == std::end(kinds)) {
         kind = std::min_element(std::begin(kinds), std::end(kinds),
@@ -148,8 +153,8 @@ int ggml_clex_graph_begin(ggml_clex_graph * graph, const ggml_cgraph * cgraph, i
                 " (multiprocessing: spawn)\n", __func__);
         }
         graph->n_threads = 1;
-    } else if (fixed_threads > 0) {
-        graph->n_threads = std::min<int>(fixed_threads, n_planned);
+    } else if (fixed_threads() > 0) {
+        graph->n_threads = std::min<int>(fixed_threads(), n_planned);
         graph->alone     = fixed_nodes;
     } else if (n_planned > 1) {
         decide(graph, cgraph);
