@@ -19,13 +19,60 @@
 
 static const int64_t N_QUERIES_MIN = 9;   // fewer are decoding
 static const int64_t TILE          = 64;  // positions, and columns, of a tile of scores
-static const int64_t COLUMNS       = 128; // of a unit, at most: its queries and results stay in the L2 cache
+static const int64_t COLUMNS       = 256; // of a unit, at most
+static const int64_t COLUMN_BYTES  = 256 << 10; // of their queries and results, which stay in the L2 cache
 
 // of the block of results that stays in registers
 static const int VEC_ROWS    = VEC_REGISTERS == 32 && VEC == 16 ? 8 : 4;
 static const int VEC_COLUMNS = VEC_REGISTERS == 32 && VEC == 4 ? 4 : 2;
 static_assert(TILE % (VEC_COLUMNS*VEC) == 0 && TILE % VEC_ROWS == 0, "a tile is made of whole blocks");
 static_assert(VEC % VEC_ROWS == 0, "the rows of the second product are columns of the first");
+
+// Brings the rows of K and V that are converted next near, a few lines of the cache at a time while a product is computed: they are as far apart as
+// all heads are long, which processors do not follow.
+class row_fetcher {
+    static constexpr size_t LINE = 64;
+
+    struct rows {
+        const char * data;
+        size_t       stride;
+        size_t       bytes; // of a row
+        int64_t      n;
+    };
+    rows    from[2] = {};
+    int     which   = 2;
+    int64_t row     = 0;
+    size_t  at      = 0;
+
+public:
+    // n positions from `first` on
+    void begin(const ggml_clex_node & node, int64_t head, int64_t stream, int64_t first, int64_t n) {
+        int i = 0;
+        for (const ggml_tensor * t : { node.k, node.v }) {
+            from[i++] = { ggml_clex_node::row(t, stream, head, first), t->nb[1], ggml_row_size(t->type, t->ne[0]), n };
+        }
+        which = n > 0 ? 0 : 2;
+        row   = 0;
+        at    = 0;
+    }
+
+    void fetch(int n) {
+        for (; n > 0 && which < 2; --n) {
+            const rows & x = from[which];
+            __builtin_prefetch(x.data + row*x.stride + at, 0, 2);
+            at += LINE;
+            if (at >= x.bytes) {
+                at = 0;
+                if (++row == x.n) {
+                    row = 0;
+                    ++which;
+                }
+            }
+        }
+    }
+};
+
+static const int LINES = 8; // that are fetched with each block of results
 
 // C[ROWS x N*VEC] (+)= A * B over k terms; A(i, p) is a[i*a_row + p*a_term]
 //
@@ -68,16 +115,17 @@ static void product_block(float * c, int64_t c_row, const float * a, int64_t a_r
 // the same for any multiples of VEC_ROWS rows and VEC columns; N vectors at a time, then half as many
 template <int N = VEC_COLUMNS>
 static void product(float * c, int64_t c_row, const float * a, int64_t a_row, int64_t a_term, const float * b,
-        int64_t b_row, int64_t k, int64_t rows, int64_t columns, bool add) {
+        int64_t b_row, int64_t k, int64_t rows, int64_t columns, bool add, row_fetcher & next) {
     const int64_t whole = columns / (N*VEC) * (N*VEC);
     for (int64_t j = 0; j < whole; j += N*VEC) {
         for (int64_t i = 0; i < rows; i += VEC_ROWS) {
+            next.fetch(LINES);
             product_block<VEC_ROWS, N>(c + i*c_row + j, c_row, a + i*a_row, a_row, a_term, b + j, b_row, k, add);
         }
     }
     if constexpr (N > 1) {
         if (whole < columns) {
-            product<N/2>(c + whole, c_row, a, a_row, a_term, b + whole, b_row, k, rows, columns - whole, add);
+            product<N/2>(c + whole, c_row, a, a_row, a_term, b + whole, b_row, k, rows, columns - whole, add, next);
         }
     }
 }
@@ -93,7 +141,11 @@ static void row_from_f32(const char * row, float * y, int n) {
 }
 
 static void row_from_f16(const char * row, float * y, int n) {
-    ggml_cpu_fp16_to_fp32((const ggml_fp16_t *) row, y, n);
+    if (n % VEC == 0) {
+        convert<type_f16>(row, y, n);
+    } else {
+        ggml_cpu_fp16_to_fp32((const ggml_fp16_t *) row, y, n);
+    }
 }
 
 static void row_from_bf16(const char * row, float * y, int n) {
@@ -220,6 +272,7 @@ struct attn_tile_products {
 // It goes through the positions TILE at a time, skipping those that no column sees.
 struct attn_plan {
     int64_t size_k, size_v; // of a head; V padded to whole vectors
+    int64_t n_columns;      // of a unit, at most
     int64_t n_heads;        // of a unit
     int64_t n_queries;      // of a unit
     int64_t n_head_blocks, n_query_blocks;
@@ -231,8 +284,9 @@ struct attn_plan {
         size_k   = node.dk;
         size_v   = GGML_PAD(node.dv, in_tiles ? 16 : VEC);
 
-        n_heads   = std::min<int64_t>(node.group(), COLUMNS);
-        n_queries = std::min<int64_t>(node.n_query, COLUMNS/n_heads);
+        n_columns = std::clamp<int64_t>(COLUMN_BYTES/((size_k + size_v)*sizeof(float))/TILE*TILE, TILE, COLUMNS);
+        n_heads   = std::min<int64_t>(node.group(), n_columns);
+        n_queries = std::min<int64_t>(node.n_query, n_columns/n_heads);
         if (n_queries > TILE) {
             n_queries = n_queries/TILE*TILE;
         }
@@ -254,7 +308,7 @@ struct attn_plan {
 
     // floats for one thread; the same for any number of threads, since there may turn out to be fewer than planned
     size_t size() const {
-        return COLUMNS*(size_k + size_v + 2) + TILE*(size_k + size_v + TILE) + attn_tile_products::size(in_tiles, size_k, size_v);
+        return n_columns*(size_k + size_v + 2) + TILE*(size_k + size_v + TILE) + attn_tile_products::size(in_tiles, size_k, size_v);
     }
 };
 
@@ -274,10 +328,10 @@ struct attn_scratch {
         k_tile = take(TILE*plan.size_k);
         v_tile = take(TILE*plan.size_v);
         scores = take(TILE*TILE);
-        q      = take(COLUMNS*plan.size_k);
-        o      = take(COLUMNS*plan.size_v);
-        max    = take(COLUMNS);
-        sum    = take(COLUMNS);
+        q      = take(plan.n_columns*plan.size_k);
+        o      = take(plan.n_columns*plan.size_v);
+        max    = take(plan.n_columns);
+        sum    = take(plan.n_columns);
         tiles  = next;
 
         memset(v_tile, 0, TILE*plan.size_v*sizeof(float)); // what pads the rows stays 0
@@ -308,6 +362,40 @@ struct attn_unit {
     int64_t query(int64_t column) const { return query0 + column%n_queries; }
 };
 
+// How each row of the mask is in each tile of positions. All heads and units look here instead of at the mask, which is longer than they are.
+class mask_looks {
+    const ggml_clex_node & node;
+    uint8_t              * bits;
+    const int64_t          n_tiles, n_heads, n_rows; // n_rows: of all heads and streams that have masks
+
+public:
+    enum { SEEN = 1, BIASED = 2 };
+
+    mask_looks(const ggml_clex_node & node, void * work) :
+        node(node), bits((uint8_t *) work), n_tiles((node.n_kv + TILE - 1)/TILE), n_heads(node.mask ? node.mask->ne[2] : 0),
+        n_rows(node.mask ? node.mask->ne[3]*n_heads*node.n_query : 0) {}
+
+    size_t size() const { return n_rows*n_tiles; }
+
+    const uint8_t * row(int64_t stream, int64_t head, int64_t query) const {
+        return bits + ((stream % node.mask->ne[3]*n_heads + head % n_heads)*node.n_query + query)*n_tiles;
+    }
+
+    void look(int ith, int nth) {
+        for (int64_t r = ith; r < n_rows; r += nth) {
+            const ggml_fp16_t * mask = node.mask_row(r/node.n_query/n_heads, r/node.n_query % n_heads, r % node.n_query);
+            for (int64_t t = 0; t < n_tiles; ++t, mask += TILE) {
+                uint16_t seen = 0, biased = 0;
+                for (int64_t j = 0; j < std::min(TILE, node.n_kv - t*TILE); ++j) {
+                    seen   |= mask[j] ^ GGML_CLEX_HIDDEN;
+                    biased |= mask[j];
+                }
+                bits[r*n_tiles + t] = (seen ? SEEN : 0) | (biased ? BIASED : 0);
+            }
+        }
+    }
+};
+
 static bool attn_prefill_applies(const ggml_tensor * dst) {
     const ggml_tensor * q = dst->src[0];
     const ggml_tensor * k = dst->src[1];
@@ -317,7 +405,11 @@ static bool attn_prefill_applies(const ggml_tensor * dst) {
 }
 
 size_t ggml_clex_attn_prefill_work_size(const ggml_tensor * dst, int n_threads) {
-    return attn_prefill_applies(dst) ? n_threads*attn_plan(ggml_clex_node(dst), n_threads).size()*sizeof(float) : 0;
+    if (!attn_prefill_applies(dst)) {
+        return 0;
+    }
+    const ggml_clex_node node(dst);
+    return n_threads*attn_plan(node, n_threads).size()*sizeof(float) + mask_looks(node, nullptr).size();
 }
 
 //
@@ -327,7 +419,8 @@ size_t ggml_clex_attn_prefill_work_size(const ggml_tensor * dst, int n_threads) 
 struct attn_columns {
     int64_t n;
 
-    const ggml_fp16_t * mask[TILE];
+    const ggml_fp16_t * mask [TILE];
+    const uint8_t     * looks[TILE];
     float               slope[TILE];
 
     float * q; // [size_k][TILE], scaled
@@ -340,7 +433,7 @@ struct attn_columns {
 
 // columns from `first` on of the unit, nothing attended yet
 static void begin_columns(attn_columns & c, const ggml_clex_node & node, const attn_plan & plan, const attn_unit & unit,
-        const attn_scratch & scratch, int64_t first) {
+        const attn_scratch & scratch, const mask_looks & looks, int64_t first) {
     c.n    = std::min(TILE, unit.n_columns - first);
     c.q    = scratch.q + first*plan.size_k;
     c.o    = scratch.o + first*plan.size_v;
@@ -358,23 +451,18 @@ static void begin_columns(attn_columns & c, const ggml_clex_node & node, const a
             c.q[d*TILE + i] = x[d]*node.scale;
         }
         c.mask [i] = node.mask ? node.mask_row(unit.stream, head, query) : nullptr;
+        c.looks[i] = node.mask ? looks.row(unit.stream, head, query) : nullptr;
         c.slope[i] = node.slope(head);
     }
 }
 
-static void look_at_mask(attn_columns & c, int64_t first, int64_t n) {
-    uint16_t any_seen = 0, any_biased = 0;
-    for (int64_t i = 0; i < c.n && !(any_seen && any_biased); ++i) {
-        const ggml_fp16_t * mask = c.mask[i] + first;
-        uint16_t seen = 0, biased = 0;
-        for (int64_t j = 0; j < n; ++j) {
-            seen   |= mask[j] ^ GGML_CLEX_HIDDEN;
-            biased |= mask[j];
-        }
-        any_seen   |= seen;
-        any_biased |= biased;
+// where a tile of positions is
+static void look_at_mask(attn_columns & c, int64_t position) {
+    uint8_t any = 0;
+    for (int64_t i = 0; i < c.n; ++i) {
+        any |= c.looks[i][position/TILE];
     }
-    c.tile = !any_seen ? attn_columns::HIDDEN : any_biased ? attn_columns::MASKED : attn_columns::SEEN;
+    c.tile = !(any & mask_looks::SEEN) ? attn_columns::HIDDEN : any & mask_looks::BIASED ? attn_columns::MASKED : attn_columns::SEEN;
 }
 
 // soft cap and mask: scores of n positions from `first` on become logits
@@ -447,7 +535,8 @@ static void end_columns(attn_columns & c, const ggml_clex_node & node, const att
     }
 }
 
-static void run_unit(const ggml_clex_node & node, const attn_plan & plan, const attn_unit & unit, const attn_scratch & scratch) {
+static void run_unit(const ggml_clex_node & node, const attn_plan & plan, const attn_unit & unit, const attn_scratch & scratch,
+        const mask_looks & looks) {
     const int64_t size_k = plan.size_k;
     const int64_t size_v = plan.size_v;
 
@@ -458,18 +547,19 @@ static void run_unit(const ggml_clex_node & node, const attn_plan & plan, const 
     attn_tile_products tiles(size_k, size_v, scratch.tiles);
     const int64_t n_tiles = (unit.n_columns + TILE - 1)/TILE;
     for (int64_t t = 0; t < n_tiles; ++t) {
-        begin_columns(columns[t], node, plan, unit, scratch, t*TILE);
+        begin_columns(columns[t], node, plan, unit, scratch, looks, t*TILE);
         if (plan.in_tiles) {
             tiles.take_queries(t, columns[t].q);
         }
     }
 
+    row_fetcher next;
     for (int64_t first = 0; first < node.n_kv; first += TILE) {
         const int64_t n = std::min(TILE, node.n_kv - first);
         bool all_hidden = true;
         for (int64_t t = 0; t < n_tiles; ++t) {
             if (node.mask) {
-                look_at_mask(columns[t], first, n);
+                look_at_mask(columns[t], first);
             }
             all_hidden = all_hidden && columns[t].tile == attn_columns::HIDDEN;
         }
@@ -478,6 +568,7 @@ static void run_unit(const ggml_clex_node & node, const attn_plan & plan, const 
         }
         convert_tile(node.k, convert_k, first, n, unit.head_kv, unit.stream, scratch.k_tile, size_k);
         convert_tile(node.v, convert_v, first, n, unit.head_kv, unit.stream, scratch.v_tile, size_v);
+        next.begin(node, unit.head_kv, unit.stream, first + n, std::min(TILE, node.n_kv - first - n));
         if (plan.in_tiles) {
             tiles.take_keys(scratch.k_tile, n);
             tiles.take_values(scratch.v_tile, n);
@@ -491,14 +582,15 @@ static void run_unit(const ggml_clex_node & node, const attn_plan & plan, const 
             if (plan.in_tiles) {
                 tiles.scores(scratch.scores, t, n, c.n);
             } else {
-                product(scratch.scores, TILE, scratch.k_tile, size_k, 1, c.q, TILE, size_k, GGML_PAD(n, VEC_ROWS), GGML_PAD(c.n, VEC), false);
+                product(scratch.scores, TILE, scratch.k_tile, size_k, 1, c.q, TILE, size_k, GGML_PAD(n, VEC_ROWS), GGML_PAD(c.n, VEC), false,
+                    next);
             }
             make_logits(c, node.softcap, scratch.scores, first, n);
             soft_max(c, scratch.scores, n, size_v);
             if (plan.in_tiles) {
                 tiles.add_values(c.o, scratch.scores, n, c.n);
             } else {
-                product(c.o, size_v, scratch.scores, 1, TILE, scratch.v_tile, size_v, n, GGML_PAD(c.n, VEC_ROWS), size_v, true);
+                product(c.o, size_v, scratch.scores, 1, TILE, scratch.v_tile, size_v, n, GGML_PAD(c.n, VEC_ROWS), size_v, true, next);
             }
         }
     }
@@ -513,19 +605,22 @@ bool ggml_clex_attn_prefill(const ggml_compute_params * params, ggml_tensor * ds
         return false;
     }
     const ggml_clex_node node(dst);
-    const attn_plan      plan(node, ggml_clex_planned_threads(params->threadpool));
+    const int            n_planned = ggml_clex_planned_threads(params->threadpool);
+    const attn_plan      plan(node, n_planned);
     const attn_scratch   scratch(plan, (float *) params->wdata + params->ith*plan.size());
+    mask_looks           looks(node, (float *) params->wdata + n_planned*plan.size());
 
     if (params->ith == 0) {
         ggml_threadpool_chunk_set(params->threadpool, params->nth);
     }
+    looks.look(params->ith, params->nth);
     ggml_barrier(params->threadpool);
 
     if (plan.in_tiles) {
         attn_tile_products::begin();
     }
     for (int64_t unit = params->ith; unit < plan.n_units; unit = ggml_threadpool_chunk_add(params->threadpool, 1)) {
-        run_unit(node, plan, attn_unit(node, plan, unit), scratch);
+        run_unit(node, plan, attn_unit(node, plan, unit), scratch, looks);
     }
     if (plan.in_tiles) {
         attn_tile_products::end();
