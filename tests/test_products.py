@@ -177,9 +177,9 @@ def either(request):
     return request.getfixturevalue(request.param)
 
 
-@pytest.mark.parametrize("kind", QUANTIZED)
+@pytest.mark.parametrize("kind", [*QUANTIZED, "f16"])
 def test_numbers_that_are_none_stay_with_their_token(ggml, either, kind):
-    case = Case(kind=kind, rows=40, columns=512, tokens=30, threads=2)
+    case = Case(kind=kind, rows=40, columns=512, tokens=60, threads=2)
     tensors = ggml.make(case)
     expected = either.multiply(tensors)
     for bad in (np.nan, np.inf, -np.inf):
@@ -189,9 +189,9 @@ def test_numbers_that_are_none_stay_with_their_token(ggml, either, kind):
         np.testing.assert_array_equal(np.delete(found, 7, axis=1), np.delete(expected, 7, axis=1))
 
 
-@pytest.mark.parametrize("kind", QUANTIZED)
+@pytest.mark.parametrize("kind", [*QUANTIZED, "f16"])
 def test_tiny_activations_and_zeros(ggml, either, kind):
-    case = Case(kind=kind, rows=40, columns=256, tokens=30)
+    case = Case(kind=kind, rows=40, columns=256, tokens=60)
     tensors = ggml.make(case)
     tensors.x[0, :8] *= 1e-42
     tensors.x[0, 8] = 0

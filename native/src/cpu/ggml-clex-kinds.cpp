@@ -435,6 +435,48 @@ struct float_rows {
     }
 };
 
+#if defined(GGML_CLEX_PANEL_PAIRS)
+
+// F16 as numbers of 16 bits, see product_of_pairs
+struct pair_rows {
+    static void unpack(const weight_rows & rows, int64_t first, int64_t n, int64_t k, int64_t n_terms, panel & p) {
+        alignas(64) int8_t q[LANES][CHUNK] = {};
+        for (int64_t v = 0; v < VECTORS; ++v) {
+            for (int64_t lane = 0; lane < LANES; ++lane) {
+                const int64_t r = v*LANES + lane;
+                float x[CHUNK/2];
+                if (r < n) {
+                    to_f32((const ggml_fp16_t *) (rows.data + (first + r)*rows.row) + k, x, n_terms);
+                } else {
+                    memset(x, 0, sizeof(x));
+                }
+                for (int64_t i = 0; i < n_terms; i += 32) {
+                    p.d[i/32][r] = round_pairs(x + i, std::min<int64_t>(32, n_terms - i), (int16_t *) q[lane] + i);
+                }
+            }
+            transpose(q, p, v, GGML_PAD(n_terms, 32)*sizeof(int16_t), 0);
+        }
+    }
+
+    static void pack(const float * const * x, int64_t k, int64_t n_terms, char * y) {
+        using L = pair_layout;
+        for (int64_t i = 0; i < n_terms; i += 32, y += L::SIZE) {
+            for (int t = 0; t < TOKENS; ++t) {
+                static constexpr float zeros[32] = {};
+                ((float *) (y + L::D))[t] = x[t] ? round_pairs(x[t] + k + i, std::min<int64_t>(32, n_terms - i), (int16_t *) y + 32*t) :
+                    round_pairs(zeros, 32, (int16_t *) y + 32*t);
+            }
+        }
+    }
+
+    template <int T>
+    static void product(const panel & p, const char * a, float * c, int64_t c_row, int n, bool first) {
+        product_of_pairs<T>(p, a, c, c_row, n, first);
+    }
+};
+
+#endif
+
 //
 // tables of what is above
 //
@@ -588,6 +630,18 @@ static weight_kinds whole_kinds() {
 #endif
 }
 
+static weight_kinds f16_kinds() {
+    const weight_kind * tiles = float_tile_kind<ggml_fp16_t, true>();
+#if defined(GGML_CLEX_PANEL_PAIRS)
+    using F = vector_functions<pair_rows>;
+    static const weight_kind kind = { INT8_NAME, 1, sizeof(ggml_fp16_t), CHUNK/2, 1, clex_panel::ROWS, TOKENS, pair_layout::SIZE,
+        sizeof(panel), false, F::unpack, pair_rows::pack, F::product<>, nullptr, nullptr };
+    return { &kind, tiles, "ggml" };
+#else
+    return { float_vector_kind<ggml_fp16_t, float_dot>("float"), tiles, "ggml" };
+#endif
+}
+
 static weight_kinds bf16_kinds() {
 #if defined(GGML_CLEX_PANEL_BF16) // as ggml does
     return { float_vector_kind<ggml_bf16_t, bf16_dot>("avx512-bf16"), float_tile_kind<ggml_bf16_t, false>(), "ggml" };
@@ -600,7 +654,7 @@ static weight_kinds plain_kinds(ggml_type type) {
     using namespace clex_weights;
     switch (type) {
         case GGML_TYPE_F32:     return { float_vector_kind<float, float_dot>("float"), nullptr, "ggml" };
-        case GGML_TYPE_F16:     return { float_vector_kind<ggml_fp16_t, float_dot>("float"), float_tile_kind<ggml_fp16_t, true>(), "ggml" };
+        case GGML_TYPE_F16:     return f16_kinds();
         case GGML_TYPE_BF16:    return bf16_kinds();
         case GGML_TYPE_Q4_0:    return kinds<int8_rows<q4_0>>();
         case GGML_TYPE_Q4_1:    return kinds<int8_rows<q4_1>>();

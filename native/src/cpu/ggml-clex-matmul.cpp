@@ -284,8 +284,12 @@ static int64_t tokens_min(ggml_type type, int64_t n_terms) {
             return 16;
         case GGML_TYPE_BF16:
             return 64;
-        case GGML_TYPE_F16: // at best the units multiply F32, and with long sums ggml's products are as near to what they can do
+        case GGML_TYPE_F16:
+#if defined(GGML_CLEX_PANEL_PAIRS)
+            return n_terms > 256 ? 48 : 16;
+#else // at best the units multiply F32, and with long sums ggml's products are as near to what they can do
             return n_terms > 256 ? INT64_MAX : 64;
+#endif
         case GGML_TYPE_IQ1_S:
         case GGML_TYPE_IQ1_M:
             return 24;

@@ -7,6 +7,7 @@
 // blocks of 256. The sums over a block are exact integers, all else is F32. Each number of the result is summed in the same
 // order, whatever the other tokens and rows are.
 
+#include <cmath>
 #include <cstdint>
 #include <cstring>
 
@@ -61,6 +62,7 @@ static inline ivec dot(ivec sum, ivec w, ivec a) { return _mm512_dpbusd_epi32(su
 
 #define GGML_CLEX_PANEL_FOLDED
 static inline ivec dot_pairs(ivec sum, ivec w, ivec a) { return _mm512_dpwssd_epi32(sum, w, a); } // of 16-bit numbers
+#define GGML_CLEX_PANEL_PAIRS // for F16, twice as fast as F32
 
 #if defined(__AVX512BF16__)
 #define GGML_CLEX_PANEL_BF16
@@ -115,6 +117,33 @@ static inline float largest(const float * x, int64_t n) {
     float f;
     memcpy(&f, &y, 4);
     return f;
+}
+
+// n numbers, 32 at most, to 32 numbers of 16 bits, and what these are multiplied by. Their length as a vector is at most the root of 2^31, so that
+// no sum of products of two such blocks is more than 32 bits have: that leaves more bits to each than its worst case would.
+static inline float round_pairs(const float * x, int64_t n, int16_t * q) {
+    const uint32_t present = (uint32_t) ((1ull << n) - 1);
+    __m512 a[2];
+    for (int i = 0; i < 2; ++i) {
+        a[i] = _mm512_maskz_loadu_ps((__mmask16) (present >> 16*i), x + 16*i);
+    }
+    const __m512i magnitude = _mm512_set1_epi32(0x7fffffff);
+    const int32_t bits = _mm512_reduce_max_epi32(_mm512_max_epi32(_mm512_and_si512(_mm512_castps_si512(a[0]), magnitude),
+        _mm512_and_si512(_mm512_castps_si512(a[1]), magnitude)));
+    float max;
+    memcpy(&max, &bits, 4);
+    const bool is_zero = max < 1e-35f;
+    const float by = is_zero ? 0.0f : 1.0f/max;
+    for (int i = 0; i < 2; ++i) {
+        a[i] = _mm512_mul_ps(a[i], _mm512_set1_ps(by));
+    }
+    const float square = _mm512_reduce_add_ps(_mm512_fmadd_ps(a[0], a[0], _mm512_mul_ps(a[1], a[1])));
+    const float room   = 46330.0f/sqrtf(square); // rounding makes the vector longer by 3 at most
+    const float most   = room < 32767.0f ? room : 32767.0f;
+    for (int i = 0; i < 2; ++i) {
+        _mm256_storeu_si256((__m256i *) (q + 16*i), _mm512_cvtsepi32_epi16(_mm512_cvtps_epi32(_mm512_mul_ps(a[i], _mm512_set1_ps(most)))));
+    }
+    return is_zero ? 0.0f : max/most;
 }
 
 // 16 numbers times a factor, rounded, and their sum
@@ -615,6 +644,71 @@ static inline void product_whole(const panel & p, const char * a, float * c, int
         for (int v = 0; v < VECTORS; ++v) {
             float * y = c + t*c_row + v*LANES;
             f_store(y, first ? f_mul(sum[t][v], s) : f_fma(sum[t][v], s, f_load(y)));
+        }
+    }
+}
+
+#endif
+
+#if defined(GGML_CLEX_PANEL_PAIRS)
+
+// Weights and activations as numbers of 16 bits with a scale for each block of 32, see round_pairs. What is rounded is less than where
+// activations become F16.
+
+// 32 activations: numbers of each token, then the scales
+struct pair_layout {
+    static constexpr int D    = 64*TOKENS;
+    static constexpr int SIZE = D + 4*TOKENS;
+};
+
+// as `product`
+template <int T>
+static inline void product_of_pairs(const panel & p, const char * a, float * c, int64_t c_row, int n, bool first) {
+    fvec sum[T][VECTORS];
+    for (int t = 0; t < T; ++t) {
+        for (int v = 0; v < VECTORS; ++v) {
+            sum[t][v] = first ? f_zero() : f_load(c + t*c_row + v*LANES);
+        }
+    }
+    const int8_t * w = p.w[0][0];
+    for (int b = 0; b < n; ++b, a += pair_layout::SIZE) {
+        ivec x[T][VECTORS];
+#pragma GCC unroll 16
+        for (int t = 0; t < T; ++t) {
+#pragma GCC unroll 4
+            for (int v = 0; v < VECTORS; ++v) {
+                x[t][v] = i_zero();
+            }
+        }
+#pragma GCC unroll 16
+        for (int q = 0; q < 16; ++q) {
+            ivec y[VECTORS];
+#pragma GCC unroll 4
+            for (int v = 0; v < VECTORS; ++v) {
+                y[v] = w_load(w + v*4*LANES);
+            }
+            w += 4*ROWS;
+#pragma GCC unroll 16
+            for (int t = 0; t < T; ++t) {
+                const ivec z = a_load((const int8_t *) a + 64*t + 4*q);
+#pragma GCC unroll 4
+                for (int v = 0; v < VECTORS; ++v) {
+                    x[t][v] = dot_pairs(x[t][v], y[v], z);
+                }
+            }
+        }
+#pragma GCC unroll 4
+        for (int v = 0; v < VECTORS; ++v) {
+            const fvec scale = f_load(p.d[b] + v*LANES);
+#pragma GCC unroll 16
+            for (int t = 0; t < T; ++t) {
+                sum[t][v] = f_fma(f_from(x[t][v]), f_mul(scale, f_set((const float *) (a + pair_layout::D) + t)), sum[t][v]);
+            }
+        }
+    }
+    for (int t = 0; t < T; ++t) {
+        for (int v = 0; v < VECTORS; ++v) {
+            f_store(c + t*c_row + v*LANES, sum[t][v]);
         }
     }
 }
