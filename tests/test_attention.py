@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from helpers.flash_attention import QUANTIZED, TYPES, Case, Ggml, Library
-from helpers.kernel_libraries import libraries, tiles_in_software, tiles_of_processor
+from helpers.kernel_libraries import in_pairs, libraries, tiles_in_software, tiles_of_processor
 
 pytestmark = pytest.mark.native
 
@@ -25,6 +25,7 @@ FLOORS = {np.mean: 2e-6, np.max: 3e-5}
 ours, disabled, stock, ggml = libraries(Library, Ggml, GGML_CLEX_ATTN_DISABLE="1")
 tiles = tiles_in_software(Library)
 amx = tiles_of_processor(Library)
+pairs = in_pairs(Library)
 
 
 @st.composite
@@ -125,6 +126,32 @@ def test_prefill_in_tiles_does_not_depend_on_threads(ggml, tiles, case):
     for threads in (1, 2, 3):
         again = replace(tensors, case=replace(case, threads=threads))
         np.testing.assert_array_equal(tiles.attend(again), found, err_msg=str(threads))
+
+
+@given(case=cases(st.integers(9, 63)))
+@settings(max_examples=EXAMPLES, deadline=None)
+def test_prefill_in_pairs_is_as_exact_as_stock_with_f16(ggml, pairs, stock, case):
+    """So few queries stock computes with F16."""
+    check(ggml, pairs, stock, case)
+
+
+@given(case=cases(PREFILL))
+@settings(max_examples=EXAMPLES, deadline=None)
+def test_prefill_in_pairs_is_nearer_to_f32_than_f16_is(ggml, pairs, case):
+    tensors = ggml.make(case)
+    error = np.abs(pairs.attend(tensors) - ggml.reference(tensors))
+    for measure, floor in FLOORS.items():
+        assert measure(error) <= 100 * floor
+
+
+@given(case=cases(st.integers(9, 100)))
+@settings(max_examples=30, deadline=None)
+def test_prefill_in_pairs_does_not_depend_on_threads(ggml, pairs, case):
+    tensors = ggml.make(case)
+    found = pairs.attend(tensors)
+    for threads in (1, 2, 3):
+        again = replace(tensors, case=replace(case, threads=threads))
+        np.testing.assert_array_equal(pairs.attend(again), found, err_msg=str(threads))
 
 
 @given(case=cases(st.one_of(DECODE, PREFILL)))

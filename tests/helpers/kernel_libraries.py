@@ -44,6 +44,21 @@ def tiles_of_processor(library: type[Library]) -> Any:
     return amx
 
 
+def in_pairs(library: type[Library]) -> Any:
+    """A fixture of a module: ours with attention of prompts in numbers of 16 bits, where the CPU multiplies them."""
+    from clex_local.library.loading import library_path
+
+    @pytest.fixture(scope="module")
+    def pairs():
+        if not CPUINFO.exists() or "avx512_vnni" not in CPUINFO.read_text():
+            pytest.skip("this CPU has no AVX512-VNNI")
+        opened = library(library_path(), GGML_CLEX_ATTN_PAIRS="1", GGML_AMX_DISABLE="1")
+        yield opened
+        opened.close()
+
+    return pairs
+
+
 def libraries(library: type[Library], functions: type[Ggml], **switch: str) -> tuple[Any, Any, Any, Any]:
     """Fixtures of a module, each a library in a process of its own.
 

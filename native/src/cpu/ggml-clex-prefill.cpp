@@ -6,6 +6,7 @@
 
 #include "ggml-clex-prefill.h"
 #include "ggml-clex-node.h"
+#include "ggml-clex-pair-attn.h"
 #include "ggml-clex-threads.h"
 #include "ggml-clex-tile-attn.h"
 #include "ggml-clex-vec.h"
@@ -14,6 +15,7 @@
 #include "ggml-cpu.h"
 
 #include <algorithm>
+#include <cstdlib>
 
 #ifndef GGML_CLEX_NO_VEC
 
@@ -261,6 +263,92 @@ struct attn_tile_products {
 
 #endif
 
+#if defined(GGML_CLEX_PANEL_PAIRS)
+
+// Caches of F32 are for F32. What stock rounds to F16 is more exact here, but from 64 queries on it computes with F32: so this is for who asks for it.
+static bool takes_pairs(const ggml_clex_node & node) {
+    static const bool enabled = getenv("GGML_CLEX_ATTN_PAIRS") != nullptr;
+    return enabled && node.dk % clex_pairs::LANES == 0 && node.k->type != GGML_TYPE_F32 && node.v->type != GGML_TYPE_F32;
+}
+
+// of one thread, in its part of the work buffer; pairs of numbers of 16 bits, and what brings the sums back
+struct attn_pair_products {
+    int64_t size_k, size_v;
+    int32_t * q; // [COLUMNS/TILE][size_k/2][TILE]
+    int32_t * k; // [TILE][size_k/2]
+    int32_t * p; // [TILE/2][TILE]
+    int32_t * v; // [TILE/2][size_v]
+    float * q_back, * k_back, * p_back, * v_back;
+
+    static size_t size(bool in_pairs, int64_t size_k, int64_t size_v) { // in numbers of 4 bytes
+        return !in_pairs ? 0 : COLUMNS*(size_k/2 + 1) + TILE*(size_k/2 + 1) + TILE*(TILE/2 + 1) + size_v*(TILE/2 + 1);
+    }
+
+    attn_pair_products(int64_t size_k, int64_t size_v, float * room) : size_k(size_k), size_v(size_v) {
+        const auto take = [&](int64_t n) { float * x = room; room += n; return x; };
+        q = (int32_t *) take(COLUMNS*size_k/2);
+        k = (int32_t *) take(TILE*size_k/2);
+        p = (int32_t *) take(TILE*TILE/2);
+        v = (int32_t *) take(TILE/2*size_v);
+        q_back = take(COLUMNS);
+        k_back = take(TILE);
+        p_back = take(TILE);
+        v_back = take(size_v);
+    }
+
+    void take_queries(int64_t tile, const float * x) {
+        for (int64_t j = 0; j < TILE; j += clex_pairs::LANES) {
+            clex_pairs::pack_columns(x + j, TILE, size_k, q + tile*size_k/2*TILE + j, TILE, q_back + tile*TILE + j);
+        }
+    }
+    void take_keys(const float * x, int64_t n) { // whole blocks of them, as convert_tile leaves them
+        for (int64_t i = 0; i < GGML_PAD(n, VEC_ROWS); ++i) {
+            k_back[i] = clex_pairs::pack_row(x + i*size_k, size_k, k + i*size_k/2);
+        }
+    }
+    void take_values(const float * x, int64_t n) {
+        for (int64_t j = 0; j < size_v; j += clex_pairs::LANES) {
+            clex_pairs::pack_columns(x + j, size_v, n, v + j, size_v, v_back + j);
+        }
+    }
+
+    void scores(float * c, int64_t tile, int64_t n, int64_t n_columns, row_fetcher & next) const {
+        const float * back = q_back + tile*TILE;
+        clex_pairs::multiply<VEC_COLUMNS>(k, size_k/2, 1, q + tile*size_k/2*TILE, TILE, size_k/2, GGML_PAD(n, VEC_ROWS), GGML_PAD(n_columns, VEC), 0,
+            [&](int64_t i, int64_t j, vec x) { vec_store(c + i*TILE + j, vec_mul(x, vec_mul(vec_set(k_back[i]), vec_load(back + j)))); },
+            [&] { next.fetch(LINES); });
+    }
+    void add_values(float * o, const float * weights, int64_t n, int64_t n_columns, row_fetcher & next) {
+        for (int64_t j = 0; j < n_columns; j += clex_pairs::LANES) {
+            clex_pairs::pack_columns(weights + j, TILE, n, p + j, TILE, p_back + j);
+        }
+        clex_pairs::multiply<VEC_COLUMNS>(p, 1, TILE, v, size_v, (n + 1)/2, GGML_PAD(n_columns, VEC_ROWS), size_v, 0,
+            [&](int64_t i, int64_t j, vec x) {
+                float * y = o + i*size_v + j;
+                vec_store(y, vec_fma(x, vec_mul(vec_set(p_back[i]), vec_load(v_back + j)), vec_load(y)));
+            },
+            [&] { next.fetch(LINES); });
+    }
+};
+
+#else
+
+static bool takes_pairs(const ggml_clex_node &) {
+    return false;
+}
+
+struct attn_pair_products {
+    static size_t size(bool, int64_t, int64_t) { return 0; }
+    attn_pair_products(int64_t, int64_t, float *) {}
+    void take_queries(int64_t, const float *) {}
+    void take_keys(const float *, int64_t) {}
+    void take_values(const float *, int64_t) {}
+    void scores(float *, int64_t, int64_t, int64_t, row_fetcher &) const {}
+    void add_values(float *, const float *, int64_t, int64_t, row_fetcher &) {}
+};
+
+#endif
+
 // A unit is some heads of one KV head times some queries, its columns: column = head*n_queries + query.
 //
 //              column tile 0 (TILE)        column tile 1
@@ -278,9 +366,11 @@ struct attn_plan {
     int64_t n_head_blocks, n_query_blocks;
     int64_t n_units;
     bool    in_tiles;       // whether products are computed in tile registers
+    bool    in_pairs;       // or with numbers of 16 bits
 
     attn_plan(const ggml_clex_node & node, int n_threads) {
         in_tiles = takes_tiles(node);
+        in_pairs = !in_tiles && takes_pairs(node);
         size_k   = node.dk;
         size_v   = GGML_PAD(node.dv, in_tiles ? 16 : VEC);
 
@@ -308,7 +398,8 @@ struct attn_plan {
 
     // floats for one thread; the same for any number of threads, since there may turn out to be fewer than planned
     size_t size() const {
-        return n_columns*(size_k + size_v + 2) + TILE*(size_k + size_v + TILE) + attn_tile_products::size(in_tiles, size_k, size_v);
+        return n_columns*(size_k + size_v + 2) + TILE*(size_k + size_v + TILE) + attn_tile_products::size(in_tiles, size_k, size_v) +
+            attn_pair_products::size(in_pairs, size_k, size_v);
     }
 };
 
@@ -321,7 +412,7 @@ struct attn_scratch {
     float * o;
     float * max;
     float * sum;
-    float * tiles; // what attn_tile_products has
+    float * tiles; // what attn_tile_products or attn_pair_products has
 
     attn_scratch(const attn_plan & plan, float * next) {
         const auto take = [&](int64_t n) { float * x = next; next += n; return x; };
@@ -545,11 +636,14 @@ static void run_unit(const ggml_clex_node & node, const attn_plan & plan, const 
 
     attn_columns columns[COLUMNS/TILE];
     attn_tile_products tiles(size_k, size_v, scratch.tiles);
+    attn_pair_products pairs(size_k, size_v, scratch.tiles);
     const int64_t n_tiles = (unit.n_columns + TILE - 1)/TILE;
     for (int64_t t = 0; t < n_tiles; ++t) {
         begin_columns(columns[t], node, plan, unit, scratch, looks, t*TILE);
         if (plan.in_tiles) {
             tiles.take_queries(t, columns[t].q);
+        } else if (plan.in_pairs) {
+            pairs.take_queries(t, columns[t].q);
         }
     }
 
@@ -572,6 +666,9 @@ static void run_unit(const ggml_clex_node & node, const attn_plan & plan, const 
         if (plan.in_tiles) {
             tiles.take_keys(scratch.k_tile, n);
             tiles.take_values(scratch.v_tile, n);
+        } else if (plan.in_pairs) {
+            pairs.take_keys(scratch.k_tile, n);
+            pairs.take_values(scratch.v_tile, n);
         }
 
         for (int64_t t = 0; t < n_tiles; ++t) {
@@ -581,6 +678,8 @@ static void run_unit(const ggml_clex_node & node, const attn_plan & plan, const 
             }
             if (plan.in_tiles) {
                 tiles.scores(scratch.scores, t, n, c.n);
+            } else if (plan.in_pairs) {
+                pairs.scores(scratch.scores, t, n, c.n, next);
             } else {
                 product(scratch.scores, TILE, scratch.k_tile, size_k, 1, c.q, TILE, size_k, GGML_PAD(n, VEC_ROWS), GGML_PAD(c.n, VEC), false,
                     next);
@@ -589,6 +688,8 @@ static void run_unit(const ggml_clex_node & node, const attn_plan & plan, const 
             soft_max(c, scratch.scores, n, size_v);
             if (plan.in_tiles) {
                 tiles.add_values(c.o, scratch.scores, n, c.n);
+            } else if (plan.in_pairs) {
+                pairs.add_values(c.o, scratch.scores, n, c.n, next);
             } else {
                 product(c.o, size_v, scratch.scores, 1, TILE, scratch.v_tile, size_v, n, GGML_PAD(c.n, VEC_ROWS), size_v, true, next);
             }
