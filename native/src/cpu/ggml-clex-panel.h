@@ -408,7 +408,7 @@ static inline void pack_activations(const float * const * x, int64_t k, int64_t 
 }
 
 // c[tokens][c_row] += panel*activations for T of the tokens and n blocks of 32. PARTS blocks of weights in 32. WIDE: activations have one scale
-// for all n blocks.
+// for all n blocks. In one function, long as it is: sums and products stay in registers only where the compiler sees all their uses.
 template <int T, int PARTS, bool MIN, bool WIDE>
 static inline void product(const panel & p, const char * a, float * c, int64_t c_row, int n, bool first) {
     using L = layout<PARTS, MIN>;
