@@ -136,6 +136,23 @@ def test_chunked_positions_skip_at_most_three_times():
     assert max(ends) > 12 * 8 - 6
 
 
+@pytest.mark.parametrize("kind", ["random", "uniform", "chunked"])
+@pytest.mark.parametrize("factor", [1, 4])
+def test_short_sequences_reach_the_positions_of_the_span(kind, factor):
+    """Those of a sequence of 40 tokens, at t = 1 too; a span that is shorter than the sequence changes nothing."""
+    generator = torch.Generator()
+    ends = []
+    for seed in range(100):
+        drawn = draw_positions(kind, 10, 40, factor, generator.manual_seed(seed), span=40)
+        assert len(drawn) == 10
+        assert drawn[0] == 0
+        assert (drawn.diff() >= 1).all()
+        ends.append(float(drawn[-1]))
+    assert 40 * factor - 8 < max(ends) <= 40 * factor - 1
+    whole, same = (draw_positions(kind, 10, 40, factor, generator.manual_seed(1), span=s) for s in (None, 10))
+    torch.testing.assert_close(whole, same, rtol=0, atol=0)
+
+
 def test_draws_depend_on_the_key_alone():
     sampler = PositionSampler("random", 64, 16, 3, seed=5)
     positions, factors = sampler.draw(7, 20, 3, 0, 0)
@@ -536,7 +553,7 @@ def test_two_processes(base, text, tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ("", "there is nothing to train on; give --text or --dataset"),
+        ("", "there is nothing to train on; give --text, --dataset or --chat"),
         ("--text {missing}", "missing: no such file"),
         ("--text {binary}", "binary: is not UTF-8 text"),
         ("--text {short}", "shorter than one sequence of 64 tokens"),
@@ -589,7 +606,7 @@ def test_wrong_usage_is_one_line(base, tmp_path, arguments):
 
 def test_errors_of_the_library_name_its_arguments(base, text, tmp_path):
     for options, message in (
-        (dict(), "give `text` or `dataset`"),
+        (dict(), "give `text`, `dataset` or `chat`"),
         (dict(text=[text], merge=True), "`merge` need `lora_rank`"),
         (dict(text=[text], length=10**6), "a smaller `length`"),
     ):

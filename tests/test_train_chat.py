@@ -1,0 +1,285 @@
+"""Conversations to train on: what is learned of them, how long they may be, what is refused, and those for practice."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from click.testing import CliRunner
+from safetensors.torch import load_file
+
+from clex_train import TrainError
+from clex_train.chat import IGNORED, labelled, load_conversations, pad
+from clex_train.cli import main
+from clex_train.model import load_model
+from clex_train.practice import conversations
+from clex_train.practice import main as practice
+from clex_train.train import train
+from helpers.tiny_models import make_model
+
+pytestmark = [pytest.mark.train, pytest.mark.folders]
+
+CHATML = (
+    "{% for message in messages %}{% if loop.first and message.role != 'system' %}<|im_start|>system\nBe brief."
+    "<|im_end|>\n{% endif %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+LLAMA_3 = (
+    "{{ bos_token }}{% for message in messages %}<|start_header_id|>{{ message.role }}<|end_header_id|>\n\n"
+    "{{ message.content | trim }}<|eot_id|>{% endfor %}"
+    "{% if add_generation_prompt %}<|start_header_id|>assistant<|end_header_id|>\n\n{% endif %}"
+)
+# With a space and nothing special between question and answer, and the end of the text behind an answer.
+INST = (
+    "{% for message in messages %}{% if message.role == 'user' %}[INST] {{ message.content }} [/INST]"
+    "{% elif message.role == 'system' %}{{ raise_exception('no system messages') }}"
+    "{% else %} {{ message.content }}{{ eos_token }}{% endif %}{% endfor %}"
+)
+TOKENS = ("<|im_start|>", "<|im_end|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")
+LONG = [
+    {"role": "user", "content": "How many?"},
+    {"role": "assistant", "content": "Two,\n\nnaïvely \N{GRINNING FACE}"},
+    {"role": "user", "content": "Two,\n\nnaïvely \N{GRINNING FACE}"},
+    {"role": "assistant", "content": "Two, yes."},
+]
+
+
+def tokenizer_with(golden_dir, template: str | None) -> Any:
+    tokenizer = transformers.AutoTokenizer.from_pretrained(golden_dir("phi2"))
+    tokenizer.add_tokens(list(TOKENS), special_tokens=True)
+    tokenizer.chat_template = template
+    return tokenizer
+
+
+def parts(row: dict[str, list[int]], tokenizer: Any) -> list[tuple[bool, str]]:
+    """The text of a row in pieces, and whether each is learned."""
+    assert all(label in (IGNORED, token) for token, label in zip(row["input_ids"], row["labels"], strict=True))
+    grouped = itertools.groupby(zip(row["input_ids"], row["labels"], strict=True), key=lambda one: one[1] != IGNORED)
+    return [(learned, tokenizer.decode([token for token, _ in group])) for learned, group in grouped]
+
+
+# what is learned
+
+
+@pytest.mark.parametrize(
+    ("template", "expected"),
+    [
+        (
+            CHATML,
+            [
+                "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\n{0}<|im_end|>\n<|im_start|>assistant\n",
+                "{1}<|im_end|>",
+                "\n<|im_start|>user\n{2}<|im_end|>\n<|im_start|>assistant\n",
+                "{3}<|im_end|>",
+                "\n",
+            ],
+        ),
+        (
+            LLAMA_3,
+            [
+                "{bos}<|start_header_id|>user<|end_header_id|>\n\n{0}<|eot_id|>"
+                "<|start_header_id|>assistant<|end_header_id|>\n\n",
+                "{1}<|eot_id|>",
+                "<|start_header_id|>user<|end_header_id|>\n\n{2}<|eot_id|>"
+                "<|start_header_id|>assistant<|end_header_id|>\n\n",
+                "{3}<|eot_id|>",
+            ],
+        ),
+        (INST, ["[INST] {0} [/INST]", " {1}{eos}", "[INST] {2} [/INST]", " {3}{eos}"]),
+    ],
+    ids=["ChatML", "Llama 3", "INST"],
+)
+def test_answers_and_the_tokens_that_end_them_are_learned_alone(golden_dir, template, expected):
+    """Of an answer that a user repeats, too, and with characters that are several tokens."""
+    tokenizer = tokenizer_with(golden_dir, template)
+    words = [message["content"] for message in LONG]
+    found = parts(labelled(LONG, tokenizer), tokenizer)
+    wanted = [part.format(*words, bos=tokenizer.bos_token, eos=tokenizer.eos_token) for part in expected]
+    assert [text for _, text in found] == wanted
+    assert [learned for learned, _ in found] == [index % 2 == 1 for index in range(len(wanted))]
+
+
+def test_an_answer_that_begins_the_conversation(golden_dir):
+    tokenizer = tokenizer_with(golden_dir, LLAMA_3)
+    found = parts(labelled(LONG[1:], tokenizer), tokenizer)
+    assert [text for learned, text in found if learned] == [f"{LONG[k]['content']}<|eot_id|>" for k in (1, 3)]
+
+
+def test_padding_has_no_label(golden_dir):
+    rows = [{"input_ids": [1, 2, 3], "labels": [1, 2, 3]}, {"input_ids": [4], "labels": [4]}]
+    batch = pad(rows, 5)
+    assert batch["input_ids"].shape == (2, 3)
+    assert batch["labels"].tolist() == [[IGNORED, 2, 3], [IGNORED] * 3]
+    with pytest.raises(TrainError, match="makes token 4, the model has a vocabulary of 4 only"):
+        pad(rows, 4)
+
+
+def test_padded_rows_are_learned_as_they_are_alone(base, tmp_path, monkeypatch):
+    """The loss of a batch is that of its answers' tokens, each in its own row."""
+    seen: dict[str, Any] = {}
+    step = transformers.Trainer.training_step
+
+    def kept(self, model, inputs, items=None):
+        seen.update(inputs, loss=step(self, model, inputs, items))
+        return seen["loss"]
+
+    path = written(tmp_path, [LONG, LONG[:2]])
+    with monkeypatch.context() as patch:
+        patch.setattr(transformers.Trainer, "training_step", kept)
+        options = dict(no_clex=True, positions="none", max_steps=1, batch_size=2, bf16=False, length=200)
+        train(base, tmp_path / "out", chat=[path], **options)
+    model, losses = load_model(base), []
+    with torch.no_grad():
+        for ids, labels in zip(seen["input_ids"], seen["labels"], strict=True):
+            size = int((labels != IGNORED).nonzero().max()) + 1
+            losses.append(
+                torch.nn.functional.cross_entropy(
+                    model(ids[None, :size]).logits[0, :-1], labels[1:size], ignore_index=IGNORED, reduction="none"
+                )
+            )
+    learned = torch.cat([one[one != 0] for one in losses])
+    assert len(learned) == int((seen["labels"] != IGNORED).sum())
+    assert float(seen["loss"]) == pytest.approx(float(learned.mean()), rel=1e-4)
+
+
+# files
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory, golden_dir) -> Path:
+    """A tiny LLaMA that has a template."""
+    folder = tmp_path_factory.mktemp("base") / "base"
+    make_model("Llama", dict(hidden_size=64, intermediate_size=96), folder, golden_dir("llama"))
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    tokenizer.chat_template = INST
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def written(folder: Path, made: list[Any]) -> Path:
+    path = folder / "chat.jsonl"
+    path.write_text("".join(json.dumps({"messages": messages}) + "\n\n" for messages in made), encoding="utf-8")
+    return path
+
+
+def test_longer_conversations_are_left_out_and_said(golden_dir, tmp_path):
+    tokenizer, lines = tokenizer_with(golden_dir, CHATML), []
+    path = written(tmp_path, [LONG, LONG[:2], LONG[2:]])
+    whole = [labelled(messages, tokenizer) for messages in (LONG[:2], LONG[2:])]
+    length = max(len(row["input_ids"]) for row in whole)
+    assert load_conversations([path], tokenizer, length, lines.append) == whole
+    assert lines == [f"1 of 3 conversations are longer than {length} tokens and are left out"]
+    with pytest.raises(TrainError, match=r"none of the 3 conversations fits into 5 tokens; give a larger `length`"):
+        load_conversations([path], tokenizer, 5, lines.append)
+
+
+def test_conversations_train_a_model(base, tmp_path):
+    path = written(tmp_path, [LONG, LONG[:2]] * 4)
+    options = dict(length=200, max_factor=3, time_dt=1.0, batch_size=2, learning_rate=3e-3, warmup_ratio=0.0, epochs=3)
+    lines: list[str] = []
+    result = train(base, tmp_path / "out", chat=[path], log_steps=1, report=lines.append, **options)
+    losses = [float(line.split("loss ")[1].split(",")[0]) for line in lines]
+    assert result.steps == 12
+    assert losses[-1] < losses[0] - 0.5
+    before, after = (load_file(folder / "model.safetensors") for folder in (base, result.path))
+    assert (after["model.norm.weight"] != before["model.norm.weight"]).any()
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ('{"messages": [', "chat.jsonl: line 3: is not JSON"),
+        ("[]", 'line 3: is no object with a list of "messages"'),
+        ('{"messages": []}', 'line 3: is no object with a list of "messages"'),
+        ('{"messages": [{"role": "robot", "content": "x"}]}', "line 3: the role 'robot' is unknown; known: system, "),
+        ('{"messages": ["x"]}', "line 3: the role None is unknown"),
+        ('{"messages": [{"role": "user", "content": 1}]}', "line 3: the content of a message of the user is not text"),
+        ('{"messages": [{"role": "user", "content": "x"}]}', "line 3: has no message of the assistant"),
+        ('{"messages": [{"role": "assistant", "content": " "}]}', "line 3: a message of the assistant is empty"),
+        (
+            '{"messages": [{"role": "system", "content": "x"}, {"role": "assistant", "content": "y"}]}',
+            "line 3: the chat template refused the conversation (no system messages)",
+        ),
+        (b"\xff", "chat.jsonl: is not UTF-8 text"),
+    ],
+)
+def test_a_line_that_is_no_conversation(base, tmp_path, line, message):
+    path = written(tmp_path, [LONG])
+    with path.open("ab") as file:
+        file.write(line if isinstance(line, bytes) else line.encode())
+    output = refused(base, tmp_path / "out", "--chat", path)
+    assert message in output
+
+
+def refused(*arguments: Any) -> str:
+    """The one line that clex-train ends with."""
+    result = CliRunner().invoke(main, [str(argument) for argument in arguments])
+    assert result.exit_code == 1, result.output
+    assert len(result.output.splitlines()) == 1, result.output
+    assert not Path(arguments[1]).exists()
+    return result.output
+
+
+def test_models_and_options_that_do_not_go_with_conversations(base, tmp_path, golden_dir):
+    path = written(tmp_path, [LONG])
+    assert "missing: no such file" in refused(base, tmp_path / "out", "--chat", tmp_path / "missing")
+    assert "--chat is trained by itself, without --text" in refused(
+        base, tmp_path / "out", "--chat", path, "--text", path
+    )
+    for template, message in (
+        (None, "has no chat template"),
+        ("{{ messages[0].content | upper }}", "the chat template changes message 2, so that the answer is not to be"),
+    ):
+        with pytest.raises(TrainError, match=message):
+            load_conversations([path], tokenizer_with(golden_dir, template), 100, print)
+
+
+# practice
+
+
+def test_practice_has_the_answers_in_its_contexts(golden_dir):
+    tokenizer = tokenizer_with(golden_dir, CHATML)
+    text = "\n\n".join(f"Paragraph {n} is about\nnothing." for n in range(50))
+    made = list(conversations(tokenizer, 12, 1500, text=text, seed=1))
+    assert made == list(conversations(tokenizer, 12, 1500, text=text, seed=1))
+    assert made != list(conversations(tokenizer, 12, 1500, text=text, seed=2))
+    sizes = [len(labelled(one["messages"], tokenizer)["input_ids"]) for one in made]
+    assert max(sizes) <= 1500
+    assert max(sizes) > 2 * min(sizes)
+    for index, one in enumerate(made):
+        asked, answer = (message["content"] for message in one["messages"])
+        lines = asked.splitlines()
+        if index % 3 == 0:
+            assert answer in lines
+            assert "is about nothing." in asked
+            assert sum(line.startswith("The number of the ") for line in lines) == 4
+        elif index % 3 == 1:
+            key, value = re.fullmatch(r"The value of (\S+) is (\d+)\.", answer).groups()
+            assert lines.count(f"{key}: {value}") == 1
+        else:
+            count, word = re.fullmatch(r"(\d+) lines are the word (\w+)\.", answer).groups()
+            assert lines.count(word) == int(count)
+
+
+def test_practice_is_written_for_training(base, tmp_path):
+    arguments = [str(base), str(tmp_path / "practice.jsonl"), "--count", "4", "--tokens", "1024"]
+    done = CliRunner().invoke(practice, arguments)
+    assert done.exit_code == 0, done.output
+    tokenizer = transformers.AutoTokenizer.from_pretrained(base)
+    assert len(load_conversations([tmp_path / "practice.jsonl"], tokenizer, 1024, print)) == 4
+    again = CliRunner().invoke(practice, arguments)
+    assert (again.exit_code, "already exists" in again.output) == (1, True)
+    arguments[1] = str(tmp_path / "other.jsonl")
+    failed = CliRunner().invoke(practice, [*arguments, "--text", str(tmp_path / "missing")])
+    assert (failed.exit_code, failed.output.count("\n")) == (1, 1), failed.output
+    assert "missing: is no text that can be read" in failed.output
+    assert os.listdir(tmp_path) == ["practice.jsonl"]
+    with pytest.raises(TrainError, match="a task does not fit into 40 tokens; give a larger `tokens`"):
+        list(conversations(tokenizer, 3, 40))
