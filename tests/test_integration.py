@@ -227,7 +227,7 @@ print(json.dumps([[text, isinstance(model, clex_local.Llama), llama_clex.seq_buc
 
 
 def needs(*modules: str) -> None:
-    """Skip, which the summary of the tests shows, where a framework of requirements-dev.txt is missing."""
+    """Skip, which the summary of the tests shows, where a framework of requirements-frameworks.txt is missing."""
     for module in modules:
         pytest.importorskip(module.partition(".")[0])
         if find_spec(module) is None:
