@@ -7,6 +7,7 @@ import os
 import platform
 import subprocess
 import tempfile
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -65,6 +66,7 @@ class PrefillOptions:
     tokens: int = option(16, "Tokens decoded in a turn.", minimum=1)
     rounds: int = option(5, "Turns of each side.", minimum=2)
     limit: float = option(30, "Seconds after which a comparison has no more rounds.")
+    pause: float = option(0.3, "Seconds before each turn, in which threads of the side before stop spinning.")
     threads: int | None = option(None, "Threads to compute with.", default_text="the physical cores", minimum=1)
     other_threads: Sequence[int] = option(
         (), "Threads of which our prefill is compared to that with `threads`. Repeatable.", minimum=1
@@ -170,6 +172,15 @@ def compare_threads(side: Side, name: str, options: PrefillOptions, threads: int
     side.ask("threads", threads)
 
 
+def rested(pause: float, side: Side | OtherSide, *order: Any) -> float:
+    """What a side answers to an order that it gets after a pause.
+
+    Without one our threads take those of the side before, which spin for a while, for other programs, and make way.
+    """
+    time.sleep(pause)
+    return side.ask(*order)
+
+
 def compare(model: Path, name: str, options: PrefillOptions, peak: Peak, other: Path | None, long: bool) -> None:
     """Let the sides take turns with one model, and print a row for each measurement."""
     threads = options.threads or default_threads()
@@ -187,7 +198,7 @@ def compare(model: Path, name: str, options: PrefillOptions, peak: Peak, other: 
         for side in sides.values():
             side.ask("fill", depth)
         asked: dict[str, Callable[[], float]] = {
-            who: partial(side.ask, method, depth, count) for who, side in sides.items()
+            who: partial(rested, options.pause, side, method, depth, count) for who, side in sides.items()
         }
         seconds = in_turns(asked, options.rounds, warm_up=1, limit=options.limit)
         ours = median(seconds["ours"])
