@@ -42,7 +42,10 @@ def base() -> Path:
     places = dict(gguf_file="SmolLM2-135M-Instruct.Q4_1.gguf")
     temporary = FOLDER / ".base"
     source = str(Path(package.origin).parent)
-    AutoModelForCausalLM.from_pretrained(source, dtype=torch.float16, **places).save_pretrained(temporary)
+    model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float16, **places)
+    model.hf_quantizer = None  # its tensors are read as numbers, yet release 5 takes it for quantized
+    vars(model.config).pop("quantization_config", None)
+    model.save_pretrained(temporary)
     AutoTokenizer.from_pretrained(source, **places).save_pretrained(temporary)
     (temporary / "tokenizer.model").unlink(missing_ok=True)  # a copy of the GGUF file
     return temporary.rename(folder)

@@ -24,7 +24,8 @@ from clex_train.layer import ClexLayer, ClexSettings
 from clex_train.model import add_clex, clex_layer, load_model
 from clex_train.saving import save_model
 from clex_train.solution import trained_states
-from helpers.low_level import F32, GPU_LAYERS
+from helpers.device import llama_arguments
+from helpers.low_level import F32
 from helpers.tiny_models import LENGTH, Reference, kind_of, make_model
 from test_architectures import MODELS
 
@@ -301,7 +302,7 @@ def test_runtime_gives_the_models_logits(golden_dir, ids, tmp_path, dynamics):
     model = load_model(tmp_path / "out").eval()
     assert clex_layer(model).settings.dynamics == dynamics
     path = clex_convert.convert(tmp_path / "out", tmp_path / "m.gguf", outtype="f32").path
-    llm = Llama(str(path), n_ctx=256, logits_all=True, verbose=False, n_gpu_layers=GPU_LAYERS, type_k=F32, type_v=F32)
+    llm = Llama(str(path), n_ctx=256, logits_all=True, verbose=False, type_k=F32, type_v=F32, **llama_arguments())
     for n in (40, 100, 150, 240):
         llm.reset()
         llm.eval(ids[0, :n].tolist())
