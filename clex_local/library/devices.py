@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from clex_local.errors import ClexError
-from clex_local.library.loading import library_file, library_path, load_ggml
+from clex_local.library.loading import library_file, library_path, load_backends, load_ggml
 
 _GPU, _INTEGRATED_GPU = 1, 2  # of enum ggml_backend_dev_type
 _ADDRESS = re.compile(r"[^\s:,/]+:(\d{1,5})")
@@ -94,7 +94,6 @@ def _ggml() -> Any:
     library, base = ctypes.CDLL(str(library_path() / library_file("ggml"))), load_ggml()
     pointer, size, text = ctypes.c_void_p, ctypes.c_size_t, ctypes.c_char_p
     for where, function, result, *arguments in (
-        (library, "ggml_backend_load_all", None),
         (library, "ggml_backend_reg_count", size),
         (library, "ggml_backend_reg_by_name", pointer, text),
         (library, "ggml_backend_dev_count", size),
@@ -106,6 +105,5 @@ def _ggml() -> Any:
     ):
         called = getattr(where, function)
         called.restype, called.argtypes = result, arguments
-    if not library.ggml_backend_reg_count():  # they are libraries of their own
-        library.ggml_backend_load_all()
+    load_backends(library_path())
     return library

@@ -116,19 +116,24 @@ def _load_ours(extensions: Any) -> None:
             directory = library_path()
         library = load(name, directory)
         if name == "llama":
-            _load_backends(directory)
+            load_backends(directory)
         return library
 
     extensions.load_shared_library = load_shared_library
 
 
-def _load_backends(directory: Path) -> None:
-    """Load the backends where they are libraries of their own, as in wheels: not every program has llama.cpp do it."""
+def load_backends(directory: Path) -> None:
+    """Load the backends where they are libraries of their own, as in wheels, and print nothing of it.
+
+    Not every program has llama.cpp do it.
+    """
     import ctypes
 
     path = directory / library_file("ggml")
     ggml = ctypes.CDLL(str(path)) if path.is_file() else None
     if ggml is None or hasattr(ggml, "ggml_backend_cpu_reg"):  # that is of a library that it depends on
+        return
+    if ggml.ggml_backend_reg_count():  # somebody did
         return
     base = load_ggml()
     quiet = ctypes.CFUNCTYPE(None, ctypes.c_int, ctypes.c_char_p, ctypes.c_void_p)(lambda *_: None)
