@@ -19,7 +19,7 @@ from clex_local.session.saved_session import SavedSession, SessionError, Session
 
 pytestmark = pytest.mark.chat
 
-ODD = 'A "quoted"\n[\n 1,\n 2\n]\t\x1b[31m\u2028 \U0001fae0 <|im_end|> \ufdd0'
+ODD = 'A "quoted"\n[\n 1,\n 2\n] [ 1, 2,  3 ] [\u2028 4 ]\t\x1b[31m\u2028 \U0001fae0 <|im_end|> \ufdd0'
 
 
 def conversation(**changes) -> SavedSession:
@@ -33,7 +33,7 @@ def conversation(**changes) -> SavedSession:
             Exchange(ODD, "Yes.", [1, 22, 333], "stop", [AttachedFile("/a b.txt", 5, "ab" * 32)]),
             Exchange("And?", "", [], "length"),
         ],
-        unanswered=Exchange("Still there?"),
+        unanswered=Exchange("Files: [ 1, 2 ]\n\nStill there?", typed_from=17),
         began="2026-01-01T00:00:00",
     )
     return SavedSession(**values | changes)
@@ -257,6 +257,7 @@ def test_what_becomes_of_attached_files(tmp_path):
     assert file.change() == "has changed"
     assert AttachedFile.of(path) is None
     assert AttachedFile.of(tmp_path / "none") is None
+    assert AttachedFile("a\0b", 5, "").change() == "is gone"
 
 
 def test_sessions_are_listed_the_last_one_first(tmp_path):

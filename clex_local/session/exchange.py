@@ -39,7 +39,7 @@ class AttachedFile:
         """What has become of it, in words; None where it is as it was."""
         try:
             size = os.stat(self.path).st_size
-        except OSError:
+        except (OSError, ValueError):  # a NUL in a path
             return "is gone"
         if size == self.size and (now := self.of(self.path)) is not None and now.sha256 == self.sha256:
             return None

@@ -22,7 +22,7 @@ _RUN: dict[str, type] = {
     "flash_attn": bool,
     "extend": str,
 }  # options of the run that are kept
-_NUMBERS = re.compile(r"\[\s+(\d+(?:,\s+\d+)*)\s+\]")
+_NUMBERS = re.compile(r"\[\n *(\d+(?:,\n *\d+)*)\n *\]")  # no text in JSON has a line end
 
 
 class SessionError(ClexError):
@@ -90,7 +90,7 @@ class SavedSession:
     def text(self) -> str:
         """The file's text."""
         value = {"format": FORMAT, "version": VERSION, **asdict(self)}
-        # Tokens in one line, and not in a line each. No text in JSON has a line end.
+        # Tokens in one line, and not in a line each.
         return _NUMBERS.sub(_in_one_line, json.dumps(value, ensure_ascii=False, indent=1)) + "\n"
 
     @classmethod
