@@ -104,6 +104,17 @@ def test_oldest_turns_are_summed_up(llm, monkeypatch, capsys):
     assert session.last.completion_tokens
     chat.turn("Go on.")
     assert session.last.prefill_tokens < 40
+    # What it tells of is not told any more when that is taken back.
+    while len(session.exchanges) > session.left_out:
+        do(chat, "/undo")
+    assert session.summary
+    do(chat, "/undo")
+    assert (session.summary, session.left_out) == ("", 0)
+    assert SUMMARY not in str(session.messages)
+    while session.exchanges:
+        do(chat, "/undo")
+    chat.turn("Hello.")
+    assert [message["content"] for message in session.messages[:2]] == ["Be brief.", "Hello."]
 
 
 def test_message_that_fits_nowhere_changes_nothing(llm, monkeypatch, capsys):

@@ -175,7 +175,8 @@ class Session:
                "left_out": self.left_out, "summary": self.summary}  # fmt: skip
         wanted = now | changes
         if len(wanted["exchanges"]) < wanted["left_out"]:
-            wanted |= {"left_out": len(wanted["exchanges"])}
+            # A summary would tell of what was taken back; what is left may fit again.
+            wanted |= {"left_out": 0, "summary": ""}
         self.resume(**wanted)
 
     def undo(self) -> Exchange | None:
