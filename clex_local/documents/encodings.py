@@ -85,6 +85,11 @@ def _recognised(data: bytes, name: str, hint: str | None, error: UnicodeDecodeEr
             return data.decode(hint), f"read as {hint}"
         except (UnicodeDecodeError, LookupError):
             pass
+    text = data.decode("utf-8", "replace")
+    errors = text.count("\ufffd")
+    # Hardly any character of another encoding happens to be one in UTF-8.
+    if len(text) - len(text.encode("ascii", "ignore")) > 10 * errors:
+        return text, f"damaged UTF-8: {errors:,} character{'s' * (errors != 1)} cannot be read"
     try:
         from charset_normalizer import from_bytes
     except ImportError:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
+_STAR, _FOLDERS = "[^/]*", "(?:.*/)?"
 _LONGEST = 1 << 20  # bytes of a .gitignore that are read
 
 
@@ -76,16 +78,18 @@ def _rule(line: str) -> _Rule | None:
 
 def glob_pattern(text: str) -> str:
     """The regular expression of a pattern in which ``*`` is within a name and ``**`` is any folders."""
-    parts, at = [], 0
+    parts: list[str] = []
+    at = 0
     while at < len(text):
         if text.startswith("**/", at):
-            parts.append("(?:.*/)?")
+            if parts[-1:] != [_FOLDERS]:
+                parts.append(_FOLDERS)
             at += 3
         elif text[at:] == "**" and (at == 0 or text[at - 1] == "/"):
             parts.append(".*")
             at += 2
         elif text[at] == "*":
-            parts.append("[^/]*")
+            parts.append(_STAR)
             at += 1
         elif text[at] == "?":
             parts.append("[^/]")
@@ -98,4 +102,21 @@ def glob_pattern(text: str) -> str:
             at += text[at] == "\\" and at + 1 < len(text)
             parts.append(re.escape(text[at]))
             at += 1
-    return "".join(parts)
+    return "".join(_at_once(parts))
+
+
+def _at_once(parts: list[str]) -> Iterator[str]:
+    """The parts, so that what several ``*`` of a name stand for is not tried again and again.
+
+    What stands between two of them may as well be found where it comes first.
+    """
+    at = 0
+    while at < len(parts):
+        stops = (index for index in range(at + 1, len(parts)) if parts[index] in (_STAR, _FOLDERS, "/"))
+        end = next(stops, len(parts)) if parts[at] == _STAR else at + 1
+        between = "".join(parts[at + 1 : end])
+        if parts[at] == _STAR and parts[end : end + 1] == [_STAR]:
+            yield f"(?=(?P<s{at}>[^/]*?{between}))(?P=s{at})"
+        else:
+            yield parts[at] + between
+        at = end

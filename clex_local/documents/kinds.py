@@ -49,7 +49,7 @@ _HERE = "clex_local.documents"
 
 # The first that fits counts. What none fits is text, in some encoding.
 KINDS = [
-    Kind("a PDF file", _begins(rb".{0,1000}?%PDF-"), media=("application/pdf",), reader=f"{_HERE}.pdf"),
+    Kind("a PDF file", _begins(rb"(?:.{0,1000}?[^ -~])?%PDF-\d"), media=("application/pdf",), reader=f"{_HERE}.pdf"),
     Kind("an old or an encrypted Office file", _begins(rb"\xd0\xcf\x11\xe0"), advice="save it as .docx, not encrypted"),
     Kind("a Rich Text file", _begins(rb"\{\\rtf"), advice="save it as .docx or text"),
     Kind("a model", _begins(rb"GGUF"), advice="models are named without -f"),
