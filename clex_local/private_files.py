@@ -4,8 +4,29 @@ from __future__ import annotations
 
 import os
 import secrets
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
+
+from clex_local.errors import ClexError
+
+
+def users_folder(find: Callable[..., Path], variable: str) -> Path:
+    """The folder of this program among a user's, or what a variable of the environment names in its place.
+
+    Args:
+        find: one of ``platformdirs``.
+        variable: its name.
+
+    Raises:
+        ClexError: the user has no home folder.
+    """
+    if given := os.environ.get(variable):
+        return Path(os.path.expanduser(given)).absolute()
+    try:
+        return find("clex-local", appauthor=False)
+    except RuntimeError:  # an account without one, as in some containers
+        raise ClexError(f"there is no home folder: set HOME, or {variable} to a folder") from None
 
 
 def make_private(folder: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -19,7 +20,7 @@ from clex_local.documents import docx as word
 from clex_local.documents import pdf as portable
 from clex_local.documents.attachments import attach, texts, without_twice
 from clex_local.documents.document import DocumentError
-from clex_local.documents.ignored import Ignored
+from clex_local.documents.ignored import Ignored, glob_pattern
 from clex_local.documents.kinds import text_of
 from clex_local.documents.typed_paths import typed_paths
 from clex_local.documents.web import fetch
@@ -159,6 +160,23 @@ def test_encodings(text, encoding, note):
         (said,) = notes
         assert said.startswith("not UTF-8, read as ")
         assert note is None or said.endswith(note)
+
+
+@pytest.mark.parametrize(
+    ("data", "characters"),
+    [("größer, Übung\n".encode() * 20 + b"\xff\xfe, K\xf6ln\n" + "schöne Straße".encode() * 9, "3 characters"),
+     (("Привет, мир! " * 20).encode()[:-5], "1 character")],
+)  # fmt: skip
+def test_a_few_damaged_characters_do_not_make_it_another_encoding(data, characters):
+    text, (note,) = text_of(data, "a.txt")
+    assert text == data.decode("utf-8", "replace")
+    assert note == f"damaged UTF-8: {characters} cannot be read"
+
+
+def test_a_text_about_pdf_is_text():
+    text = "# PDF\nSuch files begin with %PDF-1.7, and `%PDF-` is looked for.\n"
+    assert text_of(text.encode(), "a.md") == (text, [])
+    assert text_of(b"\0junk\n" + pdf("text"), "a")[0] == "text"
 
 
 def test_what_needs_an_extra_says_so(monkeypatch):
@@ -345,6 +363,27 @@ def test_git_ignores_the_same(tmp_path):
     assert not rules_inside.has(top / "s" / "top", False)
 
 
+def test_a_pattern_with_many_stars_takes_no_time():
+    stars = re.compile(glob_pattern("**/**/" + "*a" * 40 + "b"))
+    assert stars.fullmatch("a" * 200) is None
+    assert stars.fullmatch("x/y/" + "a" * 200 + "b")
+    two = re.compile(glob_pattern("*ab*b/*.?"))
+    assert [
+        name for name in ("aab/x.c", "aabb/x.c", "ab/b/.c", "aabxb/.c", "abab/x.cc", "xb/x.c") if two.fullmatch(name)
+    ] == [
+        "aabb/x.c",
+        "aabxb/.c",
+    ]
+
+
+@pytest.mark.parametrize("path", ["~nobody-of-this-name/a b", "x" * 5000, "x" * 5000 + "*", "[z-a]*", "a\0b"])
+def test_paths_that_cannot_be(tmp_path, monkeypatch, path):
+    monkeypatch.chdir(tmp_path)
+    for typed in (path, *typed_paths(path)):
+        with pytest.raises(DocumentError):
+            attach(typed)
+
+
 @pytest.mark.skipif(sys.platform == "win32", reason="needs links and pipes")
 def test_links_in_circles_and_pipes(tmp_path):
     (tmp_path / "in").mkdir()
@@ -352,6 +391,7 @@ def test_links_in_circles_and_pipes(tmp_path):
     (tmp_path / "in" / "around").symlink_to(tmp_path)
     (tmp_path / "in" / "nowhere").symlink_to(tmp_path / "none")
     os.mkfifo(tmp_path / "in" / "pipe")
+    (tmp_path / "in" / "itself").symlink_to("itself")
     assert [document.text for document in attach(str(tmp_path)).documents] == ["a"]
 
 

@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shutil
 import subprocess
+from pathlib import Path
 
 import pytest
 
-from clex_local import ClexError
-from clex_local.model_file.found_models import found_models, line_of, model_named
+from clex_local import ClexError, open_model
+from clex_local.chat.line_editor import history_file
+from clex_local.model_file.found_models import found_models, line_of, model_named, model_path
+from clex_local.session.folder import sessions_folder
+from clex_local.store.cache_folder import cache_folder
 from helpers.chat_command import COMMAND
 from helpers.random_gguf import make_model
 
@@ -141,6 +146,25 @@ def test_a_manifest_names_nothing_outside(home):
     for text in ("[]", "{", '{"layers": 1}', "\udcff".encode("utf-8", "surrogatepass").decode("latin-1")):
         manifest.write_text(text)
         assert not [model for model in found_models() if model.name.startswith("evil")]
+
+
+def test_paths_that_cannot_be(home):
+    for path in ("~nobody-of-this-name/model.gguf", "x" * 5000, "a\0b"):
+        with pytest.raises(ClexError):
+            open_model(model_path(Path(path)))
+
+
+def test_an_account_without_a_home_folder(home, monkeypatch):
+    monkeypatch.setattr(os.path, "expanduser", lambda path: path)  # as where neither HOME nor an entry says one
+    for name in ("CLEX_CACHE", "CLEX_SESSIONS", "XDG_STATE_HOME", "XDG_DATA_HOME", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    assert {model.place for model in found_models()} == {"this folder"}
+    assert history_file() is None
+    for folder, variable in ((cache_folder, "CLEX_CACHE"), (sessions_folder, "CLEX_SESSIONS")):
+        with pytest.raises(ClexError, match=f"there is no home folder: set HOME, or {variable} to a folder"):
+            folder()
+        monkeypatch.setenv(variable, str(home / "own"))
+        assert folder() == home / "own"
 
 
 def test_the_command_lists_them_and_takes_one(home):

@@ -308,7 +308,7 @@ def test_what_was_remembered_follows_a_machine_that_changes():
     ["", "[]", "nonsense", "\x00", "[" * 100_000, '{"version": 2, "speeds": {"a": {}}}', '{"version": 1}',
      '{"version": 1, "speeds": []}', '{"version": 1, "speeds": {"a": 5}}',
      '{"version": 1, "speeds": {"a": {"depths": {"x": [1, 2, 3], "0": "abc", "1024": [1, 2], "2048": [NaN, 1, 1],'
-     ' "3072": [1, 1, -1], "4096": [1, 1, 1e999], "1e9": null}}}}'],
+     ' "3072": [1, 1, -1], "4096": [1, 1, 1e999], "5120": [1, 1, 1e-200], "6144": [1e-200, 1, 1], "1e9": null}}}}'],
 )  # fmt: skip
 def test_damaged_file_is_as_none_and_is_written_anew(folder, text):
     folder.mkdir()

@@ -47,9 +47,12 @@ def line_editor(
     return lambda text: editor.prompt(default=text)
 
 
-def _history(file: Path) -> History:
+def _history(file: Path | None) -> History:
     """A history file that is a convenience: where it cannot be used, there is none."""
-    from prompt_toolkit.history import FileHistory
+    from prompt_toolkit.history import FileHistory, InMemoryHistory
+
+    if file is None:
+        return InMemoryHistory()
 
     class History(FileHistory):
         def load_history_strings(self) -> Iterable[str]:
@@ -151,12 +154,16 @@ def plain_lines(text: str = "") -> str:
     return line.rstrip("\n")
 
 
-def history_file() -> Path:
-    """Where the messages that were typed are kept, in the platform's place for state."""
+def history_file() -> Path | None:
+    """Where the messages that were typed are kept, in the platform's place for state; None without a home folder."""
+    with suppress(RuntimeError):
+        return _state() / "clex-local" / "chat_history"
+    return None
+
+
+def _state() -> Path:
     if sys.platform == "win32":
-        state = Path(os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local")
-    elif sys.platform == "darwin":
-        state = Path.home() / "Library" / "Application Support"
-    else:
-        state = Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state")
-    return state / "clex-local" / "chat_history"
+        return Path(os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local")
+    if sys.platform == "darwin":
+        return Path.home() / "Library" / "Application Support"
+    return Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state")

@@ -17,6 +17,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
+from clex_local.errors import ClexError
 from clex_local.model_file.model_shape import ModelShape
 from clex_local.private_files import write_private
 from clex_local.store.cache_folder import cache_folder, make_cache_folder
@@ -156,7 +157,7 @@ def remember(key: str, measured: Measured) -> None:
     kept = dict(list(entries.items())[-_MODELS:])
     about = "tokens, mean depth and seconds per token of prompts that were read, by depth"
     text = json.dumps({"version": _VERSION, "about": about, "speeds": kept}, indent=1, ensure_ascii=False)
-    with suppress(OSError, UnicodeError):
+    with suppress(ClexError, OSError, UnicodeError):
         make_cache_folder()
         write_private(speeds_file(), text + "\n")
 
@@ -164,7 +165,7 @@ def remember(key: str, measured: Measured) -> None:
 def _entries() -> dict[str, Any]:
     try:
         value = json.loads(speeds_file().read_text("utf-8"))
-    except (OSError, ValueError, RecursionError):
+    except (ClexError, OSError, ValueError, RecursionError):
         return {}
     right = isinstance(value, Mapping) and value.get("version") == _VERSION and isinstance(value.get("speeds"), dict)
     return value["speeds"] if right else {}
@@ -176,6 +177,6 @@ def _parsed(entry: Any) -> Measured:
     for step, values in depths.items() if isinstance(depths, Mapping) else ():
         with suppress(TypeError, ValueError, OverflowError):
             tokens, depth, cost = map(float, values)
-            if 0 < tokens < 1e9 and 0 <= depth < 1e9 and 0 < cost < 1e6:
+            if 1 <= tokens < 1e9 and 0 <= depth < 1e9 and 1e-9 < cost < 1e6:
                 measured.steps[int(step) // STEP] = (tokens, depth, cost)
     return measured

@@ -58,7 +58,7 @@ def attach(path: str, *, web: bool = False) -> Attachment:
         text, notes = text_of(read_standard_input(), STDIN_NAME)
         documents = (AttachedText("", text),) if text.strip() else ()
         return Attachment(STDIN_NAME, documents, tuple(f"{STDIN_NAME}: {note}" for note in notes))
-    place = Path(path).expanduser()
+    place = Path(os.path.expanduser(path))
     try:
         if place.is_dir():
             return _several(place, files_in(place), place.resolve().parent)
@@ -68,6 +68,8 @@ def attach(path: str, *, web: bool = False) -> Attachment:
             if is_pattern(path):
                 return _several(place, matching(place), Path())
         data, is_file = read_file(place)
+    except OSError as error:  # a name that is too long
+        raise DocumentError(f"{path}: {error.strerror or error}") from error
     except ValueError as error:  # a NUL in a path
         raise DocumentError(f"{path}: {error}") from error
     return _single(_document(str(place), data, place if is_file else None, place.name))

@@ -43,7 +43,11 @@ def matching(pattern: Path) -> Found:
     fixed = next(index for index, part in enumerate(parts) if is_pattern(part))
     folder = Path(*parts[:fixed]) if fixed else Path()
     deep = len(parts) - fixed > 1
-    found = _walk(folder, re.compile(glob_pattern("/".join(parts[fixed:])), re.DOTALL), str(pattern), deep)
+    try:
+        wanted = re.compile(glob_pattern("/".join(parts[fixed:])), re.DOTALL)
+    except re.error as error:
+        raise DocumentError(f"{pattern}: no pattern: {error.msg}") from None
+    found = _walk(folder, wanted, str(pattern), deep)
     if not found.files:
         ignored = f"; {found.ignored:,} that git ignores or that are hidden do not count" if found.ignored else ""
         raise DocumentError(f"{pattern}: no file has such a name{ignored}")
@@ -89,7 +93,7 @@ def _walk(top: Path, wanted: re.Pattern[str] | None, name: str, deep: bool) -> F
                 found.ignored += 1
             elif is_folder:
                 inner.append(path)
-            elif entry.is_file() and (wanted is None or wanted.fullmatch(path.relative_to(top).as_posix())):
+            elif _is_file(entry) and (wanted is None or wanted.fullmatch(path.relative_to(top).as_posix())):
                 found.files.append(path)
                 if len(found.files) > MOST_FILES:
                     raise DocumentError(f"{name}: more than {MOST_FILES:,} files; name a folder or a pattern in it")
@@ -97,3 +101,10 @@ def _walk(top: Path, wanted: re.Pattern[str] | None, name: str, deep: bool) -> F
             waiting += [(path, Ignored.inside(path.absolute(), rules)) for path in reversed(inner)]
     found.files.sort()
     return found
+
+
+def _is_file(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_file()
+    except OSError:  # links that lead to each other, or into what cannot be looked at
+        return False

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from pathlib import Path
 
 from clex_local.documents.document import DocumentError
 
@@ -17,7 +16,7 @@ def typed_paths(text: str) -> list[str]:
     Raises:
         DocumentError: a quote is not closed.
     """
-    if os.path.lexists(Path(text).expanduser()):
+    if os.path.lexists(os.path.expanduser(text)):
         return [text]
     words, word, quote, escaped = [], None, "", False
     for character in text:

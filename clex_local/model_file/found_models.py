@@ -83,9 +83,9 @@ def model_path(given: Path) -> Path:
     Raises:
         ClexError: it is the name of none, or of several.
     """
-    path = given.expanduser()
+    path = Path(os.path.expanduser(given))
     # What can only be a path is opened as one, whatever comes of it.
-    return path if path.exists() or path.is_absolute() or str(given)[:1] in ".~" else model_named(str(given))
+    return path if os.path.exists(path) or path.is_absolute() or str(given)[:1] in ".~" else model_named(str(given))
 
 
 def model_named(name: str, folder: Path | None = None) -> Path:
@@ -167,8 +167,8 @@ def _in_folder(folder: Path) -> Iterator[FoundModel]:
 
 def _ollama() -> Iterator[FoundModel]:
     own = os.environ.get("OLLAMA_MODELS")
-    usual = [Path.home() / ".ollama" / "models", Path("/usr/share/ollama/.ollama/models")]
-    for root in [Path(own).expanduser()] if own else usual:
+    usual = [_home() / ".ollama" / "models", Path("/usr/share/ollama/.ollama/models")]
+    for root in [Path(os.path.expanduser(own))] if own else usual:
         manifests = root / "manifests"
         for path in _files(manifests, deep=6):
             names = path.relative_to(manifests).parts
@@ -195,7 +195,7 @@ def _ollama_blob(manifest: Path) -> str | None:
 
 
 def _lm_studio() -> Iterator[FoundModel]:
-    home = Path.home()
+    home = _home()
     roots = [home / ".lmstudio" / "models", home / ".cache" / "lm-studio" / "models"]
     try:
         pointed = (home / ".lmstudio-home-pointer").read_text(encoding="utf-8").strip()
@@ -209,9 +209,9 @@ def _lm_studio() -> Iterator[FoundModel]:
 
 def _hub() -> Iterator[FoundModel]:
     home = os.environ.get("HF_HOME")
-    cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    cache = os.environ.get("XDG_CACHE_HOME") or _home() / ".cache"
     usual = Path(home) / "hub" if home else Path(cache) / "huggingface" / "hub"
-    root = Path(os.environ.get("HF_HUB_CACHE") or usual).expanduser()
+    root = Path(os.path.expanduser(os.environ.get("HF_HUB_CACHE") or usual))
     for repository in _folders(root):
         kind, _, name = repository.name.partition("--")
         if kind != "models" or not name:
@@ -233,6 +233,10 @@ def _snapshots(repository: Path) -> list[Path]:
     except (OSError, ValueError):
         main = ""
     return sorted(found, key=lambda path: (path.name != main, path.name))
+
+
+def _home() -> Path:
+    return Path(os.path.expanduser("~"))  # that name itself for an account without one: there is nothing then
 
 
 def _gguf_files(folder: Path, deep: int) -> Iterator[Path]:

@@ -8,7 +8,6 @@ import inspect
 import os
 import sys
 from collections.abc import Callable, Iterable, Mapping
-from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
 
 import llama_cpp
@@ -82,7 +81,7 @@ def file_path(path: str | bytes | os.PathLike[str] | os.PathLike[bytes]) -> str:
     text = os.fsdecode(path)
     if text.startswith("~"):
         with contextlib.suppress(RuntimeError):  # there is no such user
-            text = str(Path(text).expanduser())
+            text = os.path.expanduser(text)
     return _Path(text)
 
 

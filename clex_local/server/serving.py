@@ -44,7 +44,7 @@ def plan_models(models: ModelPath | Sequence[ModelPath], options: ServeOptions) 
     """How each of the models is served. For `serve`, whose arguments and errors these are."""
     server_program()
     given = [models] if isinstance(models, (str, os.PathLike)) else list(models)
-    paths = [path for model in given for path in _files(Path(model).expanduser())]
+    paths = [path for model in given for path in _files(Path(os.path.expanduser(model)))]
     names = [path.stem for path in paths]
     twice = {str(path) for path in paths if names.count(path.stem) > 1}
     if twice:

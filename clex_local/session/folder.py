@@ -17,7 +17,7 @@ from pathlib import Path
 
 from clex_local.errors import escaped
 from clex_local.file_lock import FileLock, InUse
-from clex_local.private_files import make_private, write_private
+from clex_local.private_files import make_private, users_folder, write_private
 from clex_local.session.saved_session import SavedSession, SessionError, now
 
 LONGEST_NAME = 100  # bytes
@@ -28,11 +28,10 @@ _ENDING = ".json"
 
 def sessions_folder() -> Path:
     """Where sessions are kept: what the environment's ``CLEX_SESSIONS`` says, or a folder among the user's data."""
-    if given := os.environ.get("CLEX_SESSIONS"):
-        return Path(given).expanduser().absolute()
     from platformdirs import user_data_path
 
-    return user_data_path("clex-local", appauthor=False) / "sessions"
+    folder = users_folder(user_data_path, "CLEX_SESSIONS")
+    return folder if os.environ.get("CLEX_SESSIONS") else folder / "sessions"
 
 
 def file_name(name: str) -> str:

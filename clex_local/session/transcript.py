@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -44,7 +45,7 @@ def export(session: Session, model: str, path: str) -> Path:
     """
     if not session.exchanges:
         raise ClexError("nothing has been said yet")
-    file = Path(path).expanduser()
+    file = Path(os.path.expanduser(path))
     try:
         if file.exists() or file.is_symlink():
             raise ClexError(f"{path}: there is such a file already, and it stays as it is; name another")

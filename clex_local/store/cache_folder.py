@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
-from clex_local.private_files import make_private
+from clex_local.private_files import make_private, users_folder
 
 
 def cache_folder() -> Path:
     """Where it is: what the environment's ``CLEX_CACHE`` says, or a folder among the user's caches.
 
     It need not be there; `make_cache_folder` makes it.
+
+    Raises:
+        ClexError: the user has no home folder.
     """
-    if given := os.environ.get("CLEX_CACHE"):
-        return Path(given).expanduser().absolute()
     from platformdirs import user_cache_path
 
-    return user_cache_path("clex-local", appauthor=False)
+    return users_folder(user_cache_path, "CLEX_CACHE")
 
 
 def make_cache_folder() -> Path:

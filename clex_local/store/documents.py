@@ -105,7 +105,7 @@ def store_wanted(store: bool | str | os.PathLike[str] | None) -> Path | None:
     """The folder that an argument ``store`` means, None for no store; ``CLEX_STORE=0`` in the environment is none."""
     if not store or os.environ.get("CLEX_STORE", "").lower() in OFF:
         return None
-    return store_folder() if store is True else Path(store).expanduser().absolute()
+    return store_folder() if store is True else Path(os.path.expanduser(store)).absolute()
 
 
 def size_limit() -> int:
