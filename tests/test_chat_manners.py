@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import sys
 from contextlib import closing
+from pathlib import Path
 
 import pytest
 
@@ -13,7 +14,7 @@ from clex_local.chat.commands import COMMANDS, completions, do, find, help_text,
 from clex_local.chat.conversation import Chat
 from clex_local.chat.terminal import Terminal
 from clex_local.chat.word_wrap import wrapped
-from clex_local.model_file.found_models import listing, model_named
+from clex_local.model_file.found_models import listing, model_named, model_path
 from clex_local.session.session import CHATML
 from helpers.chat_command import Pty, run, sessions_folder
 from helpers.random_gguf import make_model
@@ -229,6 +230,18 @@ def test_a_part_of_a_name_is_guessed(models):
     for name in ("small", "chat", "SMALL-chat"):
         with pytest.raises(ClexError, match=r"no model of this name is found; did you mean small-chat-q4.gguf\?"):
             model_named(name)
+
+
+def test_a_folder_in_place_of_a_model(models):
+    (models / "folder").mkdir()
+    for file, hint in [(None, "there is no GGUF file in it"), ("config.json", "`clex-convert FOLDER OUT.gguf` makes")]:
+        if file:
+            (models / "folder" / file).write_text("{}")
+        with pytest.raises(ClexError, match=f"folder: a folder; {hint}"):
+            model_path(Path("folder"))
+    make_model(models / "folder" / "whole.gguf")
+    with pytest.raises(ClexError, match=r"folder: a folder; name a model in it, such as whole.gguf"):
+        model_path(models / "folder")
 
 
 def test_without_models_nothing_is_said_to_list_them(models):

@@ -385,8 +385,10 @@ def chat_of(session: Session) -> Chat:
 def test_nothing_is_lost_by_a_command(session, folder, capsys):
     chat = chat_of(session)
     chat.turn("Hello")
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "old.json").write_text("whatever")
     with pytest.raises(SessionError, match="this conversation is not saved: /save NAME keeps it, /reset forgets it"):
-        do(chat, "/load a")
+        do(chat, "/load old")
     do(chat, "/save a")
     chat.turn("And now?")
     assert (len(answers(folder, "a")), chat.status().split("  ")[0]) == (2, " a")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from typing import TYPE_CHECKING
 
-from clex_local.model_file.memory import ModelShape
+from clex_local.model_file.model_shape import ModelShape
 
 if TYPE_CHECKING:
     from clex_local.runtime.llama import Llama

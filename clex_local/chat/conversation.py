@@ -297,7 +297,7 @@ class Chat:
         # In a narrow window what is least of a surprise goes first.
         for rest in ([bucket, restored, files], [bucket.partition(" (")[0], files], [files]):
             line = " " + "  ·  ".join([*parts, *filter(None, rest)])
-            if cell_len(line) < self.terminal.notes.width:
+            if cell_len(line) < self.terminal.width:
                 return line
         return line
 

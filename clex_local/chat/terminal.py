@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import threading
 from collections.abc import Callable, Iterator
@@ -154,7 +155,15 @@ class Terminal:
         """Say something that is not the answer."""
         sys.stdout.flush()
         text = shown(text)
-        self.notes.print(Text(wrapped(text, self.notes.width) if self.notes.is_terminal else text, style=style))
+        self.notes.print(Text(wrapped(text, self.width) if self.notes.is_terminal else text, style=style))
+
+    @property
+    def width(self) -> int:
+        """Columns of the window where notes go."""
+        try:  # not COLUMNS, which may be that of another one, or of this one before it changed
+            return os.get_terminal_size(sys.stderr.fileno()).columns or self.notes.width
+        except (AttributeError, OSError, ValueError):  # no terminal, or no file at all
+            return self.notes.width
 
     def tell(self, text: str, failed: bool = False) -> None:
         """Say something that is not the answer; a failure in red."""

@@ -81,11 +81,23 @@ def model_path(given: Path) -> Path:
     """The file that a person means by a path, or by the name of a model that is found.
 
     Raises:
-        ClexError: it is the name of none, or of several.
+        ClexError: it is the name of none, or of several, or a folder.
     """
     path = Path(os.path.expanduser(given))
+    if os.path.isdir(path):
+        raise ClexError(f"{given}: a folder; {_model_in(path)}")
     # What can only be a path is opened as one, whatever comes of it.
     return path if os.path.exists(path) or path.is_absolute() or str(given)[:1] in ".~" else model_named(str(given))
+
+
+def _model_in(folder: Path) -> str:
+    """What there is to do with a folder that was named in place of a model."""
+    found = next(_in_folder(folder), None)
+    if found:
+        return f"name a model in it, such as {escaped(found.name, 60)}"
+    if os.path.isfile(folder / "config.json"):
+        return "`clex-convert FOLDER OUT.gguf` makes a model of its weights"
+    return "there is no GGUF file in it"
 
 
 def model_named(name: str, folder: Path | None = None) -> Path:

@@ -269,9 +269,9 @@ class Llama(SavedStates, Completions, ChatFormats):
             closed: Any = Closed(self.model_path)
             self._model = self._ctx = self._batch = closed
 
-    def __del__(self) -> None:
+    def __del__(self, closed: type = Closed) -> None:  # a name of the module may be gone by then
         # Python calls it even where the constructor was never reached.
-        if (stack := self.__dict__.get("_stack")) and not isinstance(self.__dict__.get("_model"), Closed):
+        if (stack := self.__dict__.get("_stack")) and not isinstance(self.__dict__.get("_model"), closed):
             with handled_later():
                 stack.close()
 
