@@ -125,11 +125,13 @@ def main() -> None:
     """The command that CMake runs."""
     parser = argparse.ArgumentParser(description="Put the pinned llama.cpp source, patched, into a directory.")
     parser.add_argument("target", type=Path)
-    parser.add_argument("--only", metavar="PREFIX", help="apply only the patches whose name starts with PREFIX")
+    parser.add_argument(
+        "--only", metavar="PREFIX", nargs="+", help="apply only the patches whose name starts with one PREFIX"
+    )
     args = parser.parse_args()
     patches = sorted(NATIVE.glob("patches/*.patch"))
     if args.only:
-        patches = [p for p in patches if p.name.startswith(args.only)]
+        patches = [p for p in patches if p.name.startswith(tuple(args.only))]
     changed = fetch(args.target.resolve(), patches)
     print(f"llama.cpp source {'prepared in' if changed else 'is up to date in'} {args.target}")
 
