@@ -61,16 +61,16 @@ def test_one_prompt_of_any_length_gives_the_reference_logits(
 def test_growing_sequence_gives_the_reference_logits(load, golden_npz, golden_gguf, name, options, tolerance):
     golden = golden_npz(name)
     more = slack(golden_gguf(name), **options)
-    if name == "mixtral" and more > tolerance:
-        pytest.skip("what this device rounds can send a token to another expert, as an F16 cache can")
-    tolerance += more
     ids, steps, prefill = golden["ids"].tolist(), golden["steps"], int(golden["step_prefill"])
     llm = load(name, **options)
     llm.eval(ids[:prefill])
     for token in ids[prefill : prefill + len(steps) - 1]:
         llm.eval([token])
     logits = llm.scores[prefill - 1 : prefill - 1 + len(steps)]
-    np.testing.assert_allclose(logits, steps, atol=tolerance, rtol=0)
+    # what a device rounds can send a token to another expert, as an F16 cache can
+    elsewhere = len(steps) // 20 if name == "mixtral" and more > tolerance else 0
+    errors = np.abs(logits - steps).max(-1)
+    assert (errors > tolerance + more).sum() <= elsewhere, np.sort(errors)[::-1]
     assert llm.clex.rerotations == 2
     assert llm.clex.rerotated_cells == 64 + 128
 
