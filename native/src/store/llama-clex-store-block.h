@@ -41,6 +41,7 @@ struct clex_block_header {
     std::string label() const { return clex_block_label(tables, buckets, flags); }
 };
 
+static constexpr int32_t  CLEX_BLOCK          = LLAMA_CLEX_STORE_BLOCK; // tokens
 static constexpr char     CLEX_BLOCK_MAGIC[8] = { 'C', 'L', 'E', 'X', 'B', 'L', 'K', '\n' };
 static constexpr uint32_t CLEX_BLOCK_VERSION  = 2;
 

@@ -12,8 +12,6 @@
 #include <system_error>
 #include <thread>
 
-static constexpr int32_t CLEX_BLOCK = LLAMA_CLEX_STORE_BLOCK;
-
 // blocks that are looked at for one text, whatever ways of computing it the store has
 static constexpr size_t CLEX_SEARCH_MAX = 1 << 17;
 

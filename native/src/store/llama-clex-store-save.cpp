@@ -10,8 +10,6 @@
 #include <ctime>
 #include <numeric>
 
-static constexpr int32_t CLEX_BLOCK = LLAMA_CLEX_STORE_BLOCK;
-
 static uint32_t clex_flags(const llama_clex_store_cache::cell * cells) {
     const auto * end = cells + CLEX_BLOCK;
     return (std::all_of(cells, end, [](const auto & c) { return c.as_computed; }) ? CLEX_BLOCK_AS_COMPUTED : 0u) |
