@@ -467,6 +467,7 @@ def site():
                 "/latin": (200, "text/plain; charset=iso-8859-1", "Köln".encode("latin-1"), None),
                 "/pdf": (200, "application/pdf", pdf("from the web"), None),
                 "/moved": (302, "", b"", "/page"),
+                "/gr%C3%BC%C3%9Fe%20?%C3%B6=1": (200, "text/plain", b"found", None),
                 "/away": (302, "", b"", "file:///etc/passwd"),
             }.get(self.path, (404, "", b"", None))
             self.send_response(code)
@@ -491,6 +492,7 @@ def test_pages_of_the_web(site):
     assert attach(f"{site}/moved", web=True).documents[0].name == f"{site}/moved"
     assert attach(f"{site}/latin", web=True).documents[0].text == "Köln"
     assert attach(f"{site}/pdf", web=True).documents[0].text == "from the web"
+    assert attach(f"{site}/grüße%20?ö=1#anchor", web=True).documents[0].text == "found"
 
 
 def test_what_the_web_does_not_give(site):
@@ -498,6 +500,8 @@ def test_what_the_web_does_not_give(site):
         f"{site}/none": "the server answered 404",
         f"{site}/away": "Redirection to url 'file:///etc/passwd' is not allowed",
         "http://127.0.0.1:1/": "cannot be fetched: ",
+        "http://[::1": "cannot be fetched: ",
+        f"http://{'ö' * 80}.example/": "cannot be fetched: ",
         "file:///etc/passwd": "no address of the web",
         "/etc/passwd": "no address of the web",
     }.items():

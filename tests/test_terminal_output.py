@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import io
 import json
+import os
+import re
+import shlex
+import subprocess
 import sys
 
 import numpy as np
@@ -70,6 +74,22 @@ def test_errors_of_every_command(module, arguments):
     assert "error: " in text
     assert "owned" in text
     assert is_harmless(text)
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
+@pytest.mark.parametrize("redirection", [">/dev/full", ">&-"])
+@pytest.mark.parametrize(
+    "command",
+    ["chat.cli {model} -p Hi --max-tokens 2 --ctx 64 --no-store", "chat.cli {model} -p Hi --json --max-tokens 2",
+     "inspection.cli {model}", "chat.cli --help"],
+)  # fmt: skip
+def test_output_that_cannot_be_written_is_one_line(smollm, command, redirection):
+    program = f"{shlex.quote(sys.executable)} -m clex_local.{command.format(model=shlex.quote(str(smollm)))}"
+    done = subprocess.run(["sh", "-c", f"{program} {redirection}"], stdin=subprocess.DEVNULL, capture_output=True)
+    why = "No space left on device" if "full" in redirection else "Bad file descriptor"
+    assert re.fullmatch(rf"clex-\w+: error: standard output: {why}\n", done.stderr.decode().splitlines(True)[-1])
+    assert b"Traceback" not in done.stderr
+    assert done.returncode == 1
 
 
 def test_a_conversion(smollm, tmp_path):

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
+import os
 import sys
+from contextlib import suppress
 from typing import Any, NoReturn
 
 import click
@@ -13,6 +16,7 @@ from clex_local.commands.command_options import in_options
 from clex_local.errors import LONGEST, ClexError, escaped, shown
 
 INTERRUPTED = 130  # what a shell reports for a command that Ctrl-C ended
+_NOT_WRITTEN = {getattr(errno, name, 0) for name in ("ENOSPC", "EDQUOT", "EFBIG", "EBADF")}
 SETTINGS = {"help_option_names": ["-h", "--help"], "max_content_width": 100, "show_default": True}
 
 
@@ -27,6 +31,23 @@ class Lines(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
         """Write a record."""
         return shown(super().format(record))
+
+
+def _open_standard_streams() -> None:
+    """Have nothing that is opened from now on take the number of a closed stream, which libraries in C write to."""
+    while (number := os.open(os.devnull, os.O_RDONLY)) <= 2:
+        pass
+    os.close(number)
+    if sys.stdout is None:  # an error for what writes to it, as it is for other programs
+        sys.stdout = open(1, "w", encoding="utf-8", closefd=False)  # noqa: SIM115
+
+
+def _forget_output() -> None:
+    """Have Python not try once more to write what is left, at its end."""
+    with suppress(OSError, ValueError):
+        number = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(number, sys.stdout.fileno())
+        os.close(number)
 
 
 class _Interrupted(Exception):
@@ -51,6 +72,7 @@ class Command(click.Command):
         """Run and leave with an exit code: 1 for an error, 2 for wrong usage, 130 for Ctrl-C."""
         kwargs["standalone_mode"] = False
         try:
+            _open_standard_streams()
             code = super().main(*args, **kwargs) or 0
         except click.UsageError as error:
             code = self.fail(f"{error.format_message()} (--help lists the options)", error.exit_code)
@@ -58,6 +80,11 @@ class Command(click.Command):
             code = self.fail(str(error))
         except MemoryError:
             code = self.fail("there is not enough memory")
+        except OSError as error:
+            if error.errno not in _NOT_WRITTEN:
+                raise
+            code = self.fail(f"{error.filename or 'standard output'}: {error.strerror}")
+            _forget_output()
         except (_Interrupted, KeyboardInterrupt, click.Abort) as interrupt:
             code = self.fail("; ".join(["interrupted", *map(str, interrupt.args)]), INTERRUPTED)
         sys.exit(code)

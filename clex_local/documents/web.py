@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import http.client
+import re
 import urllib.error
 import urllib.request
 from dataclasses import dataclass
 from email.message import Message
 from importlib.metadata import PackageNotFoundError, version
-from urllib.parse import urlsplit
+from urllib.parse import quote, urlsplit, urlunsplit
 
 from clex_local.documents.document import DocumentError
 from clex_local.sizes import readable_size
@@ -59,11 +60,12 @@ def fetch(address: str) -> Page:
         package = version("clex-local")
     except PackageNotFoundError:
         package = "0"
-    request = urllib.request.Request(address, headers={"User-Agent": f"clex-local/{package}", "Accept": "*/*"})
+    headers = {"User-Agent": f"clex-local/{package}", "Accept": "*/*"}
     try:
+        request = urllib.request.Request(_in_ascii(address), headers=headers)
         with urllib.request.build_opener(_Redirects).open(request, timeout=TIMEOUT) as answer:
             data = answer.read(LARGEST + 1)
-            headers: Message = answer.headers
+            said: Message = answer.headers
     except urllib.error.HTTPError as error:
         raise DocumentError(f"{address}: the server answered {error.code} {error.reason}") from None
     except urllib.error.URLError as error:
@@ -74,5 +76,13 @@ def fetch(address: str) -> Page:
         raise DocumentError(f"{address}: cannot be fetched: {error}") from None
     if len(data) > LARGEST:
         raise DocumentError(f"{address}: more than {readable_size(LARGEST, memory=True)}; download it, and give a part")
-    said = headers.get_content_type() if headers.get("Content-Type") else ""
-    return Page(data, said, headers.get_content_charset())
+    media = said.get_content_type() if said.get("Content-Type") else ""
+    return Page(data, media, said.get_content_charset())
+
+
+def _in_ascii(address: str) -> str:
+    """An address as it is sent: people write and copy them with letters of their own."""
+    parts = urlsplit(address)
+    path, query = (re.sub(r"[^\x00-\x7f]+", lambda found: quote(found[0]), part) for part in (parts.path, parts.query))
+    host = parts.netloc if parts.netloc.isascii() else parts.netloc.encode("idna").decode()
+    return urlunsplit((parts.scheme, host, path, query, ""))
