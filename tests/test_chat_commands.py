@@ -119,6 +119,15 @@ def test_undo_takes_back_turn_after_turn(chat, told, folder):
         do(chat, "/undo")
 
 
+def test_undo_says_which_files_are_taken_back_too(chat, told, tmp_path):
+    for name in ("a.txt", "b.txt"):
+        (tmp_path / name).write_text(name)
+        do(chat, f"/file {tmp_path}/{name}")
+    chat.turn("Hello")
+    do(chat, "/undo")
+    assert told[-1] == "taken back: “Hello”, and with that a.txt, b.txt; the conversation is empty"
+
+
 def test_edit_keeps_the_files_of_the_message(chat, told, tmp_path, folder):
     (tmp_path / "note.txt").write_text("The number is 4711.\n")
     do(chat, "/save s")
@@ -383,7 +392,7 @@ def test_completion(chat, tmp_path):
 # At a terminal
 
 STEPS = {
-    "/help": ("/help", r"/file PATH(.|\n)*Ctrl-C stops an answer"),
+    "/help": ("/help", "/file PATH.*Ctrl-C stops an answer"),
     "/file": ("/file {tmp}/a.txt", r"a.txt: 10\d tokens, sent with"),
     "/drop": ("/drop a.txt", "a.txt: not sent"),
     "/url": ("/url http://127.0.0.1:1/page", "127.0.0.1:1/page:"),
@@ -392,7 +401,7 @@ STEPS = {
     "/edit": ("/edit\r{wait}, world", r"wrote \d(.|\n)*context\]"),
     "/system": ("/system Be brief.", r"another system message from now"),
     "/set": ("/set temp 0.5", r"temp = 0\.5"),
-    "/think": ("/think", "nothing that was said to be thought"),
+    "/think": ("/think", "no thoughts in the last answer"),
     "/save": ("/save a", "saved as a, and after"),
     "/sessions": ("/sessions", r"\* a  \d{4}"),
     "/export": ("/export {tmp}/talk.md", r"written:(.|\n)*talk.md"),

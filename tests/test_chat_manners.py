@@ -90,6 +90,52 @@ def test_the_status_line_fits_and_names_the_files_that_wait(chat, tmp_path, widt
     assert ("up to 1,024 tokens" in chat.status()) == (width >= 100)
 
 
+def test_many_files_that_wait_are_counted_in_a_narrow_status_line(chat, tmp_path):
+    chat.terminal.notes.width = 60
+    for name in "abcdefghijkl":
+        (tmp_path / f"{name}.txt").write_text(name)
+        chat.attach(f"{tmp_path}/{name}.txt")
+    assert re.fullmatch(r" 0 of [\d,]+ tokens  ·  12 files \(\d+ tokens\)", chat.status())
+
+
+@pytest.mark.parametrize("typed", ["src", "src/", "'src'", "src (2 files)"])
+def test_a_folder_that_waits_is_dropped_by_its_name(chat, told, tmp_path, monkeypatch, typed):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "src").mkdir()
+    for name in ("My Report.txt", "src/a.txt", "src/b.txt"):
+        (tmp_path / name).write_text(name)
+    do(chat, "/file src")
+    do(chat, r"/file My\ Report.txt")
+    do(chat, f"/drop {typed}")
+    assert told[-1] == "src (2 files): not sent"
+    with pytest.raises(ClexError, match=r"no file My waits; there is My Report\.txt"):
+        do(chat, "/drop My")
+    do(chat, '/drop "My Report.txt"')
+    assert told[-1] == "My Report.txt: not sent"
+
+
+def test_a_file_that_is_not_there_keeps_no_other_from_being_attached(chat, told, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("a.txt", "b.txt"):
+        (tmp_path / name).write_text(name)
+    with pytest.raises(ClexError, match=r"neither\.txt: "):
+        do(chat, "/file a.txt nosuch.txt neither.txt b.txt")
+    assert told[-1].startswith("nosuch.txt: ")
+    assert [file.name for file in chat.attachments] == ["a.txt", "b.txt"]
+
+
+@needs_terminal
+def test_notes_break_between_words_where_the_cursor_cannot_be_moved_too(tiny, tmp_path):
+    options = ["--ctx", "2048", "--chat-template", "chatml", "--no-store"]
+    pty = Pty(tiny, *options, XDG_STATE_HOME=str(tmp_path), width=60, TERM="dumb", COLUMNS="")
+    pty.expect("\n> ")
+    pty.chat.send("/nosuch\r")
+    pty.expect(r"unknown command [^>]*\n> ")
+    assert all(len(line) <= 60 for line in pty.chat.after.split("\r\n"))
+    pty.chat.sendeof()
+    assert pty.close() == 0
+
+
 @needs_terminal
 def test_notes_of_a_narrow_terminal_break_between_words(tiny, tmp_path):
     pty = Pty(tiny, "--ctx", "2048", "--chat-template", "chatml", "--no-store", XDG_STATE_HOME=str(tmp_path), width=60)

@@ -88,7 +88,7 @@ COMMANDS: tuple[ChatCommand, ...] = (
     ChatCommand("/set", "show or change temp, top_k, max_tokens and others", settings.put, "[NAME VALUE]",
                 settings.words),
     ChatCommand("/think", "what the model thought before its last answer",
-                _note(lambda chat: chat.thoughts or "nothing that was said to be thought")),
+                _note(lambda chat: chat.thoughts or "no thoughts in the last answer")),
     ChatCommand("/save", "save the conversation, and go on saving it after every answer",
                 lambda chat, name: chat.keeper.save(name), "[NAME]"),
     ChatCommand("/load", "go on with a saved conversation", Chat.load, "NAME", _sessions),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from clex_local.session.answer import Answer
     from clex_local.session.session import Session
 
+_COUNTED = re.compile(r" \([\d,]+ files?\)$")  # behind the name of a folder
 _NEARLY_FULL = 0.8  # of the context, from which on the status line warns
 _LONG = 512  # tokens of a file that is worth finding on disk
 
@@ -174,8 +176,16 @@ class Chat:
         """Put files in front of the next message."""
         if not line:
             raise ClexError("/file needs a path")
+        failures: list[ClexError] = []
         for path in typed_paths(line):
-            self.add(attach(path))
+            try:
+                self.add(attach(path))
+            except ClexError as error:  # keeps no other file from the message
+                failures.append(error)
+        for failure in failures[:-1]:
+            self.terminal.tell(str(failure), failed=True)
+        if failures:
+            raise failures[-1]
 
     def fetch(self, address: str) -> None:
         """Put a page of the web in front of the next message."""
@@ -215,7 +225,7 @@ class Chat:
         if not name and len(names) > 1:
             raise ClexError(f"/drop needs a name, or all: {', '.join(names)}")
         if name and name != "all" and name not in names:
-            raise ClexError(f"no file {escaped(name, 60)} waits; there are {', '.join(names)}")
+            name = self._name_of(name)
         if name in ("", "all"):
             self.attachments.clear()
         else:
@@ -223,6 +233,16 @@ class Chat:
             del self.attachments[-1 - names[::-1].index(name)]
             names = [name]
         self.terminal.note(f"{', '.join(names)}: not sent")
+
+    def _name_of(self, typed: str) -> str:
+        """What waits, named as for ``/file``: in quotes, or a folder without the number of its files."""
+        names = [attachment.name for attachment in self.attachments]
+        meant = [path.rstrip("/") for path in typed_paths(typed)]
+        for name in reversed(names):
+            if meant in ([name], [_COUNTED.sub("", name)]):
+                return name
+        are = "are" if len(names) > 1 else "is"
+        raise ClexError(f"no file {escaped(typed, 60)} waits; there {are} {', '.join(names)}")
 
     def reset(self, _: str) -> None:
         """Forget the conversation and the files that wait."""
@@ -287,15 +307,16 @@ class Chat:
             parts.append(f"nearly full: {session.capacity - session.used:,} left")
         if self.keeper.name:
             parts.insert(0, self.keeper.name)
-        files, restored = "", ""
+        files, counted, restored = "", "", ""
         if self.attachments:
-            files = " + ".join(file.name for file in self.attachments)
-            files += f" ({sum(file.tokens for file in self.attachments):,} tokens)"
+            tokens = f" ({sum(file.tokens for file in self.attachments):,} tokens)"
+            files = " + ".join(file.name for file in self.attachments) + tokens
+            counted = f"{len(self.attachments)} files{tokens}" if len(self.attachments) > 1 else files
         if session.last and session.last.restored_tokens:
             restored = f"{session.last.restored_tokens:,} of them from disk"
         bucket = describe_bucket(clex, current_bucket(session)) if clex else ""
         # In a narrow window what is least of a surprise goes first.
-        for rest in ([bucket, restored, files], [bucket.partition(" (")[0], files], [files]):
+        for rest in ([bucket, restored, files], [bucket.partition(" (")[0], files], [files], [counted]):
             line = " " + "  ·  ".join([*parts, *filter(None, rest)])
             if cell_len(line) < self.terminal.width:
                 return line

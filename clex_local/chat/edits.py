@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from clex_local.chat.conversation import Chat
 from clex_local.errors import ClexError, escaped
-from clex_local.session.exchange import Exchange
+from clex_local.session.exchange import Exchange, file_names
 
 NONE = "-"  # stands for no system message
 
@@ -32,7 +32,8 @@ def undo(chat: Chat, _: str) -> None:
     chat.keeper.changed()
     turns = len(chat.session.exchanges)
     left = f"{turns} turn{'s' * (turns != 1)} left" if turns else "the conversation is empty"
-    chat.terminal.note(f"taken back: “{escaped(' '.join(last.typed.split()), 60)}”; {left}")
+    files = f", and with that {', '.join(names)}" if (names := file_names([last])) else ""
+    chat.terminal.note(f"taken back: “{escaped(' '.join(last.typed.split()), 60)}”{files}; {left}")
 
 
 def edit(chat: Chat, text: str) -> None:

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import os
+from collections.abc import Iterable
 from dataclasses import dataclass, field
+
+from clex_local.errors import escaped
 
 
 @dataclass(frozen=True)
@@ -70,3 +73,9 @@ class Exchange:
     def typed(self) -> str:
         """The message without the texts of files."""
         return self.message[self.typed_from :]
+
+
+def file_names(exchanges: Iterable[Exchange]) -> list[str]:
+    """The names of files that were part of messages, each once, without their folders, and as they can be shown."""
+    names = dict.fromkeys(file.path.replace("\\", "/").rpartition("/")[2] for turn in exchanges for file in turn.files)
+    return [escaped(name, 60) for name in names]

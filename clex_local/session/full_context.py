@@ -7,6 +7,7 @@ from contextlib import closing
 from typing import TYPE_CHECKING
 
 from clex_local.errors import ClexError, escaped
+from clex_local.session.exchange import file_names
 from clex_local.session.thoughts import CLOSE, OPEN
 
 if TYPE_CHECKING:
@@ -103,7 +104,6 @@ def _told(dropped: Sequence[Exchange], has_summary: bool) -> str:
     """A line about what is no part of prompts any more."""
     first = escaped(" ".join(dropped[0].typed.split()), 40)
     line = f"[left out to make room: {_turns(dropped)}, from “{first}”"
-    names = dict.fromkeys(file.path.replace("\\", "/").rpartition("/")[2] for turn in dropped for file in turn.files)
-    if names:
-        line += f", and with that {', '.join(escaped(name, 60) for name in names)}"
+    if names := file_names(dropped):
+        line += f", and with that {', '.join(names)}"
     return line + ("; a summary stands for it]" if has_summary else "]")
