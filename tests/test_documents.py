@@ -17,6 +17,7 @@ import pytest
 
 from clex_local.documents import attachments, encodings, folders, kinds, worker
 from clex_local.documents import docx as word
+from clex_local.documents import html as web_page
 from clex_local.documents import pdf as portable
 from clex_local.documents.attachments import attach, texts, without_twice
 from clex_local.documents.document import DocumentError
@@ -105,6 +106,31 @@ def test_the_text_of_a_web_page():
         "A page\n\n## Part\n\nOne & two\nthree bold\n\n- first\n- second\n\na | b\nc | d\n\n  code\n    more"
     )
     assert notes == []
+
+
+@pytest.mark.parametrize(
+    ("page", "text"),
+    [
+        (
+            "<head><title>T</title><style>x</style></head><body>a<svg><title>s</title></svg>b<noscript>c</noscript> d",
+            "T\n\nab d",
+        ),
+        ("<title>T</title><p>a<p>b", "T\n\na\n\nb"),
+        ("<head><title>T</title><meta name=x><body>a<b>c", "T\n\nac"),
+        ("<body><ul><li hidden>x<ul><li>y</ul><li>two<li>three</ul><p hidden>x<p>b", "- two\n- three\n\nb"),
+        ("<body><div><p hidden>x <b>x</b></div>b", "b"),
+        ("<body><div hidden>x</b></span><div>x</div>x</div>z", "z"),
+        ("<body><table><tr hidden><td>x<td>x<tr><td>c<td>d</table>e", "c | d\n\ne"),
+        ("<body><div>a<select><option>x</div>b", "a\nb"),
+    ],
+)
+def test_what_is_not_shown_ends_where_a_browser_ends_it(page, text):
+    assert text_of(f"<!doctype html><html>{page}".encode(), "a.html")[0] == text
+
+
+def test_a_web_page_of_deep_elements_takes_no_time():
+    deep = "<div>" * 50_000 + "x" + "</div>" * 50_000 + "<pre>" + " " * 50_000 + "y"
+    assert web_page.read(deep.encode(), "a.html")[0].split() == ["x", "y"]
 
 
 def test_a_web_page_has_an_encoding_of_its_own():
