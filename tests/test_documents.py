@@ -66,7 +66,8 @@ def test_the_text_of_a_word_document():
     body = (
         paragraph("Title", "<w:pStyle w:val='Heading1'/>")
         + "<w:p><w:r><w:t>One</w:t><w:tab/><w:t>two</w:t><w:br/><w:t>three</w:t></w:r>"
-        + "<w:del><w:r><w:delText>gone</w:delText></w:r></w:del></w:p>"
+        + "<w:del><w:r><w:delText>gone</w:delText></w:r></w:del>"
+        + "<w:moveFrom><w:r><w:t>was here</w:t></w:r></w:moveFrom></w:p>"
         + paragraph("first", item)
         + paragraph("second", item)
         + f"<w:tbl>{row}</w:tbl>"

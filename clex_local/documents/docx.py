@@ -118,6 +118,6 @@ def _text(element: ElementTree.Element) -> str:
             parts.append(child.text or "")
         elif child.tag in _CHARACTERS:
             parts.append(_CHARACTERS[child.tag])
-        elif child.tag not in (f"{_W}pPr", _FALLBACK):
+        elif child.tag not in (f"{_W}pPr", f"{_W}moveFrom", _FALLBACK):
             parts.append(_text(child))
     return "".join(parts)
