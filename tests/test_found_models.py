@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -146,6 +147,23 @@ def test_a_manifest_names_nothing_outside(home):
     for text in ("[]", "{", '{"layers": 1}', "\udcff".encode("utf-8", "surrogatepass").decode("latin-1")):
         manifest.write_text(text)
         assert not [model for model in found_models() if model.name.startswith("evil")]
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs pipes")
+def test_what_would_never_end_is_listed_as_that(home):
+    digest = "c" * 64
+    manifest = home / ".ollama" / "models" / "manifests" / "registry.ollama.ai" / "library" / "pipe" / "latest"
+    manifest.parent.mkdir()
+    layers = [{"mediaType": "application/vnd.ollama.image.model", "digest": f"sha256:{digest}"}]
+    manifest.write_text(json.dumps({"layers": layers}))
+    os.mkfifo(home / ".ollama" / "models" / "blobs" / f"sha256-{digest}")
+    (home / ".lmstudio-home-pointer").write_text("/a\0b")
+    (found,) = (model for model in found_models() if model.name.startswith("pipe"))
+    assert line_of(found).fault == "not a file but a pipe or a device"
+    with pytest.raises(ClexError, match="a pipe or a device"):
+        open_model("/dev/zero")
+    with pytest.raises(ClexError, match="null byte"):
+        open_model("/a\0b")
 
 
 def test_paths_that_cannot_be(home):

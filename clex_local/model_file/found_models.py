@@ -276,7 +276,7 @@ def _files(folder: Path, deep: int) -> Iterator[Path]:
         place, left = waiting.pop()
         try:
             entries = sorted(place.iterdir())
-        except OSError:
+        except (OSError, ValueError):  # a NUL in a path
             continue
         folders = []
         for path in entries:

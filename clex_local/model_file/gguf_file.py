@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import stat
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -56,11 +57,18 @@ class GGUFFile(HeaderKeys):
         """
         self.path = Path(path)
         try:
+            mode = os.stat(self.path).st_mode
+            if stat.S_ISFIFO(mode) or stat.S_ISCHR(mode):  # whose end may never come
+                raise GGUFError(f"{self.path}: not a file but a pipe or a device")
             with self.path.open("rb") as file:
                 magic = file.read(4)
                 file_size = os.fstat(file.fileno()).st_size
         except OSError as error:
             raise GGUFError(f"{self.path}: cannot be read ({error.strerror})") from None
+        except ValueError as error:  # a NUL in a path
+            if isinstance(error, GGUFError):
+                raise
+            raise GGUFError(f"{self.path}: cannot be read ({error})") from None
         if magic != b"GGUF":
             raise GGUFError(f"{self.path}: not a GGUF file (it does not start with the letters GGUF)")
         with logged(WARN, ERROR) as log:
