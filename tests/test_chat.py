@@ -546,11 +546,11 @@ def test_a_chat_in_a_terminal(small_buckets, tmp_path):
     pty.expect("2,048 tokens of context · 45 MiB f16 cache")
     pty.prompt(r" 0 of 2,048 tokens  ·  bucket 1 of 8 \(t = 1, up to 256 tokens\)")
     for command, answer in [
-        ("/help", "/file PATH(.|\n)*Ctrl-C stops an answer"),
+        ("/help", "/file PATH.*?Ctrl-C stops an answer"),
         ("/nonsense", "unknown command /nonsense; /help lists them"),
         ("/file", "/file needs a path"),
         (f"/file {tmp_path}/none", "none: No such file or directory"),
-        ("/stats", "context +0 of 2,048 tokens(.|\n)*switches +0"),
+        ("/stats", "context +0 of 2,048 tokens.*?switches +0"),
     ]:
         chat.send(f"{command}\r")
         pty.expect(answer)
@@ -571,7 +571,7 @@ def test_a_chat_in_a_terminal(small_buckets, tmp_path):
     pty.expect(r"bucket [23] of 8 \(t = [23], up to (512|768) tokens\); \d+ keys re-rotated in \d+ ms")
     pty.prompt(r"bucket [23] of 8")
     chat.send("/stats\r")
-    pty.expect(r"tables +ntk; t = 1: 256(.|\n)*in use +bucket [23](.|\n)*switches +[12]; (.|\n)*answers +\d+ tokens")
+    pty.expect(r"tables +ntk; t = 1: 256.*?in use +bucket [23].*?switches +[12]; .*?answers +\d+ tokens")
     pty.prompt(r"bucket [23] of 8")
 
     chat.send("/reset\r")

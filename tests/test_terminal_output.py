@@ -117,7 +117,7 @@ def test_a_chat(smollm, tmp_path):
     child.logfile_read = io.StringIO()
     child.expect(r"red\S*\[red\]:smile: · 256 tokens of context.*\n> ")
     child.sendline("/stats")
-    child.expect("model +.*owned.*\n(.|\n)*> ")
+    child.expect("model +.*owned.*\n.*?> ")
     child.sendline(f"/file {tmp_path}/{typed}")
     child.expect(r"owned\\x9b31m.txt: 1 tokens, sent with")
     child.sendline(f"/file {typed}")

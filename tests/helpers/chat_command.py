@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from typing import Any
 
 import pytest
 
+BREAK = r"(?:\s|\x1b\[[\d;]*m)+"  # between words: lines are broken there, each with its own style
 COMMAND = [sys.executable, "-m", "clex_local.chat.cli"]
 
 
@@ -46,7 +48,12 @@ class Pty:
             dimensions=(40, width),
         )
         self.end = pexpect.EOF
-        self.expect = self.chat.expect
+
+    def expect(self, pattern: Any) -> int:
+        """Wait for a pattern, in which a space is also where a line was broken, and ``.`` also the end of one."""
+        if isinstance(pattern, str):
+            pattern = re.sub(r" (?![+*?{])", lambda _: BREAK, pattern)
+        return self.chat.expect(pattern)
 
     def prompt(self, status: str) -> None:
         """Wait for the prompt with this status line."""
