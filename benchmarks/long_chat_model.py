@@ -43,7 +43,7 @@ def base() -> Path:
     temporary = FOLDER / ".base"
     source = str(Path(package.origin).parent)
     model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float16, **places)
-    model.hf_quantizer = None  # its tensors are read as numbers, yet release 5 takes it for quantized
+    vars(model)["hf_quantizer"] = None  # its tensors are read as numbers, yet release 5 takes it for quantized
     vars(model.config).pop("quantization_config", None)
     model.save_pretrained(temporary)
     AutoTokenizer.from_pretrained(source, **places).save_pretrained(temporary)
