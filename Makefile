@@ -54,9 +54,8 @@ test-device: $(NATIVE) $(TOOLS) ## the tests of the native library with all laye
 	CLEX_TEST_GPU_LAYERS=-1 $(BIN)/python -m pytest $(DEVICE_TESTS)
 
 # Without a GPU on Mesa's software device: apt install glslc libvulkan-dev mesa-vulkan-drivers spirv-headers
-# Contexts with several sequences damage memory there, less often with nodes in their order: docs/limits.md.
 test-vulkan: $(NATIVE) $(TOOLS) $(VULKAN) ## the same with a build for Vulkan of its own
-	LLAMA_CPP_LIB_PATH="$(CURDIR)/build/vulkan/bin" GGML_VK_VISIBLE_DEVICES=0 GGML_VK_DISABLE_GRAPH_OPTIMIZE=1 CLEX_TEST_GPU_LAYERS=-1 \
+	LLAMA_CPP_LIB_PATH="$(CURDIR)/build/vulkan/bin" GGML_VK_VISIBLE_DEVICES=0 CLEX_TEST_GPU_LAYERS=-1 \
 		$(BIN)/python -m pytest $(DEVICE_TESTS)
 
 lint: $(FRAMEWORKS) ## style and types
