@@ -1,4 +1,4 @@
-"""Large buffers ask Linux for large pages, small ones do not."""
+"""Large buffers ask Linux for large pages."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ def flags(address: int) -> set[str]:
     raise AssertionError(f"nothing is at {address:x}")
 
 
-@pytest.mark.parametrize(("size", "asks"), [(64 * MIB, True), (100 * MIB + 12345, True), (MIB, False)])
-def test_large_buffers_ask_for_large_pages(size, asks):
+@pytest.mark.parametrize("size", [64 * MIB, 100 * MIB + 12345])
+def test_large_buffers_ask_for_large_pages(size):
     if sys.platform != "linux" or not Path("/sys/kernel/mm/transparent_hugepage").is_dir():
         pytest.skip("this system has no transparent large pages")
     ggml = load_ggml()
@@ -38,7 +38,7 @@ def test_large_buffers_ask_for_large_pages(size, asks):
     assert address
     try:
         assert address % 64 == 0
-        assert ("hg" in flags(address + size // 2)) == asks
+        assert "hg" in flags(address + size // 2)
         ctypes.memset(address, 1, size)
     finally:
         ggml.ggml_aligned_free(address, size)
