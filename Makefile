@@ -25,7 +25,9 @@ PYTEST = $(BIN)/python -m pytest --numprocesses $(WORKERS)
 # What is computed with all layers on a GPU, or whatever device the library finds.
 DEVICE_TESTS := $(addprefix tests/test_,$(addsuffix .py,golden sequences matrix state random k_shift kept_keys shared_ubatch architectures))
 
-WORKER_TESTS := $(addprefix tests/test_,$(addsuffix .py,golden sequences matrix state k_shift kept_keys shared_ubatch))
+# The quicker ones; the status 5 says that the area has none of them.
+WORKER_TESTS := $(filter-out tests/test_random.py tests/test_architectures.py,$(DEVICE_TESTS))
+ON_WORKER = CLEX_TEST_WORKER=1 $(PYTEST) $(WORKER_TESTS) $(if $(AREA),-m "$(AREA)") || test $$? -eq 5
 
 NATIVE_SOURCES := CMakeLists.txt pyproject.toml $(wildcard native/*.py native/*.txt native/patches/* native/src/* native/src/*/* startup/*)
 
@@ -36,7 +38,7 @@ demo: $(NATIVE) ## set everything up, add tables to a small chat model and ask a
 
 test: $(NATIVE) $(TOOLS) $(STOCK) $(FRAMEWORKS) $(TRANSFORMERS4) ## set everything up and run the tests of AREA, those of folders with transformers 5 and 4
 	$(PYTEST) $(if $(AREA),-m "$(AREA)")
-	CLEX_TEST_WORKER=1 $(PYTEST) $(WORKER_TESTS) $(if $(AREA),-m "$(AREA)") || test $$? -eq 5  # none
+	$(ON_WORKER)
 	PYTHONPATH="$(CURDIR)/build/transformers4" $(PYTEST) -m "folders$(if $(AREA), and ($(AREA)))" || test $$? -eq 5  # none
 
 # For GCC. The interpreter is not built with the sanitizers, so their libraries come first; it leaks on purpose.
@@ -48,7 +50,7 @@ sanitize: $(NATIVE) $(TOOLS) $(STOCK) $(SANITIZE) ## the tests of the native lib
 
 # A worker of each process of the tests: another backend that is always there, with memory that nobody reads in place.
 test-worker: $(NATIVE) $(TOOLS) ## some of these with all layers on a worker of this machine; a part of `test`
-	CLEX_TEST_WORKER=1 $(PYTEST) $(WORKER_TESTS) $(if $(AREA),-m "$(AREA)") || test $$? -eq 5  # none
+	$(ON_WORKER)
 
 test-device: $(NATIVE) $(TOOLS) ## the tests of the native library with all layers on the device that it was built for
 	CLEX_TEST_GPU_LAYERS=-1 $(BIN)/python -m pytest $(DEVICE_TESTS)
