@@ -187,6 +187,32 @@ static void convert_tile(const ggml_tensor * t, row_to_float convert, int64_t fi
 // the two products: in F32 by vectors, or in tile registers
 //
 
+// The two products of a unit. What they take is packed into a room of the thread's work buffer, and rows are fetched while they compute.
+// These are of F32, which is taken where it is.
+struct attn_float_products {
+    int64_t       size_k, size_v;
+    row_fetcher & next;
+    const float * q[COLUMNS/TILE] = {}, * k = nullptr, * v = nullptr;
+
+    static size_t size(int64_t, int64_t) { return 0; } // in numbers of 4 bytes
+
+    attn_float_products(int64_t size_k, int64_t size_v, float *, row_fetcher & next) : size_k(size_k), size_v(size_v), next(next) {}
+
+    static void begin() {}
+    static void end() {}
+
+    void take_queries(int64_t tile, const float * x) { q[tile] = x; }
+    void take_keys   (const float * x, int64_t)      { k = x; }
+    void take_values (const float * x, int64_t)      { v = x; }
+
+    void scores(float * c, int64_t tile, int64_t n, int64_t n_columns) const {
+        product(c, TILE, k, size_k, 1, q[tile], TILE, size_k, GGML_PAD(n, VEC_ROWS), GGML_PAD(n_columns, VEC), false, next);
+    }
+    void add_values(float * o, const float * weights, int64_t n, int64_t n_columns) {
+        product(o, size_v, weights, 1, TILE, v, size_v, n, GGML_PAD(n_columns, VEC_ROWS), size_v, true, next);
+    }
+};
+
 #if defined(GGML_CLEX_PANEL) && defined(GGML_CLEX_TILES)
 
 // Caches of F32 are not for tiles, whose products are as exact as 16 bits of a number.
@@ -195,20 +221,19 @@ static bool takes_tiles(const ggml_clex_node & node) {
         clex_tiles::available() != clex_tiles::units::none;
 }
 
-// of one thread, in its part of the work buffer
 struct attn_tile_products {
     int64_t size_k, size_v;
     clex_tiles::operand q[COLUMNS/TILE], k, p, v;
 
     static int64_t k_bytes(int64_t size_k) { return 2*GGML_PAD(size_k, 32); } // of a row
 
-    static size_t size(bool in_tiles, int64_t size_k, int64_t size_v) {
+    static size_t size(int64_t size_k, int64_t size_v) {
         using clex_tiles::operand;
-        return !in_tiles ? 0 : (operand::bytes(COLUMNS/TILE*GGML_PAD(size_k, 32)/2, 4*TILE) + operand::bytes(TILE, k_bytes(size_k)) +
+        return (operand::bytes(COLUMNS/TILE*GGML_PAD(size_k, 32)/2, 4*TILE) + operand::bytes(TILE, k_bytes(size_k)) +
             operand::bytes(TILE, 2*TILE) + operand::bytes(TILE/2, 4*size_v) + 64)/sizeof(float);
     }
 
-    attn_tile_products(int64_t size_k, int64_t size_v, float * room) : size_k(size_k), size_v(size_v) {
+    attn_tile_products(int64_t size_k, int64_t size_v, float * room, row_fetcher &) : size_k(size_k), size_v(size_v) {
         char * next = (char *) GGML_PAD((uintptr_t) room, 64);
         const auto take = [&](int64_t rows, int64_t stride) {
             char * x = next;
@@ -245,21 +270,11 @@ struct attn_tile_products {
 
 #else
 
+using attn_tile_products = attn_float_products;
+
 static bool takes_tiles(const ggml_clex_node &) {
     return false;
 }
-
-struct attn_tile_products {
-    static size_t size(bool, int64_t, int64_t) { return 0; }
-    attn_tile_products(int64_t, int64_t, float *) {}
-    static void begin() {}
-    static void end() {}
-    void take_queries(int64_t, const float *) {}
-    void take_keys(const float *, int64_t) {}
-    void take_values(const float *, int64_t) {}
-    void scores(float *, int64_t, int64_t, int64_t) const {}
-    void add_values(float *, const float *, int64_t, int64_t) {}
-};
 
 #endif
 
@@ -271,20 +286,21 @@ static bool takes_pairs(const ggml_clex_node & node) {
     return enabled && node.dk % clex_pairs::LANES == 0 && node.k->type != GGML_TYPE_F32 && node.v->type != GGML_TYPE_F32;
 }
 
-// of one thread, in its part of the work buffer; pairs of numbers of 16 bits, and what brings the sums back
+// pairs of numbers of 16 bits, and what brings the sums back
 struct attn_pair_products {
     int64_t size_k, size_v;
+    row_fetcher & next;
     int32_t * q; // [COLUMNS/TILE][size_k/2][TILE]
     int32_t * k; // [TILE][size_k/2]
     int32_t * p; // [TILE/2][TILE]
     int32_t * v; // [TILE/2][size_v]
     float * q_back, * k_back, * p_back, * v_back;
 
-    static size_t size(bool in_pairs, int64_t size_k, int64_t size_v) { // in numbers of 4 bytes
-        return !in_pairs ? 0 : COLUMNS*(size_k/2 + 1) + TILE*(size_k/2 + 1) + TILE*(TILE/2 + 1) + size_v*(TILE/2 + 1);
+    static size_t size(int64_t size_k, int64_t size_v) {
+        return COLUMNS*(size_k/2 + 1) + TILE*(size_k/2 + 1) + TILE*(TILE/2 + 1) + size_v*(TILE/2 + 1);
     }
 
-    attn_pair_products(int64_t size_k, int64_t size_v, float * room) : size_k(size_k), size_v(size_v) {
+    attn_pair_products(int64_t size_k, int64_t size_v, float * room, row_fetcher & next) : size_k(size_k), size_v(size_v), next(next) {
         const auto take = [&](int64_t n) { float * x = room; room += n; return x; };
         q = (int32_t *) take(COLUMNS*size_k/2);
         k = (int32_t *) take(TILE*size_k/2);
@@ -295,6 +311,9 @@ struct attn_pair_products {
         p_back = take(TILE);
         v_back = take(size_v);
     }
+
+    static void begin() {}
+    static void end() {}
 
     void take_queries(int64_t tile, const float * x) {
         for (int64_t j = 0; j < TILE; j += clex_pairs::LANES) {
@@ -312,13 +331,13 @@ struct attn_pair_products {
         }
     }
 
-    void scores(float * c, int64_t tile, int64_t n, int64_t n_columns, row_fetcher & next) const {
+    void scores(float * c, int64_t tile, int64_t n, int64_t n_columns) const {
         const float * back = q_back + tile*TILE;
         clex_pairs::multiply<VEC_COLUMNS>(k, size_k/2, 1, q + tile*size_k/2*TILE, TILE, size_k/2, GGML_PAD(n, VEC_ROWS), GGML_PAD(n_columns, VEC), 0,
             [&](int64_t i, int64_t j, vec x) { vec_store(c + i*TILE + j, vec_mul(x, vec_mul(vec_set(k_back[i]), vec_load(back + j)))); },
             [&] { next.fetch(LINES); });
     }
-    void add_values(float * o, const float * weights, int64_t n, int64_t n_columns, row_fetcher & next) {
+    void add_values(float * o, const float * weights, int64_t n, int64_t n_columns) {
         for (int64_t j = 0; j < n_columns; j += clex_pairs::LANES) {
             clex_pairs::pack_columns(weights + j, TILE, n, p + j, TILE, p_back + j);
         }
@@ -333,19 +352,11 @@ struct attn_pair_products {
 
 #else
 
+using attn_pair_products = attn_float_products;
+
 static bool takes_pairs(const ggml_clex_node &) {
     return false;
 }
-
-struct attn_pair_products {
-    static size_t size(bool, int64_t, int64_t) { return 0; }
-    attn_pair_products(int64_t, int64_t, float *) {}
-    void take_queries(int64_t, const float *) {}
-    void take_keys(const float *, int64_t) {}
-    void take_values(const float *, int64_t) {}
-    void scores(float *, int64_t, int64_t, int64_t, row_fetcher &) const {}
-    void add_values(float *, const float *, int64_t, int64_t, row_fetcher &) {}
-};
 
 #endif
 
@@ -398,8 +409,8 @@ struct attn_plan {
 
     // floats for one thread; the same for any number of threads, since there may turn out to be fewer than planned
     size_t size() const {
-        return n_columns*(size_k + size_v + 2) + TILE*(size_k + size_v + TILE) + attn_tile_products::size(in_tiles, size_k, size_v) +
-            attn_pair_products::size(in_pairs, size_k, size_v);
+        return n_columns*(size_k + size_v + 2) + TILE*(size_k + size_v + TILE) + (in_tiles ? attn_tile_products::size(size_k, size_v) :
+            in_pairs ? attn_pair_products::size(size_k, size_v) : attn_float_products::size(size_k, size_v));
     }
 };
 
@@ -412,7 +423,7 @@ struct attn_scratch {
     float * o;
     float * max;
     float * sum;
-    float * tiles; // what attn_tile_products or attn_pair_products has
+    float * packed; // what the products have
 
     attn_scratch(const attn_plan & plan, float * next) {
         const auto take = [&](int64_t n) { float * x = next; next += n; return x; };
@@ -423,7 +434,7 @@ struct attn_scratch {
         o      = take(plan.n_columns*plan.size_v);
         max    = take(plan.n_columns);
         sum    = take(plan.n_columns);
-        tiles  = next;
+        packed = next;
 
         memset(v_tile, 0, TILE*plan.size_v*sizeof(float)); // what pads the rows stays 0
     }
@@ -626,6 +637,7 @@ static void end_columns(attn_columns & c, const ggml_clex_node & node, const att
     }
 }
 
+template <typename Products>
 static void run_unit(const ggml_clex_node & node, const attn_plan & plan, const attn_unit & unit, const attn_scratch & scratch,
         const mask_looks & looks) {
     const int64_t size_k = plan.size_k;
@@ -635,19 +647,14 @@ static void run_unit(const ggml_clex_node & node, const attn_plan & plan, const 
     const row_to_float convert_v = row_converter(node.v->type);
 
     attn_columns columns[COLUMNS/TILE];
-    attn_tile_products tiles(size_k, size_v, scratch.tiles);
-    attn_pair_products pairs(size_k, size_v, scratch.tiles);
+    row_fetcher next;
+    Products    products(size_k, size_v, scratch.packed, next);
     const int64_t n_tiles = (unit.n_columns + TILE - 1)/TILE;
     for (int64_t t = 0; t < n_tiles; ++t) {
         begin_columns(columns[t], node, plan, unit, scratch, looks, t*TILE);
-        if (plan.in_tiles) {
-            tiles.take_queries(t, columns[t].q);
-        } else if (plan.in_pairs) {
-            pairs.take_queries(t, columns[t].q);
-        }
+        products.take_queries(t, columns[t].q);
     }
 
-    row_fetcher next;
     for (int64_t first = 0; first < node.n_kv; first += TILE) {
         const int64_t n = std::min(TILE, node.n_kv - first);
         bool all_hidden = true;
@@ -663,42 +670,34 @@ static void run_unit(const ggml_clex_node & node, const attn_plan & plan, const 
         convert_tile(node.k, convert_k, first, n, unit.head_kv, unit.stream, scratch.k_tile, size_k);
         convert_tile(node.v, convert_v, first, n, unit.head_kv, unit.stream, scratch.v_tile, size_v);
         next.begin(node, unit.head_kv, unit.stream, first + n, std::min(TILE, node.n_kv - first - n));
-        if (plan.in_tiles) {
-            tiles.take_keys(scratch.k_tile, n);
-            tiles.take_values(scratch.v_tile, n);
-        } else if (plan.in_pairs) {
-            pairs.take_keys(scratch.k_tile, n);
-            pairs.take_values(scratch.v_tile, n);
-        }
+        products.take_keys(scratch.k_tile, n);
+        products.take_values(scratch.v_tile, n);
 
         for (int64_t t = 0; t < n_tiles; ++t) {
             attn_columns & c = columns[t];
             if (c.tile == attn_columns::HIDDEN) {
                 continue;
             }
-            if (plan.in_tiles) {
-                tiles.scores(scratch.scores, t, n, c.n);
-            } else if (plan.in_pairs) {
-                pairs.scores(scratch.scores, t, n, c.n, next);
-            } else {
-                product(scratch.scores, TILE, scratch.k_tile, size_k, 1, c.q, TILE, size_k, GGML_PAD(n, VEC_ROWS), GGML_PAD(c.n, VEC), false,
-                    next);
-            }
+            products.scores(scratch.scores, t, n, c.n);
             make_logits(c, node.softcap, scratch.scores, first, n);
             soft_max(c, scratch.scores, n, size_v);
-            if (plan.in_tiles) {
-                tiles.add_values(c.o, scratch.scores, n, c.n);
-            } else if (plan.in_pairs) {
-                pairs.add_values(c.o, scratch.scores, n, c.n, next);
-            } else {
-                product(c.o, size_v, scratch.scores, 1, TILE, scratch.v_tile, size_v, n, GGML_PAD(c.n, VEC_ROWS), size_v, true, next);
-            }
+            products.add_values(c.o, scratch.scores, n, c.n);
         }
     }
 
     for (int64_t t = 0; t < n_tiles; ++t) {
         end_columns(columns[t], node, plan, unit, t*TILE);
     }
+}
+
+template <typename Products>
+static void run_units(const ggml_compute_params * params, const ggml_clex_node & node, const attn_plan & plan, const attn_scratch & scratch,
+        const mask_looks & looks) {
+    Products::begin();
+    for (int64_t unit = params->ith; unit < plan.n_units; unit = ggml_threadpool_chunk_add(params->threadpool, 1)) {
+        run_unit<Products>(node, plan, attn_unit(node, plan, unit), scratch, looks);
+    }
+    Products::end();
 }
 
 bool ggml_clex_attn_prefill(const ggml_compute_params * params, ggml_tensor * dst) {
@@ -717,15 +716,8 @@ bool ggml_clex_attn_prefill(const ggml_compute_params * params, ggml_tensor * ds
     looks.look(params->ith, params->nth);
     ggml_barrier(params->threadpool);
 
-    if (plan.in_tiles) {
-        attn_tile_products::begin();
-    }
-    for (int64_t unit = params->ith; unit < plan.n_units; unit = ggml_threadpool_chunk_add(params->threadpool, 1)) {
-        run_unit(node, plan, attn_unit(node, plan, unit), scratch, looks);
-    }
-    if (plan.in_tiles) {
-        attn_tile_products::end();
-    }
+    const auto run = plan.in_tiles ? run_units<attn_tile_products> : plan.in_pairs ? run_units<attn_pair_products> : run_units<attn_float_products>;
+    run(params, node, plan, scratch, looks);
     return true;
 }
 
