@@ -407,17 +407,32 @@ static inline void pack_activations(const float * const * x, int64_t k, int64_t 
     }
 }
 
+// c[T][c_row], or nothing yet
+template <int T>
+static inline void load_sums(fvec (&sum)[T][VECTORS], const float * c, int64_t c_row, bool first) {
+    for (int t = 0; t < T; ++t) {
+        for (int v = 0; v < VECTORS; ++v) {
+            sum[t][v] = first ? f_zero() : f_load(c + t*c_row + v*LANES);
+        }
+    }
+}
+
+template <int T>
+static inline void store_sums(const fvec (&sum)[T][VECTORS], float * c, int64_t c_row) {
+    for (int t = 0; t < T; ++t) {
+        for (int v = 0; v < VECTORS; ++v) {
+            f_store(c + t*c_row + v*LANES, sum[t][v]);
+        }
+    }
+}
+
 // c[tokens][c_row] += panel*activations for T of the tokens and n blocks of 32. PARTS blocks of weights in 32. WIDE: activations have one scale
 // for all n blocks. In one function, long as it is: sums and products stay in registers only where the compiler sees all their uses.
 template <int T, int PARTS, bool MIN, bool WIDE>
 static inline void product(const panel & p, const char * a, float * c, int64_t c_row, int n, bool first) {
     using L = layout<PARTS, MIN>;
     fvec sum[T][VECTORS];
-    for (int t = 0; t < T; ++t) {
-        for (int v = 0; v < VECTORS; ++v) {
-            sum[t][v] = first || WIDE ? f_zero() : f_load(c + t*c_row + v*LANES);
-        }
-    }
+    load_sums(sum, c, c_row, first || WIDE);
     const int8_t * w = p.w[0][0];
     const float  * d = p.d[0];
     const float  * m = p.m[0];
@@ -552,10 +567,10 @@ static inline void add_minima(const panel & p, const char * a, fvec (&sum)[T][VE
     }
 }
 
-// N times four numbers of a part
-template <int T, int N>
+// N times four bytes of a part, and of each token: numbers of 8 bits, or of 16
+template <int T, int N, bool PAIRS = false>
 static inline void add_products(ivec (&x)[T][VECTORS], const int8_t * w, const char * a) {
-#pragma GCC unroll 8
+#pragma GCC unroll 16
     for (int q = 0; q < N; ++q) {
         ivec y[VECTORS];
 #pragma GCC unroll 4
@@ -564,10 +579,10 @@ static inline void add_products(ivec (&x)[T][VECTORS], const int8_t * w, const c
         }
 #pragma GCC unroll 16
         for (int t = 0; t < T; ++t) {
-            const ivec z = a_load((const int8_t *) a + 32*t + 4*q);
+            const ivec z = a_load((const int8_t *) a + 4*(N*t + q));
 #pragma GCC unroll 4
             for (int v = 0; v < VECTORS; ++v) {
-                x[t][v] = dot(x[t][v], y[v], z);
+                x[t][v] = PAIRS ? dot_pairs(x[t][v], y[v], z) : dot(x[t][v], y[v], z);
             }
         }
     }
@@ -665,12 +680,7 @@ struct pair_layout {
 template <int T>
 static inline void product_of_pairs(const panel & p, const char * a, float * c, int64_t c_row, int n, bool first) {
     fvec sum[T][VECTORS];
-    for (int t = 0; t < T; ++t) {
-        for (int v = 0; v < VECTORS; ++v) {
-            sum[t][v] = first ? f_zero() : f_load(c + t*c_row + v*LANES);
-        }
-    }
-    const int8_t * w = p.w[0][0];
+    load_sums(sum, c, c_row, first);
     for (int b = 0; b < n; ++b, a += pair_layout::SIZE) {
         ivec x[T][VECTORS];
 #pragma GCC unroll 16
@@ -680,23 +690,7 @@ static inline void product_of_pairs(const panel & p, const char * a, float * c, 
                 x[t][v] = i_zero();
             }
         }
-#pragma GCC unroll 16
-        for (int q = 0; q < 16; ++q) {
-            ivec y[VECTORS];
-#pragma GCC unroll 4
-            for (int v = 0; v < VECTORS; ++v) {
-                y[v] = w_load(w + v*4*LANES);
-            }
-            w += 4*ROWS;
-#pragma GCC unroll 16
-            for (int t = 0; t < T; ++t) {
-                const ivec z = a_load((const int8_t *) a + 64*t + 4*q);
-#pragma GCC unroll 4
-                for (int v = 0; v < VECTORS; ++v) {
-                    x[t][v] = dot_pairs(x[t][v], y[v], z);
-                }
-            }
-        }
+        add_products<T, 16, true>(x, p.w[16*b][0], a);
 #pragma GCC unroll 4
         for (int v = 0; v < VECTORS; ++v) {
             const fvec scale = f_load(p.d[b] + v*LANES);
@@ -706,11 +700,7 @@ static inline void product_of_pairs(const panel & p, const char * a, float * c, 
             }
         }
     }
-    for (int t = 0; t < T; ++t) {
-        for (int v = 0; v < VECTORS; ++v) {
-            f_store(c + t*c_row + v*LANES, sum[t][v]);
-        }
-    }
+    store_sums(sum, c, c_row);
 }
 
 #endif
@@ -732,11 +722,7 @@ struct bf16_dot {
 template <int T, typename Dot>
 static inline void product_of_floats(const panel & p, const char * a, float * c, int64_t c_row, int n, bool first) {
     fvec sum[T][VECTORS];
-    for (int t = 0; t < T; ++t) {
-        for (int v = 0; v < VECTORS; ++v) {
-            sum[t][v] = first ? f_zero() : f_load(c + t*c_row + v*LANES);
-        }
-    }
+    load_sums(sum, c, c_row, first);
     const int64_t row = 32*Dot::SIZE*n;
     const int8_t * w = p.w[0][0];
 #pragma GCC unroll 4
@@ -750,11 +736,7 @@ static inline void product_of_floats(const panel & p, const char * a, float * c,
         }
         w += 4*ROWS;
     }
-    for (int t = 0; t < T; ++t) {
-        for (int v = 0; v < VECTORS; ++v) {
-            f_store(c + t*c_row + v*LANES, sum[t][v]);
-        }
-    }
+    store_sums(sum, c, c_row);
 }
 
 } // namespace clex_panel
