@@ -16,8 +16,9 @@ from click.testing import CliRunner
 from safetensors.torch import load_file
 
 from clex_train import TrainError
-from clex_train.chat import IGNORED, labelled, load_conversations, pad
+from clex_train.chat import labelled, load_conversations
 from clex_train.cli import main
+from clex_train.data import IGNORED, collate
 from clex_train.model import load_model
 from clex_train.practice import conversations
 from clex_train.practice import main as practice
@@ -114,11 +115,11 @@ def test_an_answer_that_begins_the_conversation(golden_dir):
 
 def test_padding_has_no_label(golden_dir):
     rows = [{"input_ids": [1, 2, 3], "labels": [1, 2, 3]}, {"input_ids": [4], "labels": [4]}]
-    batch = pad(rows, 5)
+    batch = collate(rows, 5)
     assert batch["input_ids"].shape == (2, 3)
     assert batch["labels"].tolist() == [[IGNORED, 2, 3], [IGNORED] * 3]
     with pytest.raises(TrainError, match="makes token 4, the model has a vocabulary of 4 only"):
-        pad(rows, 4)
+        collate(rows, 4)
 
 
 def test_padded_rows_are_learned_as_they_are_alone(base, tmp_path, monkeypatch):

@@ -25,7 +25,6 @@ class ClosedForm(torch.nn.Module, abc.ABC):
         """Takes the rotary dimension d."""
         super().__init__()
         self.dim = dim
-        self.register_buffer("even", torch.arange(0, dim, 2, dtype=torch.float32), persistent=False)
 
     @abc.abstractmethod
     def start(self, plain: torch.Tensor) -> torch.Tensor:
@@ -50,6 +49,11 @@ class ClosedForm(torch.nn.Module, abc.ABC):
 
 class Ntk(ClosedForm):
     """NTK-aware frequencies at a stretch of a = 2t - 1 (1 below t = 1), as CLEX's authors have it; the state is x."""
+
+    def __init__(self, dim: int) -> None:
+        """Takes the rotary dimension d."""
+        super().__init__(dim)
+        self.register_buffer("even", torch.arange(0, dim, 2, dtype=torch.float32), persistent=False)
 
     def start(self, plain: torch.Tensor) -> torch.Tensor:
         """log f(1)."""

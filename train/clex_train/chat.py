@@ -7,15 +7,13 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from transformers import PreTrainedTokenizerBase
 
 from clex_local.errors import one_line
 from clex_train import TrainError
+from clex_train.data import IGNORED, check_file, opened_text
 
 ROLES = ("system", "user", "assistant")
-# What the loss leaves out, by transformers' convention.
-IGNORED = -100
 
 Message = dict[str, str]
 
@@ -70,16 +68,11 @@ def read_conversations(path: Path) -> Iterator[tuple[int, list[Message]]]:
     Raises:
         TrainError: it cannot be read, or a line is no conversation with an answer.
     """
-    if not path.is_file():
-        raise TrainError(f"{path}: no such file")
-    try:
-        with path.open(encoding="utf-8") as file:
-            for number, line in enumerate(file, 1):
-                if line.strip():
-                    yield number, _messages(line, f"{path}: line {number}")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = "is not UTF-8 text" if isinstance(error, UnicodeDecodeError) else "could not be read"
-        raise TrainError(f"{path}: {reason} ({one_line(error, 120)})") from None
+    check_file(path)
+    with opened_text(path) as file:
+        for number, line in enumerate(file, 1):
+            if line.strip():
+                yield number, _messages(line, f"{path}: line {number}")
 
 
 def _messages(line: str, where: str) -> list[Message]:
@@ -150,23 +143,3 @@ def _rendered(messages: list[Message], tokenizer: PreTrainedTokenizerBase, **opt
         raise TrainError(f"the chat template refused the conversation ({one_line(error, 120)})") from None
     assert isinstance(text, str)
     return text
-
-
-def pad(rows: list[dict[str, Any]], vocabulary: int) -> dict[str, torch.Tensor]:
-    """A batch of input_ids and labels int64 [B, n], n that of the longest row.
-
-    Padding is on the right, where no token of a row sees it, and has no label.
-
-    Raises:
-        TrainError: the tokenizer has tokens that a model with a smaller vocabulary lacks.
-    """
-    longest, largest = max(len(row["input_ids"]) for row in rows), max(max(row["input_ids"]) for row in rows)
-    if largest >= vocabulary:
-        raise TrainError(f"the tokenizer makes token {largest}, the model has a vocabulary of {vocabulary} only")
-
-    def stacked(key: str, filler: int) -> torch.Tensor:
-        return torch.tensor([[*row[key], *[filler] * (longest - len(row[key]))] for row in rows])
-
-    labels = stacked("labels", IGNORED)
-    labels[:, 0] = IGNORED
-    return {"input_ids": stacked("input_ids", 0), "labels": labels}

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import torch
 from datasets import Dataset, Features, IterableDataset, Value, load_dataset, load_from_disk
@@ -15,6 +16,8 @@ from clex_local.errors import one_line
 from clex_train import TrainError
 
 COLUMN = "text"
+# What the loss leaves out, by transformers' convention.
+IGNORED = -100
 # Characters that are tokenized at once: a file need not fit into memory.
 _BLOCK = 1 << 20
 # Sequences that a streamed dataset is shuffled among.
@@ -72,22 +75,53 @@ def load_sequences(
 
 
 def collate(rows: list[dict[str, Any]], vocabulary: int) -> dict[str, torch.Tensor]:
-    """A batch of input_ids int64 [B, n], and labels: the same but for the first, which nothing predicts.
+    """A batch of input_ids and labels int64 [B, n], n that of the longest row.
+
+    Labels are those of the rows, or their tokens where they have none; the first token has none, nothing predicts it.
+    Padding is on the right, where no token of a row sees it, and has no label.
 
     Raises:
         TrainError: the tokenizer has tokens that a model with a smaller vocabulary lacks.
     """
-    ids = torch.stack([torch.as_tensor(row["input_ids"]) for row in rows]).long()
-    if int(ids.max()) >= vocabulary:
-        raise TrainError(f"the tokenizer makes token {int(ids.max())}, the model has a vocabulary of {vocabulary} only")
-    labels = ids.clone()
-    labels[:, 0] = -100  # or the trainer would divide the loss by n, not by n - 1
-    return {"input_ids": ids, "labels": labels}
+    longest, largest = max(len(row["input_ids"]) for row in rows), max(max(row["input_ids"]) for row in rows)
+    if largest >= vocabulary:
+        raise TrainError(f"the tokenizer makes token {largest}, the model has a vocabulary of {vocabulary} only")
+
+    def stacked(parts: list[Sequence[int]], filler: int) -> torch.Tensor:
+        return torch.tensor([[*part, *[filler] * (longest - len(part))] for part in parts])
+
+    labels = stacked([row.get("labels", row["input_ids"]) for row in rows], IGNORED)
+    labels[:, 0] = IGNORED  # or the trainer would divide the loss by n, not by n - 1
+    return {"input_ids": stacked([row["input_ids"] for row in rows], 0), "labels": labels}
+
+
+@contextmanager
+def opened_text(path: str | Path) -> Iterator[TextIO]:
+    """A file of UTF-8 text, with its line ends as they are.
+
+    Raises:
+        TrainError: it cannot be read, also later while it is.
+    """
+    try:
+        with open(path, encoding="utf-8", newline="") as file:
+            yield file
+    except (OSError, UnicodeDecodeError) as error:
+        reason = "is not UTF-8 text" if isinstance(error, UnicodeDecodeError) else "could not be read"
+        raise TrainError(f"{path}: {reason} ({one_line(error, 120)})") from None
+
+
+def check_file(path: Path) -> None:
+    """That there is such a file.
+
+    Raises:
+        TrainError: there is none.
+    """
+    if not path.is_file():
+        raise TrainError(f"{path}: no such file")
 
 
 def _stamp(path: Path) -> tuple[int, int]:
-    if not path.is_file():
-        raise TrainError(f"{path}: no such file")
+    check_file(path)
     status = path.stat()
     return status.st_size, status.st_mtime_ns
 
@@ -131,17 +165,13 @@ def _blocks(
 ) -> Iterator[tuple[str, bool]]:
     """Text, and whether its document ends with it."""
     for path, *_ in files:
-        try:
-            with open(path, encoding="utf-8", newline="") as file:
-                # cut between lines, where tokens rarely cross
-                block = file.read(_BLOCK) + file.readline(_BLOCK)
-                while block:
-                    following = file.read(_BLOCK) + file.readline(_BLOCK)
-                    yield block, not following
-                    block = following
-        except (OSError, UnicodeDecodeError) as error:
-            reason = "is not UTF-8 text" if isinstance(error, UnicodeDecodeError) else "could not be read"
-            raise TrainError(f"{path}: {reason} ({one_line(error, 120)})") from None
+        with opened_text(path) as file:
+            # cut between lines, where tokens rarely cross
+            block = file.read(_BLOCK) + file.readline(_BLOCK)
+            while block:
+                following = file.read(_BLOCK) + file.readline(_BLOCK)
+                yield block, not following
+                block = following
     for row in dataset or ():
         if not isinstance(row[COLUMN], str):
             raise TrainError(f"the dataset's column {COLUMN!r} holds {type(row[COLUMN]).__name__}, not text")

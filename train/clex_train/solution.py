@@ -9,7 +9,7 @@ gradients of the two matrices are one each.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -86,10 +86,10 @@ class _Steps:
     shifts: _Array
     drifts: _Array
     parts: list[tuple[int, float]]
-    up: _Array
-    down: _Array
-    inputs: _Array
-    hidden: _Array
+    up: _Array = field(init=False)
+    down: _Array = field(init=False)
+    inputs: _Array = field(init=False)
+    hidden: _Array = field(init=False)
 
     @classmethod
     def plan(cls, dynamics: Dynamics, last: int, time_dt: float) -> _Steps:
@@ -105,9 +105,8 @@ class _Steps:
         shape = len(sizes), 4, dynamics.dim // 2
         shifts, drifts = (_numbers(part(times.to(device))).reshape(shape) for part in (form.shift, form.drift))
         silu = dynamics.activation is torch.nn.functional.silu
-        empty = np.empty(0)
         activation = (_silu, _silu_slope) if silu else (np.tanh, _tanh_slope)
-        return cls(activation, sizes, shifts, drifts, parts, empty, empty, empty, empty)
+        return cls(activation, sizes, shifts, drifts, parts)
 
     def run(self, up: _Array, down: _Array, state: _Array) -> _Array:
         """The states [last, d/2] at t = 1, 2, ..."""

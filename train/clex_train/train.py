@@ -22,7 +22,7 @@ from clex_convert.transformers_folder import load_tokenizer
 from clex_local.commands.options import takes_options
 from clex_local.errors import one_line
 from clex_train import TrainError
-from clex_train.chat import load_conversations, pad
+from clex_train.chat import load_conversations
 from clex_train.checkpoints import Checkpoints
 from clex_train.data import collate, load_sequences
 from clex_train.layer import ClexLayer, ClexSettings
@@ -122,7 +122,7 @@ class _Training:
         trained = network if options.lora_rank is None else _with_adapter(network, layer, options.lora_rank, options)
         if bf16:
             _spare_casts(trained)
-        rows, collator = _load_rows(tokenizer, options.length or sampler.original, options)
+        rows = _load_rows(tokenizer, options.length or sampler.original, options)
         trainer = ClexTrainer(
             trained,
             arguments,
@@ -130,7 +130,7 @@ class _Training:
             ode_learning_rate=options.ode_learning_rate,
             ode_weight_decay=options.ode_weight_decay,
             report=options.report,
-            data_collator=partial(collator, vocabulary=embeddings.num_embeddings),
+            data_collator=partial(collate, vocabulary=embeddings.num_embeddings),
             train_dataset=rows,
             processing_class=tokenizer,
         )
@@ -211,16 +211,13 @@ def _warmup(ratio: float) -> dict[str, float]:
     return {"warmup_steps": min(ratio, math.nextafter(1, 0))}
 
 
-def _load_rows(
-    tokenizer: PreTrainedTokenizerBase, length: int, options: TrainOptions
-) -> tuple[Any, Callable[..., dict[str, torch.Tensor]]]:
-    """What is trained on, and what makes batches of it."""
+def _load_rows(tokenizer: PreTrainedTokenizerBase, length: int, options: TrainOptions) -> Any:
+    """What is trained on."""
     if options.chat:
-        return load_conversations(options.chat, tokenizer, length, options.report), pad
-    rows = load_sequences(
+        return load_conversations(options.chat, tokenizer, length, options.report)
+    return load_sequences(
         options.text, options.dataset, tokenizer, length, streaming=options.streaming, seed=options.seed
     )
-    return rows, collate
 
 
 def _computes_in_bfloat16() -> bool:
