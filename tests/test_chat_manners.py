@@ -14,7 +14,7 @@ from clex_local.chat.commands import COMMANDS, completions, do, find, help_text,
 from clex_local.chat.conversation import Chat
 from clex_local.chat.terminal import Terminal
 from clex_local.chat.word_wrap import wrapped
-from clex_local.model_file.found_models import listing, model_named, model_path
+from clex_local.model_file.found_models import found_models, line_of, listing, model_named, model_path
 from clex_local.session.session import CHATML
 from helpers.chat_command import Pty, run, sessions_folder
 from helpers.random_gguf import make_model
@@ -308,10 +308,8 @@ def test_the_model_that_is_named_as_an_example_is_one(models):
 
 
 def test_faults_widen_no_column(models):
-    from clex_local.model_file.found_models import found_models
-
     (models / "a-broken.gguf").write_bytes(b"nothing")
     make_model(models / "whole.gguf")
-    header, broken, whole = listing(found_models()).splitlines()
+    header, broken, whole = listing((model, line_of(model)) for model in found_models()).splitlines()
     assert header.index("FROM") == whole.index("this folder") == broken.index("this folder")
     assert len(whole) < 60

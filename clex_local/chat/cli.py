@@ -106,12 +106,12 @@ def _list_models(context: click.Context, asks: bool) -> int:
     models = found_models()
     if not models:
         raise ClexError(f"MODEL is missing, and none is found in {places()}; clex-chat FILE.gguf takes any other")
-    say(listing(models))
-    lines = [line_of(model) for model in models]
-    usable = [model for model, line in zip(models, lines, strict=True) if not line.fault]
+    lines = [(model, line_of(model)) for model in models]
+    say(listing(lines))
+    usable = [model for model, line in lines if not line.fault]
     if usable:
         extend = "; --extend 4x gives one without tables four times its context"
-        plain = any(not line.fault and not line.tables for line in lines)
+        plain = any(not line.fault and not line.tables for _, line in lines)
         say(f"clex-chat {shlex.quote(usable[0].name)} talks to one{extend if plain else ''}", err=True)
     return 0
 

@@ -147,11 +147,10 @@ def line_of(model: FoundModel) -> ModelLine:
         return ModelLine(size, fault=str(error).replace(f"{model.path}: ", "", 1))
 
 
-def listing(models: Iterable[FoundModel]) -> str:
-    """A table of models: name, size, context, tables, and where each is from."""
+def listing(lines: Iterable[tuple[FoundModel, ModelLine]]) -> str:
+    """A table of models with what `line_of` says of each: name, size, context, tables, and where each is from."""
     rows = [("MODEL", "SIZE", "CONTEXT", "TABLES", "FROM")]
-    for model in models:
-        line = line_of(model)
+    for model, line in lines:
         fault = f" ({escaped(line.fault, 60)})" if line.fault else ""
         context = f"{line.context:,}" if line.context else "-"
         place = f"{model.place}{fault}"
