@@ -42,6 +42,11 @@ class ChatCommand:
     others: Sequence[str] = ()
 
     @property
+    def names(self) -> tuple[str, ...]:
+        """All that it is called."""
+        return (self.name, *self.others)
+
+    @property
     def usage(self) -> str:
         """Its name and what may stand behind it."""
         return f"{self.name} {self.argument}".rstrip()
@@ -110,7 +115,7 @@ def find(line: str) -> tuple[ChatCommand, str] | None:
     """
     name, _, rest = line.strip().partition(" ")
     for command in COMMANDS:
-        if line.startswith("/") and name in (command.name, *command.others):
+        if line.startswith("/") and name in command.names:
             return command, rest.strip()
         if line.strip() in command.others and not line.startswith((" ", "/")):
             return command, ""
@@ -120,9 +125,14 @@ def find(line: str) -> tuple[ChatCommand, str] | None:
     return None
 
 
+def _with_slash() -> list[str]:
+    """All names of commands that begin with a slash."""
+    return [name for command in COMMANDS for name in command.names if name[0] == "/"]
+
+
 def _meant(name: str) -> str:
     """A question for what somebody may have meant; nothing where that is far from all there is."""
-    names = [other for command in COMMANDS for other in (command.name, *command.others) if other[0] == "/"]
+    names = _with_slash()
     begun = [other for other in names if len(name) > 1 and other.startswith(name)]
     close = begun[:2] or (difflib.get_close_matches(name, names, n=1) if len(name) > 2 else [])
     return f"did you mean {' or '.join(close)}? " if close else ""
@@ -162,10 +172,9 @@ def completions(chat: Chat, line: str) -> list[str]:
     """What the first word of a line can become, or all that stands behind it. Of paths, see `path_in`."""
     name, space, rest = line.partition(" ")
     if not space:
-        names = [name for command in COMMANDS for name in (command.name, *command.others) if name[0] == "/"]
-        return [other for other in names if other.startswith(name)] if name.startswith("/") else []
+        return [other for other in _with_slash() if other.startswith(name)] if name.startswith("/") else []
     for command in COMMANDS:
-        if name in (command.name, *command.others) and command.words:
+        if name in command.names and command.words:
             return [word for word in command.words(chat) if word.startswith(rest)]
     return []
 
@@ -173,6 +182,6 @@ def completions(chat: Chat, line: str) -> list[str]:
 def path_in(line: str) -> str | None:
     """The beginning of a path that a line ends with, None where it ends with none."""
     name, space, rest = line.partition(" ")
-    if space and any(command.takes_path for command in COMMANDS if name in (command.name, *command.others)):
+    if space and any(command.takes_path for command in COMMANDS if name in command.names):
         return rest.lstrip()
     return None

@@ -106,14 +106,19 @@ class Chat:
     def _note_changes(self) -> None:
         """Say once of each file that was sent that it is no more as it was, unless it waits to be sent anew."""
         waiting = {file.path for file in self.waiting_files}
-        in_prompts = self.session.exchanges[self.session.left_out :]
-        sent = {file.path: file for exchange in in_prompts for file in exchange.files}  # the last one of each path
+        sent = {file.path: file for file in self._sent_files}  # the last one of each path
         for path, file in sent.items():
             if file not in self._changed and path not in waiting and (change := file.change()):
                 self._changed.append(file)
                 kept = "the conversation has it as it was"
                 kept += "; /file sends it anew" if os.path.exists(path) else ""
                 self.terminal.note(f"[{escaped(path)} {change} since it was attached: {kept}]")
+
+    @property
+    def _sent_files(self) -> list[AttachedFile]:
+        """The files that are part of prompts."""
+        in_prompts = self.session.exchanges[self.session.left_out :]
+        return [file for exchange in in_prompts for file in exchange.files]
 
     @property
     def waiting_files(self) -> list[AttachedFile]:
@@ -195,9 +200,7 @@ class Chat:
 
     def add(self, attachment: Attachment) -> None:
         """Let something that was read wait for the next message; what is in the conversation already does not."""
-        in_prompts = self.session.exchanges[self.session.left_out :]
-        sent = [file for exchange in in_prompts for file in exchange.files]
-        attachment, twice = without_twice(attachment, [*sent, *self.waiting_files])
+        attachment, twice = without_twice(attachment, [*self._sent_files, *self.waiting_files])
         for name in twice:
             self.terminal.note(f"{escaped(name, 60)}: attached already; it is sent once")
         if not attachment.documents:
