@@ -15,7 +15,7 @@ from clex_local.machine import available_bytes, default_threads
 from clex_local.model_file.context_plan import ContextPlan, plan_context
 from clex_local.model_file.extension import OVERLAY, Extension
 from clex_local.model_file.facts import ModelFacts
-from clex_local.model_file.memory import CELLS
+from clex_local.model_file.memory import cells_of
 from clex_local.model_file.model_shape import ModelShape
 from clex_local.runtime.opening import offloaded_layers
 from clex_local.server.options import PARALLEL, ServeOptions
@@ -183,12 +183,11 @@ def server_settings(plan: ServePlan, options: ServeOptions, folder: Path) -> dic
     """
     context = plan.context
     threads = options.threads or default_threads()
-    cells = -(-context.n_ctx // CELLS) * CELLS  # of one conversation, as llama.cpp rounds it
     settings = {
         "model": os.path.abspath(plan.path),
         "alias": Path(plan.path).stem,
         "parallel": str(plan.parallel),
-        "ctx-size": str(cells * plan.parallel),
+        "ctx-size": str(cells_of(context.n_ctx) * plan.parallel),
         "kv-unified-per-slot": str(context.n_ctx),
         "cache-type-k": context.kv_type,
         "cache-type-v": context.kv_type,
