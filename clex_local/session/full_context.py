@@ -44,14 +44,15 @@ def make_room(session: Session, policy: str, text: str) -> Iterator[str]:
         return
     answer = min(_ANSWER, session.capacity // 8)
     room = session.capacity - answer
-    if session.size_with(text) <= room or len(session.prompt(text)) >= session.capacity:
+    size = session.size_with(text)
+    if size <= room or len(session.prompt(text)) >= session.capacity:
         return
     before = session.left_out
     if before == len(session.exchanges):
         return
     if policy == "summarize":
         room -= min(_SUMMARY, session.capacity // 8)
-    count = _to_leave_out(session, session.size_with(text) - room)
+    count = _to_leave_out(session, size - room)
     dropped = session.exchanges[before:count]
     summary = session.summary
     if policy == "summarize":
