@@ -11,6 +11,7 @@ from clex_local.chat.attention_speed import measured_per_depth
 from clex_local.chat.reading_speed import Growth, Measured, ReadingSpeed, attention_share, remember, remembered
 from clex_local.errors import ClexError
 from clex_local.model_file.gguf_file import GGUFFile
+from clex_local.model_file.kv_types import cache_name
 from clex_local.model_file.model_shape import ModelShape
 
 if TYPE_CHECKING:
@@ -121,7 +122,6 @@ def reading_time(llm: Llama) -> ReadingTime | None:
 
 def speed_key(llm: Llama) -> str:
     """What the speed of a model depends on, in a line."""
-    from clex_local.model_file.kv_types import cache_name
     from clex_local.runtime.prompt_cache import model_number
 
     settings = llm.settings

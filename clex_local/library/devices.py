@@ -94,7 +94,6 @@ def _ggml() -> Any:
     library, base = ctypes.CDLL(str(library_path() / library_file("ggml"))), load_ggml()
     pointer, size, text = ctypes.c_void_p, ctypes.c_size_t, ctypes.c_char_p
     for where, function, result, *arguments in (
-        (library, "ggml_backend_reg_count", size),
         (library, "ggml_backend_reg_by_name", pointer, text),
         (library, "ggml_backend_dev_count", size),
         (library, "ggml_backend_dev_get", pointer, size),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import difflib
 import inspect
 import os
@@ -78,11 +77,7 @@ class ContextWarning(UserWarning):
 
 def file_path(path: str | bytes | os.PathLike[str] | os.PathLike[bytes]) -> str:
     """A path as the bindings take it, with ``~`` for the home folder."""
-    text = os.fsdecode(path)
-    if text.startswith("~"):
-        with contextlib.suppress(RuntimeError):  # there is no such user
-            text = os.path.expanduser(text)
-    return _Path(text)
+    return _Path(os.path.expanduser(os.fsdecode(path)))
 
 
 class _Path(str):

@@ -15,6 +15,7 @@ import click
 
 from clex_local.commands.command import SETTINGS, Command, Group, json_line, say
 from clex_local.errors import ClexError, escaped
+from clex_local.model_file.kv_types import cache_name
 from clex_local.sizes import readable_size
 
 if TYPE_CHECKING:
@@ -43,8 +44,6 @@ def main(context: click.Context, show: bool, as_json: bool) -> None:
         if show or as_json:
             raise click.UsageError("options come after the command")
         return
-    from clex_local.model_file.kv_types import cache_name  # with the library
-
     with _store() as store:
         found = store.documents() if store else []
     names = short_names(document.name for document in found)
