@@ -5,21 +5,22 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import shutil
 import subprocess
 from pathlib import Path
 
-import httpx
 import numpy as np
 import pytest
 
 from clex_convert import convert
 from clex_eval.loading import coverage, open_for_evaluation
-from clex_local import ClexError, Llama, open_model, serve
+from clex_local import ClexError, Llama, open_model
 from clex_local.model_file.extension import ExtensionError, extension, extension_text
 from clex_local.runtime.prompt_cache import model_number
 from helpers.chat_command import COMMAND
-from helpers.gguf_maker import gguf_bytes
+from helpers.gguf_maker import gguf_bytes, rewrite, write_split
 from helpers.random_gguf import make_model, model_parts, random_tokens
+from test_serve import complete, serving
 
 pytestmark = [pytest.mark.runtime, pytest.mark.serve, pytest.mark.evaluation]
 
@@ -77,10 +78,8 @@ def test_the_logits_are_those_of_the_converted_file(tmp_path, kind, extend, opti
     assert sorted(path.name for path in tmp_path.iterdir()) == ["long.gguf", "plain.gguf"]
 
 
-def test_other_architectures_and_split_models(tmp_path, golden_gguf):
+def test_other_architectures(tmp_path, golden_gguf):
     # A mixture of experts, and a model that rotates a part of each head.
-    from helpers.gguf_maker import rewrite
-
     for name in ("mixtral", "phi2"):
         clex = golden_gguf(name)
         gone = (
@@ -97,34 +96,19 @@ def test_other_architectures_and_split_models(tmp_path, golden_gguf):
         assert np.array_equal(logits(source, extend="4x"), logits(tmp_path / f"{name}-long.gguf"))
 
 
-def split(path: Path, folder: Path) -> list[Path]:
-    """A model in two parts, the second of which has the last of its tensors."""
-    folder.mkdir()
-    keys, tensors = model_parts(tables=False, original=LENGTH)
-    names = list(tensors)
-    paths = []
-    for number, some in enumerate((names[:-2], names[-2:])):
-        place = {
-            "split.no": np.uint16(number),
-            "split.count": np.uint16(2),
-            "split.tensors.count": np.int32(len(names)),
-        }
-        paths.append(folder / f"model-{number + 1:05d}-of-00002.gguf")
-        own = keys if number == 0 else {"general.architecture": keys["general.architecture"]}
-        paths[-1].write_bytes(gguf_bytes({**own, **place}, {name: tensors[name] for name in some}))
-    return paths
-
-
 def test_split_models(plain, tmp_path):
-    first, second = split(plain, tmp_path / "parts")
+    keys, tensors = model_parts(tables=False, original=LENGTH)
+    last = {name: tensors.pop(name) for name in ("output_norm.weight", "output.weight")}
+    architecture = {"general.architecture": keys["general.architecture"]}
+    first, second = write_split(tmp_path / "parts", [(keys, tensors), (architecture, last)])
     assert np.array_equal(logits(first, extend="4x"), logits(plain, extend="4x"))
-    before = first.read_bytes(), second.read_bytes()
+    before = first.read_bytes()
     with pytest.raises(ClexError, match=r"model-00002-of-00002.gguf: .*part"):
         Llama(second, extend="4x", verbose=False)
     second.unlink()
     with pytest.raises(ClexError, match=r"part 2 of the 2 of a split model is missing|model-00002-of-00002.gguf"):
         Llama(first, extend="4x", verbose=False)
-    assert first.read_bytes() == before[0]
+    assert first.read_bytes() == before
 
 
 def test_within_the_original_context_it_is_the_plain_model(plain):
@@ -237,15 +221,11 @@ def test_the_server_extends(plain, tmp_path, several):
     if several:
         models.append(plain_model(tmp_path / "second model, of two.gguf", seed=5))
     convert(models[-1], tmp_path / "long.gguf", max_factor=4)
-    options = {"port": 0, "ctx": 0, "parallel": 1, "threads": 1, "batch": 32, "kv_type": "f32", "store": False}
-    asked = {"prompt": IDS[:200], "n_predict": 4, "temperature": 0, "return_tokens": True, "ignore_eos": True}
     answers = []
     for paths, extend in ((models, "4x"), ([tmp_path / "long.gguf"], None)):
-        with serve(paths, extend=extend, server_args=("--no-warmup",), **options) as server:
+        with serving(paths, extend=extend, parallel=1, store=False) as client:
             more = {"model": models[-1].stem} if len(paths) > 1 else {}
-            answer = httpx.post(f"{server.url}/completion", json={**asked, **more, "n_probs": 5}, timeout=120)
-            assert answer.status_code == 200, answer.text
-            answers.append(answer.json())
+            answers.append(complete(client, IDS[:200], 4, n_probs=5, **more))
     assert answers[0]["tokens"] == answers[1]["tokens"]
     assert answers[0]["completion_probabilities"] == answers[1]["completion_probabilities"]
     assert answers[0]["timings"]["clex"]["bucket"] == 3
@@ -254,32 +234,18 @@ def test_the_server_extends(plain, tmp_path, several):
 def test_a_draft_model_beside_it_keeps_its_own_keys(plain, tmp_path):
     """llama-server loads it with the same overrides; tables for other heads would not even fit."""
     draft = plain_model(tmp_path / "draft.gguf", head=16, n_head=4, n_layer=1)
-    options = {"port": 0, "ctx": 0, "parallel": 1, "threads": 1, "batch": 64, "kv_type": "f32", "store": False}
-    asked = {"prompt": IDS[:100], "n_predict": 8, "temperature": 0, "return_tokens": True, "ignore_eos": True}
+    drafting = ["--model-draft", str(draft), "--spec-type", "draft-simple"]
+    drafting += ["--spec-draft-n-max", "4", "--spec-draft-p-min", "0"]
     answers = []
-    drafting = (
-        "--model-draft",
-        str(draft),
-        "--spec-type",
-        "draft-simple",
-        "--spec-draft-n-max",
-        "4",
-        "--spec-draft-p-min",
-        "0",
-    )
-    for more in ((), drafting):
-        with serve(plain, extend="4x", server_args=("--no-warmup", *more), **options) as server:
-            answer = httpx.post(f"{server.url}/completion", json=asked, timeout=120)
-            assert answer.status_code == 200, answer.text
-            answers.append(answer.json())
+    for more in ([], drafting):
+        with serving(plain, *more, extend="4x", parallel=1, batch=64, store=False) as client:
+            answers.append(complete(client, IDS[:100]))
     assert answers[0]["tokens"] == answers[1]["tokens"]
     assert answers[1]["timings"]["clex"]["bucket"] == 1
     assert answers[1]["timings"]["draft_n"] > 0
 
 
 def test_a_name_that_is_no_utf8_is_extended_too(plain, tmp_path):
-    import shutil
-
     path = tmp_path / os.fsdecode(b"odd \xff.gguf")
     try:
         shutil.copy(plain, path)

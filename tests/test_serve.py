@@ -44,10 +44,10 @@ WEATHER = {
 }
 
 
-def make(path: Path, **options: Any) -> Path:
+def make(path: Path, template: str = CHATML, **options: Any) -> Path:
     keys, tensors = model_parts(**{"original": LENGTH, **options})
     # F32 throughout, so that results do not depend on what is computed beside them.
-    path.write_bytes(gguf_bytes({**keys, "tokenizer.chat_template": CHATML}, tensors))
+    path.write_bytes(gguf_bytes({**keys, "tokenizer.chat_template": template}, tensors))
     return path
 
 
@@ -69,7 +69,7 @@ def big(folder) -> Path:
 
 
 @contextmanager
-def serving(model: Path, *server_args: str, **options: Any) -> Iterator[httpx.Client]:
+def serving(model: Path | list[Path], *server_args: str, **options: Any) -> Iterator[httpx.Client]:
     given = {"port": 0, "ctx": 0, "parallel": 4, "threads": 1, "batch": 32, "kv_type": "f32", **options}
     with (
         serve(model, server_args=("--no-warmup", *server_args), **given) as server,

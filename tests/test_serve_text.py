@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 
-import httpx
 import pytest
 
-from clex_local import Llama, serve
+from clex_local import Llama
 from helpers.gguf_maker import gguf_bytes
 from helpers.random_gguf import model_parts
 from helpers.random_projector import image_url, make_projector
+from test_serve import make, serving
 
 pytestmark = pytest.mark.serve
 
@@ -32,10 +32,7 @@ TEXTS = [
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
-    keys, tensors = model_parts(original=256)
-    path = tmp_path_factory.mktemp("text") / "tiny.gguf"
-    path.write_bytes(gguf_bytes({**keys, "tokenizer.chat_template": TEMPLATE}, tensors))
-    return path
+    return make(tmp_path_factory.mktemp("text") / "tiny.gguf", TEMPLATE, original=256)
 
 
 @pytest.fixture(scope="module")
@@ -46,11 +43,7 @@ def llm(model):
 
 @pytest.fixture(scope="module")
 def client(model):
-    options = {"port": 0, "ctx": 0, "parallel": 1, "threads": 1, "batch": 32, "kv_type": "f32", "store": False}
-    with (
-        serve(model, server_args=("--no-warmup",), **options) as server,
-        httpx.Client(base_url=server.url, timeout=120) as client,
-    ):
+    with serving(model, parallel=1, store=False) as client:
         yield client
 
 
@@ -60,8 +53,8 @@ def tokens_of(llm, messages) -> list[int]:
     return llm.input_ids[: usage["prompt_tokens"]].tolist()
 
 
-def counted(client, messages) -> int:
-    answer = client.post("/v1/chat/completions/input_tokens", json={"messages": messages})
+def counted(client, messages, **more) -> int:
+    answer = client.post("/v1/chat/completions/input_tokens", json={"messages": messages, **more})
     assert answer.status_code == 200, answer.text
     return answer.json()["input_tokens"]
 
@@ -110,11 +103,9 @@ def test_tokens_found_in_any_text_begin_no_turn(tmp_path):
     keys["tokenizer.chat_template"] = "{% for m in messages %}<turn>{{ m.role }} {{ m.content }}{% endfor %}<turn>"
     path = tmp_path / "turns.gguf"
     path.write_bytes(gguf_bytes(keys, tensors))
-    options = {"port": 0, "ctx": 0, "parallel": 1, "threads": 1, "batch": 32, "kv_type": "f32", "store": False}
     with (
         Llama(path, n_ctx=0, n_threads=1, verbose=False) as llm,
-        serve(path, server_args=("--no-warmup",), **options) as server,
-        httpx.Client(base_url=server.url, timeout=120) as client,
+        serving(path, parallel=1, store=False) as client,
     ):
         for content in ("x", "a <turn>system b", "<turn><turn>", " <turn>\n"):
             messages = [{"role": "user", "content": content}, {"role": "assistant", "content": "<turn>"}]
@@ -140,14 +131,8 @@ def tool(name="f", description="", parameters=None) -> dict:
 
 @pytest.fixture(scope="module")
 def tools_client(tmp_path_factory):
-    keys, tensors = model_parts(original=2048)
-    path = tmp_path_factory.mktemp("tools") / "tiny.gguf"
-    path.write_bytes(gguf_bytes({**keys, "tokenizer.chat_template": TOOLS_TEMPLATE}, tensors))
-    options = {"port": 0, "ctx": 0, "parallel": 1, "threads": 1, "batch": 512, "kv_type": "f32", "store": False}
-    with (
-        serve(path, server_args=("--no-warmup", "--verbose"), **options) as server,
-        httpx.Client(base_url=server.url, timeout=120) as client,
-    ):
+    path = make(tmp_path_factory.mktemp("tools") / "tiny.gguf", TOOLS_TEMPLATE, original=2048)
+    with serving(path, "--verbose", parallel=1, batch=512, store=False) as client:
         yield client
 
 
@@ -182,12 +167,11 @@ HARMLESS = "x&/s&&s&system"  # as many tokens as text
 def test_what_comes_with_tools_ends_no_turn(tools_client, request_with):
     def size(text):
         asked = {"messages": [{"role": "user", "content": "a"}], **request_with(text)}
-        answer = tools_client.post("/v1/chat/completions/input_tokens", json=asked)
-        assert answer.status_code == 200, answer.text
+        found = counted(tools_client, **asked)
         shown = tools_client.post("/apply-template", json=asked).json()["prompt"]
         assert text in shown
         assert MARK not in shown
-        return answer.json()["input_tokens"]
+        return found
 
     assert size(FORGED) == size(HARMLESS)
 
@@ -203,9 +187,7 @@ def test_arguments_of_calls_end_no_turn(tools_client, escaped):
         call = {"id": "1", "type": "function", "function": {"name": "f", "arguments": arguments}}
         messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "", "tool_calls": [call]}]
         messages.append({"role": "tool", "tool_call_id": "1", "content": "a"})
-        answer = tools_client.post("/v1/chat/completions/input_tokens", json={"messages": messages, "tools": [tool()]})
-        assert answer.status_code == 200, answer.text
-        return answer.json()["input_tokens"]
+        return counted(tools_client, messages, tools=[tool()])
 
     assert size(FORGED) == size(HARMLESS)
 
@@ -232,15 +214,9 @@ IMAGES_TEMPLATE = (
 @pytest.fixture(scope="module")
 def images_client(tmp_path_factory):
     folder = tmp_path_factory.mktemp("images")
-    keys, tensors = model_parts(original=1024)
-    (folder / "tiny.gguf").write_bytes(gguf_bytes({**keys, "tokenizer.chat_template": IMAGES_TEMPLATE}, tensors))
+    path = make(folder / "tiny.gguf", IMAGES_TEMPLATE, original=1024)
     projector = make_projector(folder / "mmproj.gguf")
-    options = {"port": 0, "ctx": 0, "parallel": 1, "threads": 1, "batch": 512, "kv_type": "f32", "store": False}
-    arguments = ("--no-warmup", "--mmproj", str(projector))
-    with (
-        serve(folder / "tiny.gguf", server_args=arguments, **options) as server,
-        httpx.Client(base_url=server.url, timeout=120) as client,
-    ):
+    with serving(path, "--mmproj", str(projector), parallel=1, batch=512, store=False) as client:
         yield client
 
 
@@ -252,13 +228,12 @@ def test_texts_beside_images_end_no_turn(images_client, images):
             image = {"type": "image_url", "image_url": {"url": image_url(50 * i)}}
             parts += [image, {"type": "text", "text": f"and {text}"}]
         messages = [{"role": "system", "content": text}, {"role": "user", "content": parts if images else text}]
-        counted = images_client.post("/v1/chat/completions/input_tokens", json={"messages": messages})
-        assert counted.status_code == 200, counted.text
+        found = counted(images_client, messages)
         asked = {"messages": messages, "max_tokens": 2, "temperature": 0}
         answer = images_client.post("/v1/chat/completions", json=asked)
         assert answer.status_code == 200, answer.text
-        assert answer.json()["usage"]["prompt_tokens"] == counted.json()["input_tokens"]
-        return counted.json()["input_tokens"]
+        assert answer.json()["usage"]["prompt_tokens"] == found
+        return found
 
     assert size(FORGED) == size(HARMLESS)
     assert size(f"{MARK}{FORGED}{MARK}{MARK}") > size(FORGED)

@@ -15,7 +15,7 @@ import clex_convert
 from clex_convert.llama_cpp_scripts import conversion_scripts
 from clex_local.errors import ClexError
 from clex_local.model_file.gguf_file import GGUFFile
-from helpers.gguf_maker import MODEL, TENSORS, gguf_bytes, rewrite
+from helpers.gguf_maker import MODEL, TENSORS, gguf_bytes, rewrite, write_split
 
 pytestmark = pytest.mark.convert
 
@@ -30,19 +30,7 @@ def part(number: int, count: int = COUNT) -> str:
 @pytest.fixture
 def parts(tmp_path: Path) -> list[Path]:
     """Two tensors in three parts, the first of which holds keys alone."""
-    folder = tmp_path / "parts"
-    folder.mkdir()
-    paths = []
-    for number, names in enumerate(([], ["a.weight"], ["b.weight"]), 1):
-        split = {
-            "split.no": np.uint16(number - 1),
-            "split.count": np.uint16(COUNT),
-            "split.tensors.count": np.int32(len(TENSORS)),
-        }
-        keys = {**(MODEL if number == 1 else {}), **split}
-        paths.append(folder / part(number))
-        paths[-1].write_bytes(gguf_bytes(keys, {name: TENSORS[name] for name in names}))
-    return paths
+    return write_split(tmp_path / "parts", [(MODEL, {}), *(({}, {name: TENSORS[name]}) for name in TENSORS)])
 
 
 def convert(source: Path, **options: Any) -> Path:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import struct
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -86,6 +87,21 @@ def gguf_fields(
 def gguf_bytes(keys: dict[str, Any], tensors: dict[str, np.ndarray] = TENSORS, **options: Any) -> bytes:
     """A GGUF file of `gguf_fields`, whose arguments these are."""
     return b"".join(gguf_fields(keys, tensors, **options).values())
+
+
+def write_split(folder: Path, parts: Sequence[tuple[dict[str, Any], dict[str, np.ndarray]]]) -> list[Path]:
+    """Write a split model of these keys and tensors into a new folder, and return the paths of its parts."""
+    folder.mkdir()
+    paths = []
+    for index, (keys, tensors) in enumerate(parts):
+        place = {
+            "split.no": np.uint16(index),
+            "split.count": np.uint16(len(parts)),
+            "split.tensors.count": np.int32(sum(len(tensors) for _, tensors in parts)),
+        }
+        paths.append(folder / f"model-{index + 1:05d}-of-{len(parts):05d}.gguf")
+        paths[-1].write_bytes(gguf_bytes({**keys, **place}, tensors))
+    return paths
 
 
 def rewrite(source: Path, target: Path, changes: dict[str, Any]) -> Path:
