@@ -70,14 +70,31 @@ DECODE = st.integers(1, 8)
 PREFILL = st.one_of(st.integers(9, 70), st.sampled_from((64, 65, 128, 200)))
 
 
-def check(ggml: Ggml, ours: Library, stock: Library, case: Case) -> np.ndarray:
-    """Compare the errors of both; gives ours, to hold against another limit."""
+def check(ggml: Ggml, ours: Library, stock: Library, case: Case, *, times: int = 1, floors: int = 1) -> np.ndarray:
+    """Hold our errors against so many times those of stock and the floors; gives ours, for another limit."""
     tensors = ggml.make(case)
     reference = ggml.reference(tensors)
     ours_error, stock_error = (np.abs(library.attend(tensors) - reference) for library in (ours, stock))
     for measure, floor in FLOORS.items():
-        assert measure(ours_error) <= measure(stock_error) + floor
+        assert measure(ours_error) <= times * measure(stock_error) + floors * floor
     return ours_error
+
+
+def check_floors(ggml: Ggml, library: Library, case: Case, floors: int) -> None:
+    """Hold errors against so many times the floors alone."""
+    tensors = ggml.make(case)
+    error = np.abs(library.attend(tensors) - ggml.reference(tensors))
+    for measure, floor in FLOORS.items():
+        assert measure(error) <= floors * floor
+
+
+def check_threads(ggml: Ggml, library: Library, case: Case) -> None:
+    """Any number of threads computes the same."""
+    tensors = ggml.make(case)
+    found = library.attend(tensors)
+    for threads in (1, 2, 3):
+        again = replace(tensors, case=replace(case, threads=threads))
+        np.testing.assert_array_equal(library.attend(again), found, err_msg=str(threads))
 
 
 @given(case=cases(DECODE))
@@ -105,10 +122,7 @@ def test_prefill_in_tiles_is_as_exact_as_stock(ggml, tiles, stock, case):
 @settings(max_examples=EXAMPLES, deadline=None)
 def test_prefill_in_tiles_has_sixteen_bits_of_each_factor(ggml, tiles, case):
     """Stock computes 64 queries and more in F32, as vectors do. An F16 would be a hundred times as far off."""
-    tensors = ggml.make(case)
-    error = np.abs(tiles.attend(tensors) - ggml.reference(tensors))
-    for measure, floor in FLOORS.items():
-        assert measure(error) <= 10 * floor
+    check_floors(ggml, tiles, case, 10)
 
 
 @given(case=cases(st.integers(9, 150)))
@@ -121,41 +135,26 @@ def test_prefill_in_tiles_of_the_processor_is_that_in_software(ggml, amx, tiles,
 @given(case=cases(st.integers(9, 100)))
 @settings(max_examples=30, deadline=None)
 def test_prefill_in_tiles_does_not_depend_on_threads(ggml, tiles, case):
-    tensors = ggml.make(case)
-    found = tiles.attend(tensors)
-    for threads in (1, 2, 3):
-        again = replace(tensors, case=replace(case, threads=threads))
-        np.testing.assert_array_equal(tiles.attend(again), found, err_msg=str(threads))
+    check_threads(ggml, tiles, case)
 
 
 @given(case=cases(st.integers(9, 63)))
 @settings(max_examples=EXAMPLES, deadline=None)
 def test_prefill_in_pairs_is_about_as_exact_as_stock_with_f16(ggml, pairs, stock, case):
     """So few queries stock computes with F16, which is nearly exact for a few keys of about the same weight."""
-    tensors = ggml.make(case)
-    reference = ggml.reference(tensors)
-    found, expected = (np.abs(library.attend(tensors) - reference) for library in (pairs, stock))
-    for measure, floor in FLOORS.items():
-        assert measure(found) <= 2 * measure(expected) + 10 * floor
+    check(ggml, pairs, stock, case, times=2, floors=10)
 
 
 @given(case=cases(PREFILL))
 @settings(max_examples=EXAMPLES, deadline=None)
 def test_prefill_in_pairs_is_nearer_to_f32_than_f16_is(ggml, pairs, case):
-    tensors = ggml.make(case)
-    error = np.abs(pairs.attend(tensors) - ggml.reference(tensors))
-    for measure, floor in FLOORS.items():
-        assert measure(error) <= 100 * floor
+    check_floors(ggml, pairs, case, 100)
 
 
 @given(case=cases(st.integers(9, 100)))
 @settings(max_examples=30, deadline=None)
 def test_prefill_in_pairs_does_not_depend_on_threads(ggml, pairs, case):
-    tensors = ggml.make(case)
-    found = pairs.attend(tensors)
-    for threads in (1, 2, 3):
-        again = replace(tensors, case=replace(case, threads=threads))
-        np.testing.assert_array_equal(pairs.attend(again), found, err_msg=str(threads))
+    check_threads(ggml, pairs, case)
 
 
 @given(case=cases(st.one_of(DECODE, PREFILL)))

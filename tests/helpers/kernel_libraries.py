@@ -31,32 +31,27 @@ def tiles_in_software(library: type[Library]) -> Any:
 
 def tiles_of_processor(library: type[Library]) -> Any:
     """A fixture of a module: ours where the processor has tile registers."""
-    from clex_local.library.loading import library_path
-
-    @pytest.fixture(scope="module")
-    def amx():
-        if not CPUINFO.exists() or "amx_bf16" not in CPUINFO.read_text():
-            pytest.skip("this CPU has no AMX")
-        opened = library(library_path())
-        yield opened
-        opened.close()
-
-    return amx
+    return _where(library, "amx_bf16", "AMX")
 
 
 def in_pairs(library: type[Library]) -> Any:
     """A fixture of a module: ours with attention of prompts in numbers of 16 bits, where the CPU multiplies them."""
+    return _where(library, "avx512_vnni", "AVX512-VNNI", GGML_CLEX_ATTN_PAIRS="1", GGML_AMX_DISABLE="1")
+
+
+def _where(library: type[Library], flag: str, name: str, **environment: str) -> Any:
+    """A fixture of a module: ours with these variables, where Linux says that the CPU has the instructions."""
     from clex_local.library.loading import library_path
 
     @pytest.fixture(scope="module")
-    def pairs():
-        if not CPUINFO.exists() or "avx512_vnni" not in CPUINFO.read_text():
-            pytest.skip("this CPU has no AVX512-VNNI")
-        opened = library(library_path(), GGML_CLEX_ATTN_PAIRS="1", GGML_AMX_DISABLE="1")
+    def opened():
+        if not CPUINFO.exists() or flag not in CPUINFO.read_text():
+            pytest.skip(f"this CPU has no {name}")
+        opened = library(library_path(), **environment)
         yield opened
         opened.close()
 
-    return pairs
+    return opened
 
 
 def libraries(library: type[Library], functions: type[Ggml], **switch: str) -> tuple[Any, Any, Any, Any]:
