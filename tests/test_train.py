@@ -33,6 +33,7 @@ from clex_train.positions import draw_positions
 from clex_train.train import TrainResult, train
 from clex_train.trainer import ClexTrainer, PositionSampler
 from helpers.tiny_models import SIZES, make_model
+from helpers.training_steps import watched_steps
 
 pytestmark = [pytest.mark.train, pytest.mark.folders]
 
@@ -276,37 +277,29 @@ def test_layer_around_yarn(base, text, tmp_path):
         train(result.path, tmp_path / "no", dynamics="ntk", **options)
     with pytest.raises(ClexError, match="goes around YaRN from 64 tokens on; leave `original_context` out"):
         clex_convert.convert(result.path, tmp_path / "n.gguf", original_context=32)
-    adapter = train(base, tmp_path / "adapter", dynamics="yarn", lora_rank=2, ode_learning_rate=0.0, **only(options))
+    frozen = {**options, "ode_learning_rate": 0.0}
+    adapter = train(base, tmp_path / "adapter", dynamics="yarn", lora_rank=2, **frozen)
     made = read_tables(clex_convert.convert(base, tmp_path / "a.gguf", outtype="f32", lora=adapter.path).path)
     yarn = read_tables(clex_convert.convert(base, tmp_path / "y.gguf", outtype="f32", method="yarn", max_factor=3).path)
     np.testing.assert_allclose(made.inv_freq, yarn.inv_freq, rtol=5e-7)
     np.testing.assert_allclose(made.attn_scale, yarn.attn_scale, rtol=1e-6)
 
 
-def only(options: dict[str, Any]) -> dict[str, Any]:
-    """Without a learning rate of the layer."""
-    return {name: value for name, value in options.items() if name != "ode_learning_rate"}
-
-
-def gradients(base, text, folder, monkeypatch, **options) -> dict[str, torch.Tensor]:
+def gradients(base, text, folder, **options) -> dict[str, torch.Tensor]:
     """Of the first step of a LoRA training, in float64, and the types of what is frozen."""
     seen: dict[str, torch.Tensor] = {}
-    step = transformers.Trainer.training_step
 
-    def kept(self, model, inputs, items=None):
-        loss = step(self, model, inputs, items)
+    def keep(model, *_):
         seen.update({name: one.grad.double() for name, one in model.named_parameters() if one.grad is not None})
         kinds = {one.dtype for one in model.parameters() if not one.requires_grad}
         assert kinds == {torch.bfloat16 if options.get("bf16") else torch.float32}
-        return loss
 
-    with monkeypatch.context() as patch:
-        patch.setattr(transformers.Trainer, "training_step", kept)
+    with watched_steps(keep):
         train(base, folder, text=[text], lora_rank=4, max_steps=1, seed=1, **options)
     return {name: one for name, one in seen.items() if one.abs().max() > 0}
 
 
-def test_gradients_in_bfloat16_are_as_near_as_those_of_plain_torch(done, base, text, tmp_path, monkeypatch):
+def test_gradients_in_bfloat16_are_as_near_as_those_of_plain_torch(done, base, text, tmp_path):
     """The yardstick is bfloat16's own error: of the same model without a layer, against float32."""
     errors = {}
     common = dict(length=64, batch_size=2, lora_target=("q_proj", "v_proj", "down_proj"))
@@ -315,7 +308,7 @@ def test_gradients_in_bfloat16_are_as_near_as_those_of_plain_torch(done, base, t
         ("clex", done[0].path, dict(positions="uniform", time_dt=0.25)),
     ):
         exact, rounded = (
-            gradients(folder, text, tmp_path / f"{name}{bf16}", monkeypatch, bf16=bf16, **common, **options)
+            gradients(folder, text, tmp_path / f"{name}{bf16}", bf16=bf16, **common, **options)
             for bf16 in (False, True)
         )
         assert exact.keys() == rounded.keys()
@@ -369,17 +362,11 @@ def test_precision_is_no_matter_of_the_training_before(base, text, tmp_path):
     assert losses[0] == losses[2] != losses[1]
 
 
-def test_gaps_between_positions_are_no_borders_of_documents(base, text, tmp_path, monkeypatch):
+def test_gaps_between_positions_are_no_borders_of_documents(base, text, tmp_path):
     """The loss at drawn positions is that of plain attention over all tokens before."""
     seen: dict[str, Any] = {}
-    step = transformers.Trainer.training_step
-
-    def kept(self, model, inputs, items=None):
-        seen.update(inputs, loss=step(self, model, inputs, items))
-        return seen["loss"]
-
-    monkeypatch.setattr(transformers.Trainer, "training_step", kept)
-    train(base, tmp_path / "out", text=[text], no_clex=True, length=24, max_steps=1, seed=3, bf16=False)
+    with watched_steps(lambda _, inputs, loss: seen.update(inputs, loss=loss)):
+        train(base, tmp_path / "out", text=[text], no_clex=True, length=24, max_steps=1, seed=3, bf16=False)
     model = load_model(base)
     with torch.no_grad():
         rows, positions = seen["input_ids"], seen["position_ids"]

@@ -24,6 +24,7 @@ from clex_train.practice import conversations
 from clex_train.practice import main as practice
 from clex_train.train import train
 from helpers.tiny_models import make_model
+from helpers.training_steps import watched_steps
 
 pytestmark = [pytest.mark.train, pytest.mark.folders]
 
@@ -122,18 +123,11 @@ def test_padding_has_no_label(golden_dir):
         collate(rows, 4)
 
 
-def test_padded_rows_are_learned_as_they_are_alone(base, tmp_path, monkeypatch):
+def test_padded_rows_are_learned_as_they_are_alone(base, tmp_path):
     """The loss of a batch is that of its answers' tokens, each in its own row."""
     seen: dict[str, Any] = {}
-    step = transformers.Trainer.training_step
-
-    def kept(self, model, inputs, items=None):
-        seen.update(inputs, loss=step(self, model, inputs, items))
-        return seen["loss"]
-
     path = written(tmp_path, [LONG, LONG[:2]])
-    with monkeypatch.context() as patch:
-        patch.setattr(transformers.Trainer, "training_step", kept)
+    with watched_steps(lambda _, inputs, loss: seen.update(inputs, loss=loss)):
         options = dict(no_clex=True, positions="none", max_steps=1, batch_size=2, bf16=False, length=200)
         train(base, tmp_path / "out", chat=[path], **options)
     model, losses = load_model(base), []
