@@ -24,7 +24,7 @@ from clex_local.model_file.model_shape import ModelShape
 from clex_local.server.plan import for_conversations
 from clex_local.session.session import PromptTooLong, Sampling, Session
 from clex_local.templates.builtin import CHATML, PLAIN
-from helpers.chat_command import COMMAND, Pty, run
+from helpers.chat_command import COMMAND, Pty, needs_terminal, run
 
 pytestmark = pytest.mark.chat
 
@@ -537,7 +537,7 @@ def test_a_reader_that_leaves_is_no_error(small_buckets):
 # The terminal
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="needs a pseudo-terminal")
+@needs_terminal
 def test_a_chat_in_a_terminal(small_buckets, tmp_path):
     note = tmp_path / "a note.txt"
     note.write_text("The secret number is 4711.\n" * 30)
@@ -587,7 +587,7 @@ def test_a_chat_in_a_terminal(small_buckets, tmp_path):
     assert history.stat().st_mode & 0o077 == 0
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="needs a pseudo-terminal")
+@needs_terminal
 def test_ctrl_c_while_a_prompt_is_read(small_buckets, tmp_path):
     pty = Pty(small_buckets, "--ctx", "2048", "--batch", "16", "--max-tokens", "3", XDG_STATE_HOME=str(tmp_path))
     pty.prompt(" 0 of 2,048 tokens")
@@ -608,7 +608,7 @@ def test_ctrl_c_while_a_prompt_is_read(small_buckets, tmp_path):
     assert pty.close() == 0
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="needs a pseudo-terminal")
+@needs_terminal
 def test_a_terminal_that_cannot_edit(small_buckets):
     pty = Pty(small_buckets, "--ctx", "256", "--max-tokens", "3", TERM="dumb")
     pty.expect("\n> ")
@@ -619,7 +619,7 @@ def test_a_terminal_that_cannot_edit(small_buckets):
     assert pty.close() == 0
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="needs a pseudo-terminal")
+@needs_terminal
 def test_a_history_that_cannot_be_written(small_buckets, tmp_path):
     (tmp_path / "file").touch()
     pty = Pty(small_buckets, "--ctx", "256", XDG_STATE_HOME=str(tmp_path / "file"))

@@ -6,7 +6,6 @@ import io
 import json
 import os
 import re
-import sys
 from contextlib import closing
 
 import pytest
@@ -19,14 +18,12 @@ from clex_local.chat.conversation import Chat
 from clex_local.chat.terminal import Terminal
 from clex_local.session.transcript import without_thoughts
 from clex_local.templates.builtin import CHATML
-from helpers.chat_command import Pty, sessions_folder
+from helpers.chat_command import Pty, needs_terminal, sessions_folder
 from helpers.random_gguf import make_model
 
 pytestmark = pytest.mark.chat
 
 folder = sessions_folder()
-
-needs_terminal = pytest.mark.skipif(sys.platform == "win32", reason="needs a pseudo-terminal")
 
 
 @pytest.fixture(scope="module")
@@ -421,7 +418,7 @@ def test_every_command_at_a_terminal(tiny, tmp_path, width):
     (tmp_path / "a.txt").write_text("word " * 20)
     options = ["--ctx", "1024", "--max-tokens", "5", "--chat-template", "chatml", "--no-store"]
     clean = {"SSH_CONNECTION": "x", "TMUX": ""}
-    pty = Pty(tiny, *options, XDG_STATE_HOME=str(tmp_path), width=width, **clean)
+    pty = Pty(tiny, *options, width=width, **clean)
     pty.prompt(" 0 of 1,024")
     for name, (text, answer) in STEPS.items():
         first, _, second = text.format(tmp=tmp_path, wait="").partition("\r")

@@ -16,14 +16,14 @@ from clex_local.chat.terminal import Terminal
 from clex_local.chat.word_wrap import wrapped
 from clex_local.model_file.found_models import found_models, line_of, listing, model_named, model_path
 from clex_local.session.session import CHATML
-from helpers.chat_command import Pty, run, sessions_folder
+from helpers.chat_command import Pty, needs_terminal, run, sessions_folder
 from helpers.random_gguf import make_model
 
 pytestmark = pytest.mark.chat
 
 folder = sessions_folder()
 
-needs_terminal = pytest.mark.skipif(sys.platform == "win32", reason="needs a pseudo-terminal")
+OPTIONS = ("--ctx", "2048", "--chat-template", "chatml", "--no-store")
 
 
 @pytest.fixture(scope="module")
@@ -125,9 +125,8 @@ def test_a_file_that_is_not_there_keeps_no_other_from_being_attached(chat, told,
 
 
 @needs_terminal
-def test_notes_break_between_words_where_the_cursor_cannot_be_moved_too(tiny, tmp_path):
-    options = ["--ctx", "2048", "--chat-template", "chatml", "--no-store"]
-    pty = Pty(tiny, *options, XDG_STATE_HOME=str(tmp_path), width=60, TERM="dumb", COLUMNS="")
+def test_notes_break_between_words_where_the_cursor_cannot_be_moved_too(tiny):
+    pty = Pty(tiny, *OPTIONS, width=60, TERM="dumb", COLUMNS="")
     pty.expect("\n> ")
     pty.chat.send("/nosuch\r")
     pty.expect(r"unknown command [^>]*\n> ")
@@ -137,8 +136,8 @@ def test_notes_break_between_words_where_the_cursor_cannot_be_moved_too(tiny, tm
 
 
 @needs_terminal
-def test_notes_of_a_narrow_terminal_break_between_words(tiny, tmp_path):
-    pty = Pty(tiny, "--ctx", "2048", "--chat-template", "chatml", "--no-store", XDG_STATE_HOME=str(tmp_path), width=60)
+def test_notes_of_a_narrow_terminal_break_between_words(tiny):
+    pty = Pty(tiny, *OPTIONS, width=60)
     pty.prompt(" 0 of 2,048 tokens")
     pty.chat.send("/help\r")
     pty.expect(r"have your last message answered once\s+\S*more")
@@ -151,8 +150,8 @@ def test_notes_of_a_narrow_terminal_break_between_words(tiny, tmp_path):
 
 
 @needs_terminal
-def test_tabs_of_pasted_code_are_no_control_characters(tiny, tmp_path):
-    pty = Pty(tiny, "--ctx", "2048", "--chat-template", "chatml", "--no-store", XDG_STATE_HOME=str(tmp_path))
+def test_tabs_of_pasted_code_are_no_control_characters(tiny):
+    pty = Pty(tiny, *OPTIONS)
     pty.prompt(" 0 of 2,048 tokens")
     pty.chat.send("\x1b[200~if x:\n\treturn\x1b[201~")
     pty.expect("return")

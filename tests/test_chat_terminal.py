@@ -12,10 +12,10 @@ import time
 
 import pytest
 
-from helpers.chat_command import COMMAND, Pty, sessions_folder
+from helpers.chat_command import COMMAND, Pty, needs_terminal, sessions_folder
 from helpers.random_gguf import make_model
 
-pytestmark = [pytest.mark.chat, pytest.mark.skipif(sys.platform == "win32", reason="needs a pseudo-terminal")]
+pytestmark = [pytest.mark.chat, needs_terminal]
 
 folder = sessions_folder()
 

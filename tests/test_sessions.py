@@ -21,14 +21,13 @@ from clex_local.chat.terminal import Terminal
 from clex_local.session.exchange import Exchange
 from clex_local.session.keeper import SessionKeeper
 from clex_local.templates.builtin import CHATML
-from helpers.chat_command import COMMAND, Pty, run, sessions_folder
+from helpers.chat_command import COMMAND, Pty, needs_terminal, run, sessions_folder
 from helpers.random_gguf import make_model
 
 pytestmark = pytest.mark.chat
 
 folder = sessions_folder()
 
-needs_terminal = pytest.mark.skipif(sys.platform == "win32", reason="needs a pseudo-terminal")
 QUESTIONS = ["Tell me about the sea.", "And what is above it?", "Say that shorter."]
 OPTIONS = ["--temp", "0", "--ctx", "1024", "--max-tokens", "12"]
 

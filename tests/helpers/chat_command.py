@@ -13,6 +13,8 @@ import pytest
 BREAK = r"(?:\s|\x1b\[[\d;]*m)+"  # between words: lines are broken there, each with its own style
 COMMAND = [sys.executable, "-m", "clex_local.chat.cli"]
 
+needs_terminal = pytest.mark.skipif(sys.platform == "win32", reason="needs a pseudo-terminal")
+
 
 def sessions_folder() -> Any:
     """A fixture of every test in a module: where its sessions are. What is typed in it is not remembered elsewhere."""
