@@ -19,17 +19,8 @@ DATA = Path(__file__).parent / "data"
 # Promised to users of the Python functions.
 KEYWORDS = {
     *("outtype", "method", "clex_weights", "lora", "original_context", "factors", "max_factor", "rope_scaling", "act"),
-    *(
-        "time_dt",
-        "dynamics",
-        "log_scale",
-        "bake",
-        "pre_tokenizer",
-        "imatrix",
-        "imatrix_from",
-        "imatrix_chunks",
-        "save_imatrix",
-    ),
+    *("time_dt", "dynamics", "log_scale", "bake", "pre_tokenizer"),
+    *("imatrix", "imatrix_from", "imatrix_chunks", "save_imatrix"),
     *("tensor_type", "keep_f16", "output_tensor_type", "token_embedding_type", "pure", "check", "overwrite", "verbose"),
 }
 CALLBACKS = {"progress", "expected"}

@@ -220,9 +220,8 @@ def test_attention_alone_is_measured_where_nothing_was_read_at_depth(llm):
 
 
 @pytest.mark.parametrize("options", [{}, {"flash_attn": False}, {"kv_type": "q8_0"}, {"kv_type": "f32"}])
-def test_attention_alone_costs_more_for_larger_models(tmp_path, options):
-    """By the library, which computes it."""
-    found = []
+def test_attention_alone_is_measured_for_every_cache_and_number_of_layers(tmp_path, options):
+    """By the library, which computes it beside the model: the context is as it was."""
     for n_layer in (1, 4):
         path = make_model(tmp_path / f"{n_layer}.gguf", original=4096, n_buckets=2, n_layer=n_layer)
         with closing(open_model(path, ctx=1024, threads=1, store=False, **options)) as llm:
@@ -231,9 +230,7 @@ def test_attention_alone_costs_more_for_larger_models(tmp_path, options):
             assert alone is not None
             assert llm.n_tokens == tokens
             assert 0 < alone < 1e-3
-            found.append(alone)
-            llm.eval([5] * 300)  # with the same logits as ever: nothing of the context was used
-    assert len(found) == 2
+            llm.eval([5] * 300)
 
 
 def test_attention_of_a_shape_that_cannot_be_is_not_measured(llm):

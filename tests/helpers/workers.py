@@ -21,16 +21,8 @@ class Worker:
     def __init__(self, *options: str) -> None:
         port = free_port()
         self.address = f"127.0.0.1:{port}"
-        command = [
-            sys.executable,
-            "-m",
-            "clex_local.server.worker_cli",
-            "--port",
-            str(port),
-            "--threads",
-            "1",
-            *options,
-        ]
+        options = ("--port", str(port), "--threads", "1", *options)
+        command = [sys.executable, "-m", "clex_local.server.worker_cli", *options]
         self.process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
         self._wait(port)
 
