@@ -61,23 +61,22 @@ def practice(model: Path, tokens: int, count: int) -> Path:
 
 
 @click.command()
-@click.argument("kind", type=click.Choice(["text", "chat"]))
+@click.argument("kind", type=click.Choice(["text", "chat", "both"]))
 @click.option("--positions", type=click.Choice(["chunked", "random"]), default="chunked", show_default=True)
 @click.option("--length", default=2048, show_default=True, help="Tokens of a sequence.")
 @click.option("--steps", default=1500, show_default=True, help="Sequences, one a step.")
 @click.option("--seed", default=0, show_default=True)
 @click.option("--threads", default=os.cpu_count() or 1, show_default="all cores")
 def main(kind: str, positions: str, length: int, steps: int, seed: int, threads: int) -> None:
-    """Train an adapter on novels and essays (text), or on questions about long contexts (chat), into build/."""
+    """Train an adapter on novels and essays (text), questions about long contexts (chat) or both, into build/."""
     FOLDER.mkdir(parents=True, exist_ok=True)
     model, output = base(), FOLDER / f"{kind}-{positions}-{length}-{steps}-{seed}"
     if output.exists():
         click.echo(f"{output} is there")
         return
-    if kind == "chat":
-        source = ["--chat", str(practice(model, length, steps))]
-    else:
-        source = [part for text in training_texts() for part in ("--text", str(text))]
+    source = [] if kind == "text" else ["--chat", str(practice(model, length, steps // 2 if kind == "both" else steps))]
+    if kind != "chat":
+        source += [part for text in training_texts() for part in ("--text", str(text))]
     command = [sys.executable, "-m", "clex_train.cli", str(model), str(output), *source, *_COMMON]
     command += ["--positions", positions, "--length", str(length), "--max-steps", str(steps), "--seed", str(seed)]
     if output.with_name(f"{output.name}.checkpoints").exists():

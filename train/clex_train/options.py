@@ -36,8 +36,9 @@ class TrainOptions:
     )
     chat: Sequence[Path] = option(
         (),
-        'Conversations in place of text, an object {"messages": [{"role": ..., "content": ...}, ...]} a line, in the '
-        "model's own template; the answers alone are learned, and what is longer than `length` left out. Repeatable.",
+        'Conversations, an object {"messages": [{"role": ..., "content": ...}, ...]} a line, in the model\'s own '
+        "template; the answers alone are learned, and what is longer than `length` left out. With text, a sequence of "
+        "it for each, from all its parts. Repeatable.",
         metavar="FILE",
     )
     streaming: bool = option(False, "Tokenize while training, not once before it. Needs `max_steps`.")
@@ -174,8 +175,8 @@ class TrainOptions:
         text = bool(self.text) or self.dataset is not None
         if not text and not self.chat:
             raise TrainError("there is nothing to train on; give `text`, `dataset` or `chat`")
-        if self.chat and (text or self.streaming):
-            raise TrainError("`chat` is trained by itself, without `text`, `dataset` and `streaming`")
+        if self.chat and self.streaming:
+            raise TrainError("conversations are tokenized at once; give `chat` without `streaming`")
         if self.streaming and self.max_steps is None:
             raise TrainError("a stream has no known end; give `max_steps`")
         if self.lora_rank is None and (self.merge or self.lora_alpha or self.lora_target):

@@ -14,6 +14,7 @@ from typing import Any
 
 import peft
 import torch
+from datasets import Dataset
 from peft.tuners.tuners_utils import BaseTunerLayer
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments, set_seed
 
@@ -213,11 +214,16 @@ def _warmup(ratio: float) -> dict[str, float]:
 
 def _load_rows(tokenizer: PreTrainedTokenizerBase, length: int, options: TrainOptions) -> Any:
     """What is trained on."""
-    if options.chat:
-        return load_conversations(options.chat, tokenizer, length, options.report)
-    return load_sequences(
+    chats = load_conversations(options.chat, tokenizer, length, options.report) if options.chat else []
+    if chats and not options.text and options.dataset is None:
+        return chats
+    text = load_sequences(
         options.text, options.dataset, tokenizer, length, streaming=options.streaming, seed=options.seed
     )
+    if not chats:
+        return text
+    assert isinstance(text, Dataset)  # options.check() refuses a stream
+    return [*chats, *text.select(range(0, len(text), max(1, len(text) // len(chats)))[: len(chats)])]
 
 
 def _computes_in_bfloat16() -> bool:
