@@ -11,6 +11,7 @@ from clex_local.model_file.extension import Extension, extension
 from clex_local.model_file.gguf_file import GGUFFile
 from clex_local.model_file.keys import ModelKeys
 from clex_local.model_file.model_shape import ModelShape
+from clex_local.model_file.split_files import model_files
 from clex_local.model_file.table_support import why_no_tables
 from clex_local.model_file.tables import Tables, named_tables
 
@@ -26,7 +27,6 @@ class ModelFacts:
         baked: whether its frequencies are one table that was baked in, for ``trained`` tokens.
         shape: what decides the memory; None for a kind of cache that the estimate does not cover.
         can_have_tables: whether clex-convert can add tables to it.
-        has_classifier: whether it can rank.
         pools: whether it makes one embedding of a text by itself.
         extension: what it is extended by.
     """
@@ -37,7 +37,6 @@ class ModelFacts:
     baked: bool
     shape: ModelShape | None
     can_have_tables: bool
-    has_classifier: bool
     pools: bool = False
     extension: Extension | None = None
 
@@ -65,7 +64,6 @@ class ModelFacts:
                 baked=baked_in(file) is not None,
                 shape=ModelShape.from_metadata(file),
                 can_have_tables=not why_no_tables(keys),
-                has_classifier=any(tensor.name.startswith("cls") for tensor in file.tensors),
                 pools=keys.has("pooling_type"),
                 extension=made,
             )
@@ -74,6 +72,19 @@ class ModelFacts:
     def maximum(self) -> int:
         """Tokens that the model covers, 0 where the file does not say."""
         return self.tables.max_context_length if self.tables else self.trained
+
+    @property
+    def has_classifier(self) -> bool:
+        """Whether it can rank; read where that is asked, from all parts of a split model.
+
+        Raises:
+            GGUFError: a part is damaged.
+        """
+        for path in model_files(self.path):
+            with GGUFFile(path) as file:
+                if any(tensor.name.startswith("cls") for tensor in file.tensors):
+                    return True
+        return False
 
     def check_context(self, ctx: int | None) -> None:
         """Refuse a context that the model does not cover.

@@ -13,7 +13,7 @@ from pathlib import Path
 from clex_local.errors import ClexError, escaped
 from clex_local.model_file.gguf_file import GGUFFile
 from clex_local.model_file.keys import ModelKeys
-from clex_local.model_file.split_files import part_name, split_name
+from clex_local.model_file.split_files import is_later_part, model_bytes
 from clex_local.model_file.tables import tables_of
 from clex_local.sizes import readable_size
 
@@ -133,7 +133,7 @@ def model_named(name: str, folder: Path | None = None) -> Path:
 def line_of(model: FoundModel) -> ModelLine:
     """Read what there is to say of a model, from the header of its file."""
     try:
-        size = sum(os.path.getsize(part) for part in _parts(model.path))
+        size = model_bytes(model.path)
     except OSError as error:
         return ModelLine(0, fault=error.strerror or str(error))
     try:
@@ -172,7 +172,7 @@ def places() -> str:
 
 
 def _in_folder(folder: Path) -> Iterator[FoundModel]:
-    for path in _gguf_files(folder, deep=0):
+    for path in gguf_files(folder):
         yield FoundModel(path.name, path, "this folder")
 
 
@@ -214,7 +214,7 @@ def _lm_studio() -> Iterator[FoundModel]:
     except (OSError, ValueError):
         pass
     for root in dict.fromkeys(roots):
-        for path in _gguf_files(root, deep=3):
+        for path in gguf_files(root, deep=3):
             yield FoundModel(path.relative_to(root).as_posix(), path, "LM Studio")
 
 
@@ -229,7 +229,7 @@ def _hub() -> Iterator[FoundModel]:
             continue
         seen: set[str] = set()  # a file of an older revision has the name of the newer one
         for snapshot in _snapshots(repository):
-            for path in _gguf_files(snapshot, deep=2):
+            for path in gguf_files(snapshot, deep=2):
                 name_in = path.relative_to(snapshot).as_posix()
                 if name_in not in seen:
                     seen.add(name_in)
@@ -250,22 +250,11 @@ def _home() -> Path:
     return Path(os.path.expanduser("~"))  # that name itself for an account without one: there is nothing then
 
 
-def _gguf_files(folder: Path, deep: int) -> Iterator[Path]:
-    """Models in a folder: single files, and of split ones the first part."""
+def gguf_files(folder: Path, deep: int = 0) -> Iterator[Path]:
+    """Models in a folder, and in those in it so many levels down: single files, and of split ones the first part."""
     for path in _files(folder, deep):
-        if path.suffix == ".gguf" and not path.name.startswith("mmproj"):
-            part = split_name(path.name)
-            if not part or part[1] == 1:
-                yield path
-
-
-def _parts(path: Path) -> list[Path]:
-    part = split_name(path.name)
-    if not part:
-        return [path]
-    prefix, _, count = part
-    names = (part_name(prefix, number, count) for number in range(1, min(count, MOST) + 1))
-    return [found for name in names if (found := path.with_name(name)).is_file()]
+        if path.suffix == ".gguf" and not path.name.startswith("mmproj") and not is_later_part(path.name):
+            yield path
 
 
 def _files(folder: Path, deep: int) -> Iterator[Path]:

@@ -13,6 +13,7 @@ from clex_local.library.devices import WorkerError, has_gpu
 from clex_local.model_file.context_plan import plan_context
 from clex_local.model_file.facts import ModelFacts
 from clex_local.model_file.kv_types import KV_TYPES
+from clex_local.model_file.split_files import model_bytes
 from clex_local.runtime.run_options import RunOptions
 
 if TYPE_CHECKING:
@@ -41,7 +42,7 @@ def open_model(path: str | os.PathLike[str], options: RunOptions) -> Llama:
         flash_attn=options.flash_attn,
         batch=options.batch,
         n_gpu_layers=offloaded_layers(options),
-        weights=os.path.getsize(path),
+        weights=model_bytes(path),
     )
     options = replace(options, ctx=plan.n_ctx, kv_type=plan.kv_type, flash_attn=plan.flash_attn)
     try:

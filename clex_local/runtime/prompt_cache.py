@@ -10,6 +10,7 @@ import llama_cpp
 from llama_cpp.llama_cache import BaseLlamaCache
 
 from clex_local.model_file.gguf_file import GGUFFile
+from clex_local.model_file.split_files import model_files
 
 if TYPE_CHECKING:
     from llama_cpp.llama import LlamaState
@@ -62,7 +63,7 @@ def model_number(llm: llama_cpp.Llama, options: Mapping[str, Any]) -> int:
         *(options["policy"], options["clamp"], llm.kv_overrides, *filter(None, [options.get("extend")])),
     ]
     digest = hashlib.sha256(repr(given).encode())
-    for path in filter(None, (llm.model_path, llm.lora_path)):
+    for path in [*model_files(llm.model_path), *filter(None, [llm.lora_path])]:
         with GGUFFile(path) as header, open(path, "rb") as file:
             digest.update(file.read(header.data_offset))
             for tensor in header.tensors:

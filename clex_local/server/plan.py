@@ -17,6 +17,7 @@ from clex_local.model_file.extension import OVERLAY, Extension
 from clex_local.model_file.facts import ModelFacts
 from clex_local.model_file.memory import cells_of
 from clex_local.model_file.model_shape import ModelShape
+from clex_local.model_file.split_files import model_bytes
 from clex_local.runtime.opening import offloaded_layers
 from clex_local.server.options import PARALLEL, ServeOptions
 from clex_local.sizes import readable_size
@@ -103,7 +104,7 @@ def plan_service(path: str | os.PathLike[str], options: ServeOptions, available:
     layers = offloaded_layers(options)
     if available is None:
         available = available_bytes()
-    weights = os.path.getsize(path)
+    weights = model_bytes(path)
     checkpoints = 0 if facts.pools or _makes_embeddings(options) else asked_checkpoints(options.server_args)
 
     def plan(parallel: int) -> ContextPlan:

@@ -13,6 +13,7 @@ from typing import TypeAlias
 
 from clex_local.commands.options import takes_options
 from clex_local.errors import ClexError
+from clex_local.model_file.found_models import gguf_files
 from clex_local.server.options import ServeOptions
 from clex_local.server.plan import ServePlan, plan_service, server_settings
 from clex_local.server.process import Server, server_program
@@ -91,13 +92,10 @@ def _files(model: Path) -> list[Path]:
     """The GGUF files of a folder, or the file; of a model in several files, the first."""
     if not model.is_dir():
         return [model]
-    found = sorted(model.glob("*.gguf"))
-    parts = [path for path in found if "-of-" in path.stem]
-    firsts = [path for path in parts if "-00001-of-" in path.stem]
-    whole = [path for path in found if path not in parts and not path.name.startswith("mmproj")]
-    if not whole and not firsts:
+    found = list(gguf_files(model))
+    if not found:
         raise ClexError(f"{model}: there are no GGUF files in this folder")
-    return sorted(whole + firsts)
+    return found
 
 
 def _check_host(options: ServeOptions) -> None:
