@@ -230,6 +230,43 @@ def test_a_file_that_is_sent_anew_is_not_said_to_have_changed(chat, told, tmp_pa
     assert not [line for line in told if "since it was attached" in line]
 
 
+def test_a_file_that_changed_is_said_once_of_a_session_that_is_taken_up(chat, told, tmp_path):
+    def noted() -> list[str]:
+        lines = [line for line in told if "since it was attached" in line]
+        told.clear()
+        return lines
+
+    changed, gone, sent = (tmp_path / name for name in ("changed.txt", "gone.txt", "sent.txt"))
+    for file in (changed, gone, sent):
+        file.write_text("abc")
+        chat.attach(str(file))
+    do(chat, "/save s")
+    chat.turn("one")
+    do(chat, "/reset")
+    changed.write_text("abcd")
+    sent.write_text("abcd")
+    gone.unlink()
+    was = "since it was attached: the conversation has it as it was"
+    said = [f"[{changed} has changed {was}; /file sends it anew]", f"[{gone} is gone {was}]",
+            f"[{sent} has changed {was}; /file sends it anew]"]  # fmt: skip
+    assert noted() == []
+    do(chat, "/load s")
+    assert noted() == said
+    chat.attach(str(sent))
+    chat.turn("two")
+    chat.turn("three")
+    assert noted() == []
+    changed.unlink()
+    chat.turn("four")
+    assert noted() == []  # the same file, of which it is known
+    # Whoever comes back to it another time may not remember.
+    do(chat, "/reset")
+    do(chat, "/load s")
+    assert noted() == [f"[{changed} is gone {was}]", said[1]]
+    chat.turn("five")
+    assert noted() == []
+
+
 def test_a_session_that_is_none_is_said_before_that_this_one_is_not_saved(chat):
     chat.turn("one")
     with pytest.raises(ClexError, match="there is no session nothing; /sessions lists them"):

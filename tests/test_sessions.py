@@ -9,7 +9,8 @@ import signal
 import subprocess
 import sys
 import time
-from contextlib import closing
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
 from pathlib import Path
 
 import pytest
@@ -414,6 +415,50 @@ def test_nothing_is_lost_by_a_command(session, folder, capsys):
     assert len(answers(folder, "a")) == 2
     do(chat, "/save")  # a name is made
     assert len(list(folder.glob("2*.json"))) == 1
+    chat.keeper.close()
+    capsys.readouterr()
+
+
+@contextmanager
+def away(folder: Path) -> Iterator[None]:
+    """For as long as this lasts, nothing can be written there: as on a disk that is full for a while."""
+    aside = folder.with_name("aside")
+    folder.rename(aside)
+    folder.write_text("in its place")
+    try:
+        yield
+    finally:
+        folder.unlink()
+        aside.rename(folder)
+
+
+def test_a_conversation_that_was_saved_after_all_can_be_left(session, folder, capsys):
+    chat = chat_of(session)
+    do(chat, "/save b")
+    chat.turn("Hello")
+    do(chat, "/save a")
+    for saves in ("/save", "/system Be brief.", "/undo"):
+        with away(folder):
+            chat.turn("Hello")
+            assert chat.keeper.failure
+            with pytest.raises(SessionError, match="sessions cannot be kept there"):
+                do(chat, "/save c")
+        assert (chat.keeper.name, bool(chat.keeper.failure)) == ("a", True)
+        with pytest.raises(SessionError, match="this conversation is not saved"):
+            do(chat, "/load b")
+        do(chat, saves)
+        assert chat.keeper.failure is None
+        assert len(answers(folder, "a")) == len(session.exchanges)
+        do(chat, "/load b")
+        do(chat, "/load a")
+    # A change that was not saved is one that would be lost too, and what is forgotten is none.
+    with away(folder):
+        do(chat, "/system Be kind.")
+    with pytest.raises(SessionError, match="this conversation is not saved"):
+        do(chat, "/load b")
+    do(chat, "/reset")
+    do(chat, "/load a")
+    do(chat, "/load b")
     chat.keeper.close()
     capsys.readouterr()
 

@@ -88,7 +88,7 @@ def converse(
         )
     if keeper.kept and not keeper.kept.saved:
         terminal.note(f"a new session: {escaped(keeper.kept.name)}")
-    keeper.describe()
+    keeper.describe(anew={file.path for attachment in attachments for file in attachment.files})
     chat.welcome()
     for attachment in attachments:
         chat.add(attachment)
@@ -235,7 +235,7 @@ def main(
         except TemplateError as error:
             raise with_advice(error) from error
         if question is not None:
-            keeper.describe(changes_only=True)
+            keeper.describe(changes_only=True, anew={file.path for file in question.files})
             return answer_once(terminal, question.text(), as_json, keeper, question.files)
         if makes_store and store and store.exists():
             terminal.note(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 import sys
 from collections.abc import Callable
@@ -51,7 +50,6 @@ class Chat:
         self.editing = False  # what comes next replaces the last message
         self.draft = ""  # what the line editor begins with
         self.thoughts = ""  # of the last answer
-        self._changed: list[AttachedFile] = []  # since they were sent, and said to be
 
     @property
     def seed(self) -> int:
@@ -98,27 +96,10 @@ class Chat:
 
     def turn(self, text: str) -> None:
         """Send a message, with the files that wait for it."""
-        self._note_changes()
+        self.keeper.tell_changes({file.path for file in self.waiting_files})
         documents = [document for attachment in self.attachments for document in attachment.documents]
         message = join([*texts(documents, named=True), text])
         self.answer(message, self.waiting_files, len(message) - len(join([text])))
-
-    def _note_changes(self) -> None:
-        """Say once of each file that was sent that it is no more as it was, unless it waits to be sent anew."""
-        waiting = {file.path for file in self.waiting_files}
-        sent = {file.path: file for file in self._sent_files}  # the last one of each path
-        for path, file in sent.items():
-            if file not in self._changed and path not in waiting and (change := file.change()):
-                self._changed.append(file)
-                kept = "the conversation has it as it was"
-                kept += "; /file sends it anew" if os.path.exists(path) else ""
-                self.terminal.note(f"[{escaped(path)} {change} since it was attached: {kept}]")
-
-    @property
-    def _sent_files(self) -> list[AttachedFile]:
-        """The files that are part of prompts."""
-        in_prompts = self.session.exchanges[self.session.left_out :]
-        return [file for exchange in in_prompts for file in exchange.files]
 
     @property
     def waiting_files(self) -> list[AttachedFile]:
@@ -200,7 +181,7 @@ class Chat:
 
     def add(self, attachment: Attachment) -> None:
         """Let something that was read wait for the next message; what is in the conversation already does not."""
-        attachment, twice = without_twice(attachment, [*self._sent_files, *self.waiting_files])
+        attachment, twice = without_twice(attachment, [*self.keeper.sent_files, *self.waiting_files])
         for name in twice:
             self.terminal.note(f"{escaped(name, 60)}: attached already; it is sent once")
         if not attachment.documents:

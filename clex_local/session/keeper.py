@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import os
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -30,7 +31,7 @@ class SessionKeeper:
         run: options that decide how the cache is laid out, see ``SavedSession``.
         kept: the file.
         unanswered: a message that was saved before its answer, and has none.
-        failure: why the last turn could not be saved.
+        failure: why what was said last could not be saved; None where it was, or where nothing is to be.
     """
 
     session: Session
@@ -42,6 +43,7 @@ class SessionKeeper:
     failure: SessionError | None = None
     _model: SessionModel | None = None
     _answered: bool = False  # since the session was opened
+    _changed: list[AttachedFile] = field(default_factory=list)  # since they were sent, and said to be
 
     @property
     def name(self) -> str | None:
@@ -92,22 +94,25 @@ class SessionKeeper:
                 last = self.session.exchanges[-1]
                 last.files, last.typed_from = list(files), typed_from
                 self._answered = True
-            try:
+            with suppress(SessionError):  # said behind the answer
                 self._save()
-            except SessionError as error:
-                self.failure = error
-            else:
-                self.failure = None
 
     def changed(self) -> None:
         """Save a conversation that was changed otherwise than by a turn, and say where that fails."""
         try:
             self._save()
         except SessionError as error:
-            self.failure = error
             self.tell(str(error), True)
 
     def _save(self) -> None:
+        try:
+            self._write()
+        except SessionError as error:
+            self.failure = error
+            raise
+        self.failure = None
+
+    def _write(self) -> None:
         if self.kept is None:
             return
         if not self.session.exchanges and self.unanswered is None and self._is_new:
@@ -149,12 +154,12 @@ class SessionKeeper:
             if new.saved is not None:
                 new.close()
                 raise SessionError(f"there is a session {new.name} already: /load {new.name} goes on with it")
-            old, self.kept = self.kept, new
+            old, failure, self.kept = self.kept, self.failure, new
             try:
                 self._save()
             except SessionError:
                 new.close()
-                self.kept = old
+                self.kept, self.failure = old, failure  # the old file is as it was
                 raise
             if old:
                 old.close()
@@ -213,8 +218,34 @@ class SessionKeeper:
             raise
         self.unanswered = saved.unanswered
 
-    def describe(self, changes_only: bool = False) -> None:
-        """Say what has been taken up, and what is no more as it was then."""
+    @property
+    def sent_files(self) -> list[AttachedFile]:
+        """The files that are part of prompts."""
+        in_prompts = self.session.exchanges[self.session.left_out :]
+        return [file for exchange in in_prompts for file in exchange.files]
+
+    def tell_changes(self, anew: Collection[str] = (), hint: bool = True) -> None:
+        """Say once of each file that was sent that it is no more as it was.
+
+        Args:
+            anew: paths of those that are about to be sent as they are now.
+            hint: say how that is done.
+        """
+        sent = {file.path: file for file in self.sent_files}  # the last one of each path
+        for path, file in sent.items():
+            if file not in self._changed and path not in anew and (change := file.change()):
+                self._changed.append(file)
+                kept = "the conversation has it as it was"
+                kept += "; /file sends it anew" if hint and os.path.exists(path) else ""
+                self.tell(f"[{escaped(path)} {change} since it was attached: {kept}]", False)
+
+    def describe(self, changes_only: bool = False, anew: Collection[str] = ()) -> None:
+        """Say what has been taken up, and what is no more as it was then.
+
+        Args:
+            changes_only: nobody is there to talk to.
+            anew: paths of files that are about to be sent.
+        """
         saved = self.kept and self.kept.saved
         if not saved:
             return
@@ -228,9 +259,8 @@ class SessionKeeper:
                 self.tell(f"[{saved.name}: the model's file is not as it was: {read}]", False)
             else:
                 self.tell(f"[{saved.name}: until now with {was.name} ({was.path}): {read}]", False)
-        for file in saved.files:
-            if change := file.change():
-                self.tell(f"[{file.path} {change} since it was attached: the conversation has it as it was]", False)
+        self._changed.clear()
+        self.tell_changes(anew, hint=not changes_only)
 
     def listing(self) -> str:
         """Every session, a line each."""
@@ -255,7 +285,7 @@ class SessionKeeper:
         """Let others have the file."""
         if self.kept:
             self.kept.close()
-        self.kept = None
+        self.kept = self.failure = None
 
 
 def local_time(text: str) -> str:

@@ -82,11 +82,6 @@ class SavedSession:
         """The options that are kept."""
         return {name: getattr(options, name) for name in _RUN}
 
-    @property
-    def files(self) -> list[AttachedFile]:
-        """The files that were attached, each once, as they were at last."""
-        return list({file.path: file for turn in self.turns for file in turn.files}.values())
-
     def text(self) -> str:
         """The file's text."""
         value = {"format": FORMAT, "version": VERSION, **asdict(self)}
