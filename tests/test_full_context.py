@@ -14,6 +14,7 @@ from clex_local.chat.terminal import Terminal
 from clex_local.session.exchange import AttachedFile, Exchange
 from clex_local.session.repetition import is_stuck
 from clex_local.session.session import SUMMARY
+from clex_local.templates.builtin import CHATML
 from helpers.chat_command import run, sessions_folder
 
 pytestmark = pytest.mark.chat
@@ -27,10 +28,11 @@ def llm(small_buckets):
         yield llm
 
 
-def talk(llm, monkeypatch, policy: str) -> tuple[Chat, list[str]]:
+def talk(llm, monkeypatch, policy: str, session: Session | None = None) -> tuple[Chat, list[str]]:
     """A conversation of four turns that has no room for a fifth."""
     llm.reset()
-    terminal = Terminal(Session(llm, system="Be brief.", sampling=Sampling(temp=0)), max_tokens=8, on_full=policy)
+    session = session or Session(llm, system="Be brief.", sampling=Sampling(temp=0))
+    terminal = Terminal(session, max_tokens=8, on_full=policy)
     told: list[str] = []
     monkeypatch.setattr(terminal, "note", lambda text, style="dim": told.append(text))
     chat = Chat(terminal, "name", "cache")
@@ -115,6 +117,53 @@ def test_oldest_turns_are_summed_up(llm, monkeypatch, capsys):
         do(chat, "/undo")
     chat.turn("Hello.")
     assert [message["content"] for message in session.messages[:2]] == ["Be brief.", "Hello."]
+
+
+@pytest.mark.parametrize(
+    ("opened", "generated", "summary"),
+    [
+        (True, "Hm, the user wants</think>\n\nA summary.", "A summary."),
+        (True, "Hm, the user wants", ""),  # without end
+        (False, "<think>Hm, the user wants</think>A summary.", "A summary."),
+        (False, "<think>Hm, the user wants", ""),
+        (False, "A <think> in a summary.", "A <think> in a summary."),
+    ],
+)
+def test_thoughts_are_no_part_of_a_summary(llm, monkeypatch, capsys, opened, generated, summary):
+    opens = "assistant\n<think>\n" if opened else "assistant\n{# strips what is before </think> #}"
+    session = Session(llm, template=CHATML.replace("assistant\n", opens), sampling=Sampling(temp=0))
+    chat, told = talk(llm, monkeypatch, "summarize", session)
+    tokens = llm.tokenize(generated.encode(), add_bos=False, special=False)
+    prompts = []
+
+    def generate(prompt, *_, **__):
+        prompts.append(prompt)
+        yield from [*tokens, llm.token_eos()]
+
+    monkeypatch.setattr(llm, "generate", generate)
+    chat.turn(LONG)
+    assert len(prompts) == 2
+    assert session.summary == summary
+    first = session.messages[1]["content"]
+    assert first.startswith(f"{SUMMARY}\n{summary}\n\n" if summary else "Question")
+    assert "the user wants" not in first
+    assert ("[the model came to no summary of them: they are left out]" in told) == (not summary)
+
+
+def test_model_that_need_not_think_sums_up_at_once(llm, monkeypatch, capsys):
+    begin = "assistant\n{% if enable_thinking is defined and not enable_thinking %}<think></think>{% endif %}"
+    session = Session(llm, template=CHATML.replace("assistant\n", begin), sampling=Sampling(temp=0))
+    chat, _ = talk(llm, monkeypatch, "summarize", session)
+    prompts, tokens = [], llm.tokenize(b"A summary.", add_bos=False)
+
+    def generate(prompt, *_, **__):
+        prompts.append(llm.detokenize(prompt).decode())
+        yield from [*tokens, llm.token_eos()]
+
+    monkeypatch.setattr(llm, "generate", generate)
+    chat.turn(LONG)
+    assert ["<think></think>" in prompt for prompt in prompts] == [True, False]
+    assert (session.summary, session.template_arguments) == ("A summary.", {})
 
 
 def test_message_that_fits_nowhere_changes_nothing(llm, monkeypatch, capsys):

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from clex_local.errors import ClexError, escaped
 from clex_local.session.exchange import file_names
-from clex_local.session.thoughts import CLOSE, OPEN
+from clex_local.session.thoughts import Thoughts
 
 if TYPE_CHECKING:
     from clex_local.session.exchange import Exchange
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 POLICIES = ("refuse", "drop-oldest", "summarize")
 _ANSWER, _SUMMARY = 512, 256  # tokens; an eighth of a small context
+_THOUGHTS = 1024  # tokens before a summary, where the model thinks; a quarter of a small context
 _AROUND = 16  # tokens that a template writes around a message and its answer
 ASKED = (
     "Sum up our conversation until now for yourself, in a few sentences: what I want, names, numbers, what was found "
@@ -59,7 +60,9 @@ def make_room(session: Session, policy: str, text: str) -> Iterator[str]:
         yield f"[the context is full: summing up {_turns(dropped)} ...]"
         summary = _summed_up(session, count)
         if not summary:
-            yield "[there is no room to sum them up: they are left out]"
+            why = "there is no room to sum them up" if summary is None else "the model came to no summary of them"
+            yield f"[{why}: they are left out]"
+            summary = ""
     while True:
         session.change(left_out=count, summary=summary)
         if session.size_with(text) <= room or count == len(session.exchanges):
@@ -78,22 +81,35 @@ def _to_leave_out(session: Session, tokens: int) -> int:
     return count
 
 
-def _summed_up(session: Session, count: int) -> str:
-    """What the model makes of the turns before one, of as many of the last of them as fit; nothing where none does."""
+def _summed_up(session: Session, count: int) -> str | None:
+    """What the model makes of the turns before one, of as many of the last of them as fit; None where none does."""
     most = min(_SUMMARY, session.capacity // 8)
+    thoughts = min(_THOUGHTS, session.capacity // 4) if session.may_think else 0
     exchanges = session.exchanges[session.left_out : count]
     question = f"{session.summary}\n\n{ASKED}" if session.summary else ASKED
     for first in range(len(exchanges)):
         try:
-            with closing(session.aside(exchanges[first:], question, most)) as stream:
-                text = "".join(stream)
+            with closing(session.aside(exchanges[first:], question, most + thoughts)) as stream:
+                return _without_thoughts(session, stream, most)
         except ClexError:
             continue
         finally:
             session.last = None  # it was no turn
-        thoughts, ended, answer = text.rpartition(CLOSE)
-        return "" if OPEN in thoughts + answer and not ended else answer.strip()
-    return ""
+    return None
+
+
+def _without_thoughts(session: Session, stream: Iterator[str], most: int) -> str:
+    """What a model answers, in so many pieces at most, without what it thinks before it."""
+    answer, pieces, parts = "", 0, None
+    for piece in stream:
+        parts = parts or Thoughts(session.opens_thought)  # known once the answer has begun
+        if said := "".join(text for thought, text in parts.feed(piece) if not thought):
+            answer, pieces = answer + said, pieces + 1
+        if pieces == most:
+            break
+    if parts:
+        answer += "".join(text for thought, text in parts.feed("", last=True) if not thought)
+    return answer.strip()
 
 
 def _turns(exchanges: Sequence[Exchange]) -> str:

@@ -17,7 +17,7 @@ from clex_local.runtime.vocabulary import common_prefix
 from clex_local.session.answer import Answer
 from clex_local.session.exchange import Exchange
 from clex_local.session.repetition import is_stuck
-from clex_local.session.thoughts import OPEN
+from clex_local.session.thoughts import CLOSE, OPEN
 from clex_local.templates.builtin import CHATML, PLAIN
 from clex_local.templates.chat_formats import chat_template
 from clex_local.templates.chat_template import ChatTemplate, TemplateError
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from clex_local.runtime.llama import Llama
 
 SUMMARY = "What was said before, in short:"
+_THINKING = ("enable_thinking", "thinking")  # what templates call whether the model is to think first
 # What `Session.resume` replaces.
 _CONVERSATION = ("system", "exchanges", "left_out", "summary", "messages", "_text", "_tokens")
 
@@ -272,17 +273,20 @@ class Session:
         if len(tokens) >= self.capacity:
             raise PromptTooLong(len(tokens), self.capacity)
 
-        self._opens_thought = prompt.rstrip().endswith(OPEN)
-
         def take(answer: str, generated: list[int], reason: str) -> None:
             self._take(messages, prompt, tokens, Exchange(text, answer, generated, reason))
 
-        return self._answer(tokens, max_tokens, take)
+        return self._answer(prompt, tokens, max_tokens, take)
 
     @property
     def opens_thought(self) -> bool:
-        """Whether the last prompt ends with the beginning of a thought, as some templates write it."""
+        """Whether the prompt of the last answer ends with the beginning of a thought, as some templates write it."""
         return self._opens_thought
+
+    @property
+    def may_think(self) -> bool:
+        """Whether the template knows of thoughts."""
+        return OPEN in self._template.source or CLOSE in self._template.source
 
     def size_with(self, text: str) -> int:
         """Tokens of the prompt that a message would make.
@@ -295,6 +299,8 @@ class Session:
     def aside(self, exchanges: Sequence[Exchange], text: str, max_tokens: int) -> Generator[str, None, None]:
         """Answer a message that does not become part of the conversation, which begins with these exchanges.
 
+        A model that can be told not to think before it answers is told so.
+
         Raises:
             PromptTooLong: they do not fit.
             ClexError: the template refuses them.
@@ -303,14 +309,16 @@ class Session:
         for exchange in exchanges:
             messages.append({"role": "user", "content": exchange.message})
             messages.append({"role": "assistant", "content": exchange.answer})
-        tokens = self._prompt([*messages, {"role": "user", "content": text}])[1]
+        at_once = {name: False for name in _THINKING if self.reads_argument(name)}
+        prompt, tokens = self._prompt([*messages, {"role": "user", "content": text}], **at_once)
         if len(tokens) + max_tokens > self.capacity:
             raise PromptTooLong(len(tokens) + max_tokens, self.capacity)
-        return self._answer(tokens, max_tokens, lambda *_: None)
+        return self._answer(prompt, tokens, max_tokens, lambda *_: None)
 
     def _answer(
-        self, tokens: list[int], max_tokens: int | None, take: Callable[[str, list[int], str], None]
+        self, prompt: str, tokens: list[int], max_tokens: int | None, take: Callable[[str, list[int], str], None]
     ) -> Generator[str, None, None]:
+        self._opens_thought = prompt.rstrip().endswith(OPEN)
         answer = self.last = Answer(prompt_tokens=len(tokens), prefill_tokens=len(tokens) - self._cached(tokens))
         decoder = codecs.getincrementaldecoder("utf-8")("replace")
         generated: list[int] = []
@@ -360,13 +368,13 @@ class Session:
         """Leading tokens that ``Llama.generate`` finds in its cache."""
         return min(common_prefix(self.llm.input_ids[: self.llm.n_tokens], tokens), len(tokens) - 1)
 
-    def _prompt(self, messages: list[dict[str, str]]) -> tuple[str, list[int]]:
-        """The conversation as the template writes it, and as tokens.
+    def _prompt(self, messages: list[dict[str, str]], **arguments: Any) -> tuple[str, list[int]]:
+        """The conversation as the template writes it, told these arguments too, and as tokens.
 
         Raises:
             ClexError: the template refuses the conversation, or writes nothing.
         """
-        text = self._template.render(messages, **self.template_arguments)
+        text = self._template.render(messages, **{**self.template_arguments, **arguments})
         if not text.strip() and any(str(message["content"]).strip() for message in messages):
             raise TemplateError(f"{self._template.name} makes nothing of the conversation")
         if self._text and text.startswith(self._text):
