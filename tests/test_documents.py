@@ -9,13 +9,14 @@ import subprocess
 import sys
 import threading
 import zipfile
-from http.server import BaseHTTPRequestHandler, HTTPServer
+from contextlib import suppress
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from io import BytesIO
 from pathlib import Path
 
 import pytest
 
-from clex_local.documents import attachments, encodings, folders, kinds, worker
+from clex_local.documents import attachments, encodings, folders, kinds, web, worker
 from clex_local.documents import docx as word
 from clex_local.documents import html as web_page
 from clex_local.documents import pdf as portable
@@ -496,20 +497,32 @@ def site():
                 "/moved": (302, "", b"", "/page"),
                 "/gr%C3%BC%C3%9Fe%20?%C3%B6=1": (200, "text/plain", b"found", None),
                 "/away": (302, "", b"", "file:///etc/passwd"),
+                "/cut": (200, "text/plain", b"a part", None),
             }.get(self.path, (404, "", b"", None))
+            if self.path.startswith("/drips"):
+                return self.drip(b"HTTP/1.0 200 OK\r\n" + b"\r\n" * self.path.endswith("body") + b"x: ")
             self.send_response(code)
-            for name, value in {"Content-Type": kind, "Content-Length": str(len(data)), "Location": location}.items():
+            size = str(len(data) + 10 * (self.path == "/cut"))
+            for name, value in {"Content-Type": kind, "Content-Length": size, "Location": location}.items():
                 if value:
                     self.send_header(name, value)
             self.end_headers()
             self.wfile.write(data)
 
+        def drip(self, begin):
+            with suppress(OSError):  # until nobody listens any more
+                while not over.wait(0.01):
+                    self.wfile.write(begin or b"x")
+                    begin = b""
+
         def log_message(self, *_):
             pass
 
-    server = HTTPServer(("127.0.0.1", 0), Handler)
+    over = threading.Event()
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     yield f"http://127.0.0.1:{server.server_port}"
+    over.set()
     server.shutdown()
     server.server_close()
 
@@ -522,9 +535,26 @@ def test_pages_of_the_web(site):
     assert attach(f"{site}/grüße%20?ö=1#anchor", web=True).documents[0].text == "found"
 
 
+@pytest.mark.parametrize("part", ["head", "body"])
+def test_what_comes_byte_by_byte_has_an_end(site, monkeypatch, part):
+    monkeypatch.setattr(web, "MINUTES", 0.005)
+    address = f"{site}/drips/{part}"
+    with pytest.raises(DocumentError, match=r"takes more than 0.005 minutes; download it, and give the file$") as error:
+        fetch(address)
+    assert str(error.value).startswith(f"{address}: ")
+
+
+def test_what_is_too_large_is_not_fetched_to_its_end(site, monkeypatch):
+    for address, largest in [(f"{site}/drips/body", 10), (f"{site}/page", 100)]:  # whose size is not said, and is
+        monkeypatch.setattr(web, "LARGEST", largest)
+        with pytest.raises(DocumentError, match=r"more than .*; download it, and give a part"):
+            fetch(address)
+
+
 def test_what_the_web_does_not_give(site):
     for address, message in {
         f"{site}/none": "the server answered 404",
+        f"{site}/cut": "the connection ended after 6 of 16 bytes; try again",
         f"{site}/away": "Redirection to url 'file:///etc/passwd' is not allowed",
         "http://127.0.0.1:1/": "cannot be fetched: ",
         "http://[::1": "cannot be fetched: ",
