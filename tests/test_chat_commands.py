@@ -185,12 +185,40 @@ def test_system_message_changes_in_a_conversation(chat, told):
         ("top_p 1", "top_p", 1.0),
         ("min_p 0.1", "min_p", 0.1),
         ("repeat_penalty 1.2", "repeat_penalty", 1.2),
+        ("temperature 0.3", "temp", 0.3),
+        ("Temperature=0.3", "temp", 0.3),
+        ("--top-p 0.5", "top_p", 0.5),
+        ("repetition-penalty 1.2", "repeat_penalty", 1.2),
+        ("parameter top_k 5", "top_k", 5),
     ],
 )
 def test_every_sampling_value_can_be_set(chat, told, line, name, value):
     do(chat, f"/set {line}")
     assert getattr(chat.session.sampling, name) == value
     assert told[-1] == f"{name} = {value}"
+
+
+def test_names_of_other_programs_and_what_is_chosen_before(chat, told):
+    for name in ("max-tokens", "num_predict", "max_new_tokens"):
+        do(chat, f"/set {name} 3")
+        assert told[-1] == "max_tokens = 3"
+    do(chat, "/set temperature")
+    assert told[-1] == "temp = 0"
+    keeps = "/save keeps the conversation, and clex-chat --session NAME goes on with it"
+    for typed, problem in [
+        ("ctx 4096", f"ctx is chosen when the model is loaded, by --ctx N: {keeps}"),
+        ("num_ctx 4096", f"ctx is chosen when the model is loaded, by --ctx N: {keeps}"),
+        ("kv-type q8_0", f"kv_type is chosen when the model is loaded, by --kv-type TYPE: {keeps}"),
+        ("chat_template plain", f"chat_template is chosen when the model is loaded, by --chat-template NAME: {keeps}"),
+        ("system Be brief.", "/system TEXT sets the system message"),
+        ("tmep 1", "there is no setting tmep; did you mean temp? /set lists them"),
+        ("temper 1", "there is no setting temper; did you mean temp? /set lists them"),
+        ("penalty 1", "there is no setting penalty; did you mean repeat_penalty? /set lists them"),
+        ("max_token 1", "there is no setting max_token; did you mean max_tokens? /set lists them"),
+        ("mirostat 1", "there is no setting mirostat; there are temp, top_k, "),
+    ]:
+        with pytest.raises(ClexError, match=f"^{re.escape(problem)}"):
+            do(chat, f"/set {typed}")
 
 
 def test_other_settings(chat, told):

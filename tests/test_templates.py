@@ -219,6 +219,30 @@ def test_conditions_on_contents_hold():
     assert CONTROL.controls(prompt) == []
 
 
+@pytest.mark.parametrize(
+    ("source", "name", "reads"),
+    [
+        (
+            "{%- if enable_thinking is defined and not enable_thinking %}{{ '<think>' }}{% endif %}",
+            "enable_thinking",
+            True,
+        ),
+        ("{%- if x is not defined %}{% set x = true %}{% endif %}{{ x }}", "x", True),
+        ("{{ tojson(tools) }}", "tools", True),
+        ("{% for system in messages %}{{ system.role }}{% endfor %}", "system", False),
+        ("{{ messages[0]['role'] == \"system\" and messages.system }} system", "role", False),
+        ("{{ messages[0]['role'] == \"system\" and messages.system }} system", "system", False),
+        ("{{ 'it\\'s thinking' }}{{ thinking }}", "thinking", True),
+        ("{{ 'it\\'s thinking' }}", "thinking", False),
+        ("{# enable_thinking #}{% if messages %}{% endif %}", "enable_thinking", False),
+        ("{% if messages %}{% endif %}", "messages", False),
+        ("{% if messages %}{% endif %}", "if", False),
+    ],
+)
+def test_what_a_template_can_be_told(source, name, reads):
+    assert ChatTemplate(source, CONTROL, {}).reads(name) is reads
+
+
 def user_defined(smollm, folder):
     """SmolLM2 whose token that begins a turn is none of control, as old conversions have it; and one that splits words
     as LLaMA does, with a space in front of every text.

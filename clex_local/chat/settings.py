@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 from clex_local.chat.conversation import Chat
+from clex_local.chat.options import ChatOptions
 from clex_local.commands.options import options_in
 from clex_local.errors import ClexError, escaped
+from clex_local.runtime.run_options import RunOptions
 from clex_local.runtime.sampling import Sampling
 from clex_local.session.full_context import POLICIES
 
@@ -20,6 +23,27 @@ TEMPLATE_ARGUMENTS = {
     "thinking": ("true", "false"),
     "reasoning_effort": ("low", "medium", "high"),
     "thinking_budget": (),
+}
+# What other programs call these settings, and the options that are chosen when the model is loaded.
+_OTHERS = {
+    "temperature": "temp",
+    "topk": "top_k",
+    "topp": "top_p",
+    "minp": "min_p",
+    "repetition_penalty": "repeat_penalty",
+    "num_predict": "max_tokens",
+    "n_predict": "max_tokens",
+    "max_new_tokens": "max_tokens",
+    "max_completion_tokens": "max_tokens",
+    "num_ctx": "ctx",
+    "n_ctx": "ctx",
+    "ctx_size": "ctx",
+    "context": "ctx",
+    "context_length": "ctx",
+    "num_thread": "threads",
+    "n_threads": "threads",
+    "num_gpu": "n_gpu_layers",
+    "system_prompt": "system",
 }
 
 
@@ -130,24 +154,27 @@ def _template_setting(name: str) -> ChatSetting:
 
 
 def put(chat: Chat, text: str) -> None:
-    """Show all settings, or one, or set one: ``temp 0.3``, ``temp=0.3``.
+    """Show all settings, or one, or set one: ``temp 0.3``, ``temp=0.3``, ``temperature 0.3``.
 
     Raises:
         ClexError: there is none of the name, or it cannot have the value.
     """
     found = settings(chat)
     name, _, value = text.replace("=", " ", 1).strip().partition(" ")
+    if name == "parameter" and value:  # as Ollama has it
+        name, _, value = value.strip().partition(" ")
     name, value = name.lstrip("-").replace("-", "_"), value.strip()
     if not name:
         width = max(len(setting.name) for setting in found)
         lines = [f"{setting.name:{width}}  {setting.get(chat)!s:8}  {setting.help}" for setting in found]
         chat.terminal.note("\n".join(lines))
         return
-    setting = next((setting for setting in found if setting.name == name), None)
+    by_name = {setting.name: setting for setting in found}
+    own = _OTHERS.get(name.lower(), name.lower())
+    setting = by_name.get(name) or by_name.get(own)
     if setting is None:
         if not value or not name.isidentifier() or not chat.session.reads_argument(name):
-            names = ", ".join(setting.name for setting in found)
-            raise ClexError(f"there is no setting {escaped(name, 40)}; there are {names}")
+            raise _no_setting(name, own, list(by_name))
         setting = _template_setting(name)
     if value:
         try:
@@ -158,6 +185,28 @@ def put(chat: Chat, text: str) -> None:
             raise ClexError(f"{setting.name} must be {error}, not {escaped(value, 40)}") from None
         chat.keeper.changed()
     chat.terminal.note(f"{setting.name} = {setting.get(chat)}")
+
+
+def _no_setting(name: str, own: str, names: list[str]) -> ClexError:
+    """The error of a name that is none, with what is near it.
+
+    Args:
+        name: as it was typed.
+        own: what we would call it.
+        names: of the settings there are.
+    """
+    if own == "system":
+        return ClexError("/system TEXT sets the system message")
+    loaded = {field.name: known for options in (RunOptions, ChatOptions) for field, known in options_in(options)}
+    if own in loaded:
+        option = " ".join(filter(None, ["--" + own.replace("_", "-"), loaded[own].metavar]))
+        hint = "/save keeps the conversation, and clex-chat --session NAME goes on with it"
+        return ClexError(f"{own} is chosen when the model is loaded, by {option}: {hint}")
+    known = {other: other for other in names} | {other: meant for other, meant in _OTHERS.items() if meant in names}
+    begun = [other for other in known if len(own) > 2 and own in other]
+    close = begun[:1] or difflib.get_close_matches(own, known, n=1, cutoff=0.7)
+    hint = f"did you mean {known[close[0]]}? /set lists them" if close else f"there are {', '.join(names)}"
+    return ClexError(f"there is no setting {escaped(name, 40)}; {hint}")
 
 
 def words(chat: Chat) -> list[str]:

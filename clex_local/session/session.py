@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import codecs
-import re
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import asdict, replace
 from datetime import datetime
@@ -203,8 +202,8 @@ class Session:
             raise
 
     def reads_argument(self, name: str) -> bool:
-        """Whether the template has this name in it."""
-        return bool(re.search(rf"\b{re.escape(name)}\b", self._template.source))
+        """Whether the template can be told something by this name."""
+        return self._template.reads(name)
 
     def _opening(self) -> list[dict[str, str]]:
         """What a conversation begins with: the system message, if there is one."""

@@ -7,6 +7,7 @@ tokens there are, the template has put one together, and the second one is used.
 
 from __future__ import annotations
 
+import keyword
 import re
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -17,6 +18,11 @@ from clex_local.templates.control_tokens import ControlTokens
 from clex_local.templates.process import rendered
 from clex_local.templates.worker import Unusable
 
+# What templates are given in any case, or by Jinja.
+_GIVEN = {"messages", "add_generation_prompt", "bos_token", "eos_token", "raise_exception", "strftime_now"}
+_GIVEN |= {"loop", "namespace", "range", "dict", "true", "false", "none", "set", "endif", "endfor", "filter"}
+_CODE = re.compile(r"\{[{%](.*?)[%}]\}", re.DOTALL)
+_TEXT = re.compile(r"'(?:\\.|[^'\\])*'|\"(?:\\.|[^\"\\])*\"", re.DOTALL)
 LARGEST_TEMPLATE = 2**20  # characters; the longest of Hugging Face have some 30,000
 
 
@@ -59,6 +65,15 @@ class ChatTemplate:
         self.name = name
         self.foreign = foreign
         self.now = ""
+
+    def reads(self, name: str) -> bool:
+        """Whether it takes a variable of this name from outside, as far as its text tells."""
+        if name in _GIVEN or keyword.iskeyword(name):
+            return False
+        code = "\n".join(_TEXT.sub("''", block) for block in _CODE.findall(self.source))
+        word = re.escape(name)
+        is_own = re.search(rf"\b(?:for|macro)\s+(?:\w+\s*,\s*)*{word}\b", code)  # a `set` may be a default
+        return not is_own and re.search(rf"(?<![.\w]){word}(?!\w)", code) is not None
 
     def check(self) -> None:
         """Compile it.
