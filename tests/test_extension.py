@@ -164,7 +164,13 @@ def test_a_state_is_for_the_same_tables(plain):
         llm.load_state(state)
 
 
-@pytest.mark.parametrize("wish", ["", "x", "0x", "4.5x", "4y", "-4", "ntk:", "4x;", 0.5])
+@pytest.mark.parametrize("wish", ["65537x", "ntk:99999x", "9" * 18, 99999])
+def test_wishes_that_are_too_large(plain, wish):
+    with pytest.raises(ExtensionError, match=r"^`extend` must be 65536x at most, and beyond 16x .* measured .*, not '"):
+        extension(plain, wish)
+
+
+@pytest.mark.parametrize("wish", ["9" * 19, "", "x", "0x", "4.5x", "4y", "-4", "ntk:", "4x;", 0.5])
 def test_wishes_that_are_none(plain, wish):
     with pytest.raises(ExtensionError, match="such as 4x, or ntk:4x"):
         extension(plain, wish)
@@ -192,6 +198,12 @@ def test_a_longer_context_is_offered_where_it_is_missing(plain):
         ClexError, match=r"`extend='3x'` makes them now, `clex-convert MODEL OUT.gguf` adds them for good"
     ):
         open_model(plain, ctx=3 * LENGTH)
+    # No more than is known to be of use.
+    for ctx, advice in [(16, "`extend='16x'` makes them now"), (17, f"`extend='16x'` makes some for {16 * LENGTH:,} ")]:
+        with pytest.raises(ClexError, match=advice):
+            open_model(plain, ctx=ctx * LENGTH)
+        with pytest.warns(UserWarning, match=advice), Llama(plain, n_ctx=ctx * LENGTH, n_threads=1, verbose=False):
+            pass
     with open_model(plain, ctx=3 * LENGTH, extend="3x", threads=1) as llm:
         assert llm.n_ctx() == 3 * LENGTH
 
@@ -209,10 +221,15 @@ def test_the_command_extends_and_the_session_keeps_it(plain):
 
 
 def test_an_option_that_is_none_is_one_line(plain):
-    command = [*COMMAND, str(plain), "--extend", "far", "-p", "Hi"]
-    result = subprocess.run(command, input="", capture_output=True, text=True)
-    assert result.returncode == 2
-    assert "must be how many times the context is to be as long, such as 4x" in result.stderr
+    for options, code, line in [
+        (["--extend", "far"], 2, "must be how many times the context is to be as long, such as 4x"),
+        (["--extend", "99999x"], 2, "Invalid value for '--extend': must be 65536x at most, and beyond 16x"),
+        (["--ctx", "99999999"], 1, f"asked for; --extend 16x makes some for {16 * LENGTH:,} tokens now, `clex-convert"),
+    ]:
+        command = [*COMMAND, str(plain), *options, "-p", "Hi"]
+        result = subprocess.run(command, input="", capture_output=True, text=True)
+        assert (result.returncode, result.stderr.count("\n")) == (code, 1)
+        assert line in result.stderr
 
 
 @pytest.mark.parametrize("several", [False, True])

@@ -19,7 +19,9 @@ from clex_local.model_file.tables import Tables
 OVERLAY = "clex.overlay"  # the override by which llama.cpp is told of the keys
 _REMOVED, _MODEL = "clex.overlay.removed", "clex.overlay.model"
 _LONGEST = 127  # bytes of an override
-_FORM = re.compile(r"(?:([a-z]+):)?(\d{1,5})x?", re.IGNORECASE)
+_FORM = re.compile(r"(?:([a-z]+):)?(\d{1,18})x?", re.IGNORECASE)
+_LARGEST = 65536  # times, as in clex-convert
+MEASURED = 16  # times the trained context up to which it was measured what reads well: docs/evaluation.md
 
 
 class ExtensionError(ModelError):
@@ -79,7 +81,27 @@ def extension_text(text: str) -> str:
     found = _FORM.fullmatch(text.strip())
     if not found or int(found[2]) < 1:
         raise ValueError("must be how many times the context is to be as long, such as 4x, or ntk:4x with a method")
+    if int(found[2]) > _LARGEST:
+        raise ValueError(
+            f"must be {_LARGEST}x at most, and beyond {MEASURED}x it was never measured how well that reads"
+        )
     return f"{found[1].lower()}:{int(found[2])}x" if found[1] else f"{int(found[2])}x"
+
+
+def extension_advice(trained: int, ctx: int) -> str:
+    """What to pass for a context that a model without tables was not trained for, in words.
+
+    Args:
+        trained: tokens that it was trained for.
+        ctx: tokens that are wanted.
+    """
+    factor = -(-ctx // trained)
+    if factor <= MEASURED:
+        return f"`extend='{factor}x'` makes them now, `clex-convert MODEL OUT.gguf` adds them for good"
+    return (
+        f"`extend='{MEASURED}x'` makes some for {MEASURED * trained:,} tokens now, `clex-convert MODEL OUT.gguf` adds "
+        "them for good; beyond that it was never measured how well a model reads"
+    )
 
 
 def extension(path: str | os.PathLike[str], extend: str | float) -> Extension:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from clex_local.errors import ClexError
 from clex_local.model_file.baked import baked_in
-from clex_local.model_file.extension import Extension, extension
+from clex_local.model_file.extension import Extension, extension, extension_advice
 from clex_local.model_file.gguf_file import GGUFFile
 from clex_local.model_file.keys import ModelKeys
 from clex_local.model_file.model_shape import ModelShape
@@ -107,9 +107,7 @@ class ModelFacts:
             )
         advice = ""
         if self.can_have_tables:
-            advice = (
-                f"; `extend='{-(-ctx // maximum)}x'` makes them now, `clex-convert MODEL OUT.gguf` adds them for good"
-            )
+            advice = f"; {extension_advice(maximum, ctx)}"
         raise ClexError(
             f"{path} was trained for {maximum:,} tokens and has no tables to cover the {ctx:,} asked for{advice}"
         )

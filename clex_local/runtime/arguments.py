@@ -15,6 +15,7 @@ from clex_local.errors import ClexError
 from clex_local.library.devices import has_gpu
 from clex_local.machine import default_threads
 from clex_local.model_file.context_plan import ContextPlan, choose_cache
+from clex_local.model_file.extension import extension_advice
 from clex_local.model_file.facts import ModelFacts
 from clex_local.model_file.kv_types import KV_TYPES, TYPE_NAMES, is_quantized
 from clex_local.runtime.bindings_arguments import BindingsArguments
@@ -217,7 +218,7 @@ def context_warning(arguments: Mapping[str, Any], facts: ModelFacts, *, clamp: b
         return None
     advice = f"pass n_ctx={maximum}"
     if facts.can_have_tables and not facts.baked:
-        advice += ", or add tables: extend='4x', or `clex-convert MODEL OUT.gguf`"
+        advice += f", or add tables: {extension_advice(maximum, n_ctx)}"
     made = "baked" if facts.baked else "trained"
     return f"{facts.path}: {made} for {maximum:,} tokens, without tables for a context of {n_ctx:,}; {advice}"
 
