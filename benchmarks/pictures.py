@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import tempfile
+from functools import partial
 from pathlib import Path
 
 import click
@@ -19,6 +20,7 @@ DOCS = ROOT / "docs"
 BYTES, MAX_FACTOR = ROOT / "examples" / "bytes", 16  # the CLEX model of the first seed
 METHODS_TABLE = "methods: made by benchmarks/evaluation.py"
 PASS_KEYS_TABLE = "pass keys: share found, in percent"
+LONG_CHAT_TABLE = "{}: made by benchmarks/long_chat_evaluation.py"
 # Of the methods those that a picture can show together.
 DRAWN = ("plain RoPE", "PI, trained at 8x", "NTK, not trained", "YaRN, not trained", "YaRN, trained at 8x", "**CLEX**")
 
@@ -47,11 +49,11 @@ def draw_perplexities(output: Path) -> None:
     )
 
 
-def draw_pass_keys(output: Path) -> None:
-    """Pass keys found by length and depth, out of docs/clex-eval.md."""
+def draw_pass_keys(output: Path, document: str = "clex-eval.md", marker: str = PASS_KEYS_TABLE) -> None:
+    """Pass keys found by length and depth, out of docs/clex-eval.md or another page."""
     from clex_eval.report import plot_heat_map
 
-    (_, _, *headings), *rows = table_in(DOCS / "clex-eval.md", PASS_KEYS_TABLE)
+    (_, _, *headings), *rows = table_in(DOCS / document, marker)
     found: dict[str, dict[float, list[float | None]]] = {}
     for model, depth, *cells in rows:
         shares = [float(cell) / 100 if cell else None for cell in cells]
@@ -78,7 +80,51 @@ def draw_dynamics(output: Path) -> None:
         plot([inspect(path) for path in files], output)
 
 
-DRAW = {"evaluation.svg": draw_perplexities, "passkey.svg": draw_pass_keys, "dynamics.svg": draw_dynamics}
+def draw_long_chat(output: Path, table: str, title: str, xlabel: str) -> None:
+    """Perplexity of the chat models by context length or by position, out of docs/long-chat.md; nothing without any."""
+    from clex_eval.report import plot_curves
+
+    measured = table_in(DOCS / "long-chat.md", LONG_CHAT_TABLE.format(table))
+    if not measured:
+        return
+    (_, *headings), *rows = measured
+    x = [tokens(heading) for heading in headings]
+    curves = {name.strip("*"): [float(cell) if cell else None for cell in cells] for name, *cells in rows}
+    found = [value for curve in curves.values() for value in curve if value is not None]
+    plot_curves(
+        output, title, x, curves, xlabel, "perplexity",
+        marks={"trained context, 8,192": 8192}, log_x=table == "perplexity", log_y=max(found) > 4 * min(found),
+    )  # fmt: skip
+
+
+def draw_long_chat_pass_keys(output: Path) -> None:
+    """Pass keys that the chat models find, out of docs/long-chat.md; nothing without any."""
+    marker = LONG_CHAT_TABLE.format("pass keys by depth")
+    if table_in(DOCS / "long-chat.md", marker):
+        draw_pass_keys(output, "long-chat.md", marker)
+
+
+LONG_CHAT = {
+    "long-chat-perplexity.svg": partial(
+        draw_long_chat,
+        table="perplexity",
+        title="Perplexity of Emma per token, Q8_0, by context length",
+        xlabel="context length (tokens)",
+    ),
+    "long-chat-positions.svg": partial(
+        draw_long_chat,
+        table="positions",
+        title="Perplexity of Emma per token in windows of 32,768, Q8_0, by position",
+        xlabel="position, up to",
+    ),
+    "long-chat-passkey.svg": draw_long_chat_pass_keys,
+}
+DRAW = {
+    "evaluation.svg": draw_perplexities,
+    "passkey.svg": draw_pass_keys,
+    "dynamics.svg": draw_dynamics,
+    **LONG_CHAT,
+}
 
 
 @click.command("pictures", cls=Command, context_settings=SETTINGS)

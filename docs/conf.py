@@ -49,7 +49,7 @@ CONTENTS = {
         "threads",
     ],
     "Reference": ["cli", "api", "architectures", "environment", "limits"],
-    "Figures": ["evaluation", "benchmarks", "quantization"],
+    "Figures": ["evaluation", "long-chat", "benchmarks", "quantization"],
     "Inside": ["how-it-works", "architecture", "../native/README", "../CONTRIBUTING", "../RELEASE", "../CHANGELOG"],
 }
 

@@ -57,6 +57,7 @@ FILES = {
     "README.md": "what it is for, and where to begin",
     "RELEASE.md": "how a version is made",
     "pyproject.toml": "the package, and the settings of ruff, basedpyright and pytest",
+    "benchmarks/emma_questions.jsonl": "questions about *Emma*, their answers and the passages that have them",
     "convert/clex_convert/check.txt": "the text that a full check reads",
     "native/README.md": "how the native side works",
     "native/llama-cpp-python.txt": "the pin of llama.cpp: a source distribution and its hash",

@@ -1,0 +1,167 @@
+"""The evaluation of the chat model: its questions about a novel, what it keeps, and the tables made of that."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import pytest
+
+from benchmarks import questions
+from benchmarks.long_chat_evaluation import chosen, measure
+from benchmarks.long_chat_page import Figures, tables
+from benchmarks.long_chat_results import METHODS, Cell, Measured, Results
+from benchmarks.markdown import row
+from clex_eval.records import read
+
+pytestmark = pytest.mark.evaluation
+
+
+def tokens(text: str) -> int:
+    return len(text.split())
+
+
+@pytest.fixture(scope="module")
+def novel() -> str:
+    """A book with the passages of all questions, far apart, and a paragraph longer than a short context."""
+    filler = "\n\n".join(["It rained all day long, and nobody called at the house.\nThey read and sewed."] * 12)
+    passages = dict.fromkeys(one.passage for one in questions.questions())
+    return f"\n\n{filler}\n\n".join([*passages, "She talked on; and he sat still. " * 700])
+
+
+def test_there_are_enough_questions_and_their_passages_have_the_answers():
+    found = questions.questions()
+    assert len(found) >= 60
+    assert len({one.question for one in found}) == len(found)
+    for one in found:
+        assert one.answers[0].lower() in one.passage.lower(), one.question
+
+
+@pytest.mark.parametrize(
+    ("answer", "wanted", "right"),
+    [
+        ("The Martins had eight cows.", "eight", True),
+        (" Eight\nor nine", "EIGHT", True),
+        ("Nine.\nNo, eight.", "eight", False),
+        ("It was four-and-twenty miles.", "four", False),
+        ("It was twenty-four.", "four", False),
+        ("He has 10,000 pounds.", "10", False),
+        ("Weighty matters", "eight", False),
+        ("of all her turkeys", "turkey", True),
+        ("Broadwood's", "Broadwood", True),
+        ("To Bond Street!", "Bond street", True),
+        ("", "eight", False),
+    ],
+)
+def test_an_answer_is_right_if_its_first_line_has_the_words(answer, wanted, right):
+    assert questions.says(answer, [wanted]) is right
+    assert questions.says(answer, ["nothing", wanted]) is right
+
+
+@pytest.mark.parametrize("length", [2048, 8192])
+def test_each_question_has_a_context_of_the_length_with_its_passage(novel, length):
+    found = list(questions.records(tokens, length, novel))
+    assert [record["input"] for record in found] == [one.question for one in questions.questions()]
+    for record, one in zip(found, questions.questions(), strict=True):
+        assert one.passage in record["context"]
+        assert 0.6 * length < tokens(record["context"]) < length
+        before = record["context"].index(one.passage) / len(record["context"])
+        assert record["depth"] == pytest.approx(100 * before, abs=0.1)
+    contexts = [record["context"] for record in found]
+    changes = sum(a != b for a, b in pairwise(contexts))
+    assert changes + 1 == len(set(contexts)) < len(contexts)  # those of one context are together
+
+
+def test_contexts_without_the_novel(novel):
+    assert {record["context"] for record in questions.records(tokens, 2048, novel, "none")} == {""}
+    passages = [record["context"] for record in questions.records(tokens, 2048, novel, "passage")]
+    assert passages == [one.passage for one in questions.questions()]
+
+
+def test_another_book_is_refused(novel):
+    with pytest.raises(ValueError, match="does not have the passage"):
+        list(questions.records(tokens, 2048, novel.replace("Broadway Lane", "Fleet Street")))
+
+
+def test_the_pieces_of_a_book_are_its_text_and_part_no_passage():
+    sentences = [f"This is sentence {k} of a very long paragraph; it goes on." for k in range(200)]
+    passage = " ".join(sentences[90:130])
+    pieces = list(questions.pieces("A heading\n\n" + "\n".join(sentences) + "\n\nThe end.", [passage]))
+    assert "".join(pieces) == "A heading\n\n" + " ".join(sentences) + "\n\nThe end.\n\n"
+    assert any(passage in piece for piece in pieces)
+    assert sorted(map(len, pieces))[-2] <= 1500
+
+
+def test_windows_lie_side_by_side_and_the_last_is_full():
+    found = questions.windows([3, 4, 5, 1, 2, 6, 2], 9)
+    assert found == [range(0, 2), range(2, 5), range(5, 7)]
+    assert questions.windows([4, 4, 4, 1], 9) == [range(0, 2), range(1, 4)]
+    with pytest.raises(ValueError, match="more than 3"):
+        questions.windows([1, 4], 3)
+
+
+def test_the_questions_are_what_clex_eval_reads(novel, tmp_path):
+    path = tmp_path / "novel.jsonl"
+    questions.write(path, questions.records(tokens, 4096, novel))
+    found = list(read(path, questions.METRIC))
+    assert [record.input for record in found] == [one.question for one in questions.questions()]
+    assert all(record.kind.metric == "qa_f1" for record in found)
+
+
+def test_what_tells_most_is_measured_first():
+    cells = chosen({"method": (), "weights": (), "kv_type": (), "task": (), "length": ()}, METHODS)
+    assert cells[0] == Cell("clex", "q8_0", "f16", 16384, "passkey")
+    assert {cell.task for cell in cells[:24]} == {"passkey", "perplexity"}
+    assert {(cell.weights, cell.cache) for cell in cells[: len(cells) // 4]} == {("q8_0", "f16")}
+    assert len(set(cells)) == len(cells)
+
+
+def test_an_interrupted_evaluation_goes_on_where_it_was(smollm_ntk, tmp_path):
+    path = tmp_path / "results.jsonl"
+    cell = Cell("ntk", "q8_0", "f16", 256, "niah_single")
+    measure(cell, smollm_ntk, Results(path), trials=1, threads=1)
+    (first,) = path.read_text().splitlines()
+    with path.open("a") as file:
+        file.write('{"cell": {"method": "nt')  # the machine went down
+    measure(cell, smollm_ntk, Results(path), trials=2, threads=1)
+    measure(cell, smollm_ntk, Results(path), trials=2, threads=1)
+    lines = path.read_text().splitlines()
+    assert lines[0] == first
+    assert len(lines) == 3
+    found = Results(path).of({smollm_ntk.stem})
+    assert [one.item for one in found] == ["0", "1"]
+    assert all(one.values["score"] in (0, 1) and one.values["cpu_seconds"] > 0 for one in found)
+    assert Results(path).of({"another"}) == []
+
+
+def perplexity(method: str, length: int, span: int, loss: float) -> Measured:
+    cell = Cell(method, "q8_0", "f16", length, "perplexity")
+    return Measured(cell, method, f"{span}", {"blocks": [loss] * 64, "cpu_seconds": 1.0, "whole": True})
+
+
+def key(depth: int, score: float) -> Measured:
+    values = {"score": score, "cpu_seconds": 2.0 + depth, "whole": depth == 100}
+    return Measured(Cell("clex", "q8_0", "f16", 16384, "passkey"), "clex", f"0 at {depth}", values)
+
+
+def test_tables_compare_only_what_all_have_read():
+    found = [
+        perplexity("plain", 8192, 0, 3.0), perplexity("plain", 8192, 1, 9.0),
+        perplexity("yarn", 8192, 0, 3.01), perplexity("yarn", 32768, 0, 3.02),
+    ]  # fmt: skip
+    made = tables(Figures(found))
+    assert row(["plain RoPE", "", "", "20.09", "", ""]) in made["perplexity"].splitlines()
+    changes = row(["YaRN, not trained", "", "+1.0 ± 0.0 %", "", "+1.0 ± 0.0 %"])
+    assert changes in made["changes of perplexity"].splitlines()
+    assert row(["YaRN, not trained", *["20.49"] * 8]) in made["positions"].splitlines()
+    assert made["RULER"] == "Not measured yet."
+
+
+def test_tables_of_answers_say_of_how_many_they_are():
+    made = tables(Figures([key(100, 1.0), key(50, 0.0)]))
+    assert row(["**CLEX, trained**", "", "", "", "50 (2)", ""]) in made["pass keys"].splitlines()
+    depths = made["pass keys by depth"].splitlines()
+    assert row(["CLEX, trained", "100 %", "", "", "", "100", ""]) in depths
+    assert row(["CLEX, trained", "50 %", "", "", "", "0", ""]) in depths
+    assert len(depths) == 4
+    times = row(["q8_0, f16", "the whole prompt read", "", "", "", "102.0", ""])
+    assert times in made["time"].splitlines()
