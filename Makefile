@@ -108,8 +108,9 @@ $(NATIVE): $(READY) $(NATIVE_SOURCES)
 
 $(STOCK): $(READY) CMakeLists.txt native/llama-cpp-python.txt native/fetch_source.py $(wildcard native/patches/0001* native/patches/0034*)
 	@mkdir -p build
-	PATH="$(CURDIR)/$(BIN):$$PATH" cmake -S . -B build/stock -G Ninja -DCMAKE_BUILD_TYPE=Release -DCLEX_STOCK=ON -DCLEX_PAGE=OFF \
-		-DPython3_EXECUTABLE="$(CURDIR)/$(BIN)/python" $(CMAKE_ARGS) > build/stock.log 2>&1 || { cat build/stock.log; exit 1; }
+	printf "%s\n" "-DCLEX_PAGE=OFF $$CMAKE_ARGS" | PATH="$(CURDIR)/$(BIN):$$PATH" xargs cmake -S . -B build/stock -G Ninja \
+		-DCMAKE_BUILD_TYPE=Release -DCLEX_STOCK=ON -DPython3_EXECUTABLE="$(CURDIR)/$(BIN)/python" \
+		> build/stock.log 2>&1 || { cat build/stock.log; exit 1; }
 	PATH="$(CURDIR)/$(BIN):$$PATH" cmake --build build/stock >> build/stock.log 2>&1 || { tail -50 build/stock.log; exit 1; }
 	@touch $@
 
