@@ -41,6 +41,7 @@ if TYPE_CHECKING:
 
 FILES, RESULTS = FOLDER / "gguf", FOLDER / "results.jsonl"
 SPAN, BLOCK = LENGTHS[-1], 512  # tokens of Emma that a trial scores at every length, and of one observation
+ODE_FILE = "clex_layer.safetensors"  # of a checkpoint; a finished adapter has the layer in its one file
 # An item of a cell, and what measures it.
 Work = tuple[str, "Callable[[Model], dict[str, Any]]"]
 
@@ -51,8 +52,10 @@ def file(method: str, weights: str, adapter: Path | None) -> Path:
         return FILES / f"{method}-{weights}.gguf"
     if adapter is None:
         raise click.ClickException("needs the adapter that benchmarks.long_chat_model trains, or --adapter FOLDER")
-    held = hashlib.sha256((adapter / "adapter_model.safetensors").read_bytes()).hexdigest()[:8]
-    return FILES / f"clex-{held}-{weights}.gguf"
+    held = hashlib.sha256((adapter / "adapter_model.safetensors").read_bytes())
+    if (layer := adapter / ODE_FILE).exists():
+        held.update(layer.read_bytes())
+    return FILES / f"clex-{held.hexdigest()[:8]}-{weights}.gguf"
 
 
 def latest_adapter() -> Path | None:
@@ -75,6 +78,8 @@ def make(method: str, weights: str, adapter: Path | None) -> Path:
             "yarn": {"method": "yarn", "max_factor": MAX_FACTOR},
             "clex": {"lora": adapter},
         }[method]
+        if adapter and method == "clex" and (layer := adapter / ODE_FILE).exists():
+            settings |= {"clex_weights": layer, "dynamics": "yarn", "act": "tanh", "max_factor": MAX_FACTOR}
         convert(base(), path, outtype=weights, check="none", **settings)
     return path
 
@@ -177,7 +182,10 @@ def measure(cell: Cell, path: Path, results: Results, trials: int, threads: int 
 
 
 def chosen(options: dict[str, Sequence[Any]], methods: Sequence[str]) -> list[Cell]:
-    """The cells of these options, in the order in which they are measured."""
+    """The cells of these options, in the order in which they are measured.
+
+    Of methods that are not asked for by name, other weights and caches than the first are measured with the last alone.
+    """
     found = [
         Cell(method, weights, kv_type, length, task)
         for method in options["method"] or methods
@@ -186,6 +194,7 @@ def chosen(options: dict[str, Sequence[Any]], methods: Sequence[str]) -> list[Ce
         for task in options["task"] or TASKS
         for length in options["length"] or LENGTHS
         if task not in SHORT or length == LENGTHS[0]
+        if options["method"] or method == methods[-1] or (weights, kv_type) == (WEIGHTS[0], CACHES[0])
     ]
     return sorted(found, key=lambda cell: cell.rank)
 
@@ -209,7 +218,7 @@ def several(name: str, values: Sequence[Any], parse: type = str) -> Callable[[An
 )  # fmt: skip
 @click.option(
     "--adapter", type=click.Path(exists=True, file_okay=False, path_type=Path),
-    help="What benchmarks.long_chat_model has trained.  [default: its latest]",
+    help="What benchmarks.long_chat_model has trained, or a checkpoint of it.  [default: its latest]",
 )  # fmt: skip
 @click.option("--threads", type=click.IntRange(min=1), help="[default: all cores]")
 @click.option("--page", is_flag=True, help="Measure nothing, only write the page.")

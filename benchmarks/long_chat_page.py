@@ -52,10 +52,10 @@ class Figures:
         """All of a cell."""
         return self._cells.get(cell, [])
 
-    def share(self, cell: Cell, ending: str = "") -> str:
-        """The mean score of the items with an ending, in percent; nothing without any."""
-        scores = [one.values["score"] for one in self.of(cell) if one.item.endswith(ending)]
-        return f"{100 * fmean(scores):.0f}" if scores else ""
+    def share(self, *cells: Cell, ending: str = "") -> str:
+        """The mean score of cells, of their items with an ending, in percent; nothing unless all are measured."""
+        scores = [[one.values["score"] for one in self.of(cell) if one.item.endswith(ending)] for cell in cells]
+        return f"{100 * fmean(map(fmean, scores)):.0f}" if all(scores) else ""
 
     def counted(self, cell: Cell) -> str:
         """The mean score in percent, and of how many."""
@@ -134,7 +134,7 @@ def _by_depth(figures: Figures) -> str:
     rows = []
     for method in METHODS:
         for depth in PASS_KEY_DEPTHS[::-1]:
-            shares = [figures.share(cell, f" at {depth:g}") for cell in _cells(method, "passkey")]
+            shares = [figures.share(cell, ending=f" at {depth:g}") for cell in _cells(method, "passkey")]
             rows.append(([NAMES[method].strip("*"), f"{depth:g} %"], shares))
     return table(["model", "depth"], _LENGTHS, rows)
 
@@ -174,17 +174,14 @@ def _questions(figures: Figures) -> str:
 
 
 def _types(figures: Figures) -> str:
+    shown = {"pass keys": ("passkey",), "questions": ("questions",), "RULER": RULER, "perplexity": ("perplexity",)}
+    columns = {f"{what}, {length:,}": (tasks, length) for what, tasks in shown.items() for length in (8192, 32768)}
     rows = []
-    columns: dict[str, tuple[str, int]] = {
-        f"{what}, {length:,}": (task, length)
-        for task, what in (("passkey", "pass keys"), ("perplexity", "perplexity"), ("questions", "questions"))
-        for length in (8192, 32768)
-    }
     for weights in WEIGHTS:
         for kv_type in CACHES:
-            cells = [Cell("clex", weights, kv_type, length, task) for task, length in columns.values()]
-            shown = [figures.perplexity(one) if one.task == "perplexity" else figures.share(one) for one in cells]
-            rows.append(([f"{weights}, {kv_type}"], shown))
+            cells = [[Cell("clex", weights, kv_type, n, task) for task in tasks] for tasks, n in columns.values()]
+            write = [figures.perplexity if found[0].task == "perplexity" else figures.share for found in cells]
+            rows.append(([f"{weights}, {kv_type}"], [of(*found) for of, found in zip(write, cells, strict=True)]))
     return table(["weights, cache"], list(columns), rows)
 
 

@@ -115,6 +115,14 @@ def test_what_tells_most_is_measured_first():
     assert len(set(cells)) == len(cells)
 
 
+def test_other_weights_and_caches_are_measured_of_the_trained_model_unless_others_are_named():
+    all_of_them = {"method": (), "weights": (), "kv_type": (), "task": ("passkey",), "length": ()}
+    others = [cell for cell in chosen(all_of_them, METHODS) if (cell.weights, cell.cache) != ("q8_0", "f16")]
+    assert {cell.method for cell in others} == {"clex"}
+    assert len(others) == 3 * 5
+    assert len(chosen({**all_of_them, "method": ("yarn",)}, METHODS)) == 4 * 5
+
+
 def test_an_interrupted_evaluation_goes_on_where_it_was(smollm_ntk, tmp_path):
     path = tmp_path / "results.jsonl"
     cell = Cell("ntk", "q8_0", "f16", 256, "niah_single")
@@ -154,6 +162,17 @@ def test_tables_compare_only_what_all_have_read():
     assert changes in made["changes of perplexity"].splitlines()
     assert row(["YaRN, not trained", *["20.49"] * 8]) in made["positions"].splitlines()
     assert made["RULER"] == "Not measured yet."
+
+
+def test_the_mean_of_tasks_is_given_once_all_are_measured():
+    tasks = ["niah_single", "niah_multikey", "variable_tracking", "common_words", "frequent_words"]
+    found = [
+        Measured(Cell("clex", "q4_k_m", "q8_0", 8192, task), "clex", "0", {"score": k / 4, "whole": True})
+        for k, task in enumerate(tasks)
+    ]
+    wanted = row(["q4_k_m, q8_0", "", "", "", "", "50", "", "", ""])
+    assert wanted in tables(Figures(found))["weights and caches"].splitlines()
+    assert wanted not in tables(Figures(found[1:]))["weights and caches"].splitlines()
 
 
 def test_tables_of_answers_say_of_how_many_they_are():
