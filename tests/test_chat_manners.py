@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import re
+import shlex
 import sys
 from contextlib import closing
 from pathlib import Path
@@ -13,10 +15,10 @@ from clex_local import ClexError, Sampling, Session, open_model
 from clex_local.chat.commands import COMMANDS, completions, do, find, help_text, path_in
 from clex_local.chat.conversation import Chat
 from clex_local.chat.terminal import Terminal
-from clex_local.chat.word_wrap import wrapped
+from clex_local.commands.line_breaks import wrapped
 from clex_local.model_file.found_models import found_models, line_of, listing, model_named, model_path
 from clex_local.session.session import CHATML
-from helpers.chat_command import Pty, needs_terminal, run, sessions_folder
+from helpers.chat_command import COMMAND, Pty, needs_terminal, run, sessions_folder
 from helpers.random_gguf import make_model
 
 pytestmark = pytest.mark.chat
@@ -147,6 +149,29 @@ def test_notes_of_a_narrow_terminal_break_between_words(tiny):
     pty.prompt(" 0 of 2,048 tokens")
     pty.chat.sendeof()
     assert pty.close() == 0
+
+
+@needs_terminal
+@pytest.mark.parametrize("width", [40, 60])
+def test_what_a_command_says_breaks_between_words(models, width):
+    import pexpect
+
+    make_model(models / "short.gguf", original=1024, n_layer=1)
+    missing = "a-model-of-some-name.gguf"
+    for arguments in (
+        [],
+        [missing, "-p", "Hi"],
+        ["short", "--temperature", "1"],
+        ["short", "--ctx", "99999", "-p", "Hi"],
+    ):
+        text, code = pexpect.run(
+            shlex.join([*COMMAND, *arguments]), withexitstatus=True, encoding="utf-8", env=os.environ,
+            dimensions=(40, width), timeout=60,
+        )  # fmt: skip
+        plain = run(*arguments)
+        assert code == plain.returncode
+        assert text.split() == (plain.stdout + plain.stderr).split()
+        assert [line for line in text.splitlines() if len(line) > width and " " in line.strip()] == []
 
 
 @needs_terminal

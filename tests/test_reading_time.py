@@ -268,10 +268,30 @@ def test_slower_machine_than_before_is_noticed_while_it_reads(machine):
 def test_time_passes_between_batches(machine):
     machine.read(2048)
     machine.reading.update(0, 4096)
-    whole = machine.reading.left()
-    machine.seconds += whole / 2
-    assert machine.reading.left() == pytest.approx(whole / 2)
-    machine.seconds += whole
+    whole, batch = machine.reading.left(), machine.reading.speed.seconds(2048, 2048 + machine.llm.n_batch)
+    machine.seconds += batch / 2
+    assert machine.reading.left() == pytest.approx(whole - batch / 2)
+    machine.seconds += batch / 2
+    assert machine.reading.left() == pytest.approx(whole - batch)
+
+
+def test_a_batch_that_is_late_is_not_said_to_be_nearly_over(machine):
+    machine.read(2048)
+    batch = machine.llm.n_batch
+    for done, total in [(0, 2048), (2048 - batch, 2048)]:  # as on a machine that has become busy at once
+        machine.reading.update(done, total)
+        expected = machine.reading.left()
+        under_way = machine.reading.speed.seconds(2048 + done, 2048 + done + batch)
+        seen = []
+        for part in (1.0, 1.5, 2.0, 4.0):
+            machine.seconds = machine.reading._time + part * under_way
+            seen.append(machine.reading.left())
+        assert seen[0] == pytest.approx(expected - under_way, abs=1e-6)
+        assert seen == sorted(seen)
+        # What was late by the time of a batch is not over in a moment.
+        assert seen[2] >= under_way * 0.99
+        assert seen[2] < 2 * expected + under_way
+    machine.reading.update(2048, 2048)
     assert machine.reading.left() == 0
 
 
@@ -405,8 +425,15 @@ def test_bar_counts_down(machine):
     console = Console(file=StringIO(), width=100, force_terminal=True)
     with PrefillBar(console, machine.reading.left) as bar:
         bar.update(0, 4096)
-        machine.seconds += machine.reading.left() - 7
+        machine.seconds += machine.reading.speed.seconds(2048, 2048 + machine.llm.n_batch) / 2
+        left = readable_time(machine.reading.left())
         with console.capture() as shown:
             console.print(bar._progress.get_renderable())
+        bar.update(4096, 4096)
+        machine.reading.update(4096, 4096)
+        with console.capture() as at_its_end:
+            console.print(bar._progress.get_renderable())
     assert "reading 4,096 tokens" in shown.get()
-    assert "7 s left" in shown.get()
+    assert f"{left} left" in shown.get()
+    assert "4,096 tokens read, the answer begins" in at_its_end.get()
+    assert " left" not in at_its_end.get()

@@ -102,8 +102,15 @@ class ReadingTime:
         """Seconds until the prompt is read, None where nothing is known."""
         if not self._total or (speed := self.speed) is None:
             return None
-        rest = speed.seconds(self._start + self._done, self._start + self._total)
-        return max(0.0, rest - (self._clock() - self._time))
+        begin = self._start + self._done
+        end = min(begin + self._llm.n_batch, self._start + self._total)
+        batch, rest = speed.seconds(begin, end), speed.seconds(end, self._start + self._total)
+        late = self._clock() - self._time - batch
+        if late <= 0 or not batch:
+            return rest - min(late, 0.0)
+        # The machine is busier than it was: what is late is taken to be late as much again, what follows to be slower
+        # by half of that, as it will be once the batch is measured.
+        return late + rest * (1 + late / (2 * batch))
 
     def remember(self) -> None:
         """Keep what was measured for the next time; the prompt is over."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 import threading
 from collections.abc import Callable, Iterator
@@ -15,7 +14,7 @@ from rich.text import Text
 
 from clex_local.chat.answer_view import AnswerView, answer_view
 from clex_local.chat.reading_time import ReadingTime, readable_time, reading_time
-from clex_local.chat.word_wrap import wrapped
+from clex_local.commands.line_breaks import window_width, wrapped
 from clex_local.errors import ClexError, shown
 from clex_local.session.full_context import make_room
 
@@ -40,7 +39,7 @@ class TimeLeft(ProgressColumn):
     def render(self, task: Task) -> Text:
         """The column's text."""
         left = self._left()
-        return Text("" if left is None else f"{readable_time(left)} left", style="dim")
+        return Text(f"{readable_time(left)} left" if left else "", style="dim")
 
 
 class PrefillBar:
@@ -53,7 +52,7 @@ class PrefillBar:
 
     def __init__(self, console: Console, left: Callable[[], float | None]):
         self._progress = Progress(
-            TextColumn("[dim]reading {task.fields[tokens]}[/]"),
+            TextColumn("[dim]{task.fields[what]}[/]"),
             BarColumn(30, style="bright_black", complete_style="cyan", finished_style="cyan", pulse_style="cyan"),
             TextColumn("[dim]{task.fields[speed]}[/]"),
             TimeLeft(left),
@@ -61,7 +60,7 @@ class PrefillBar:
             transient=True,
             disable=not console.is_terminal,
         )
-        self._task: TaskID = self._progress.add_task("", total=None, tokens="the prompt", speed="")
+        self._task: TaskID = self._progress.add_task("", total=None, what="reading the prompt", speed="")
         self._lock = threading.Lock()
         self._over = False
         # Short prompts are read before a bar could be looked at.
@@ -77,7 +76,9 @@ class PrefillBar:
         """Take the model's count: ``done`` of ``total`` tokens."""
         elapsed = self._progress.tasks[0].elapsed
         speed = f"{done / elapsed:,.0f} tok/s" if done and elapsed else ""
-        self._progress.update(self._task, completed=done, total=total, tokens=f"{total:,} tokens", speed=speed)
+        # Until the answer is shown there are its first tokens to compute, which may have no text.
+        what = f"reading {total:,} tokens" if done < total else f"{total:,} tokens read, the answer begins"
+        self._progress.update(self._task, completed=done, total=total, what=what, speed=speed)
 
     def __enter__(self) -> PrefillBar:
         self._timer.start()
@@ -160,10 +161,7 @@ class Terminal:
     @property
     def width(self) -> int:
         """Columns of the window where notes go."""
-        try:  # not COLUMNS, which may be that of another one, or of this one before it changed
-            return os.get_terminal_size(sys.stderr.fileno()).columns or self.notes.width
-        except (AttributeError, OSError, ValueError):  # no terminal, or no file at all
-            return self.notes.width
+        return window_width(sys.stderr) or self.notes.width
 
     def tell(self, text: str, failed: bool = False) -> None:
         """Say something that is not the answer; a failure in red."""

@@ -3,32 +3,17 @@
 from __future__ import annotations
 
 import re
-import textwrap
 
 from rich.cells import cell_len
 from rich.console import Console
 from rich.text import Text
 
-_COLUMN = re.compile(r" *\S+(?: \S+)*?  +(?=\S)(?:\S+  +(?=\S))?")  # what stands in front of the text in a table
 _PARTS = re.compile(r"\n|[^\S\n]+|\S+")
 
 
 def show(console: Console, text: str, style: str = "") -> None:
     """Write a text as it is, where the line goes on behind it."""
     console.print(Text(text, style=style), end="", soft_wrap=True)
-
-
-def wrapped(text: str, width: int) -> str:
-    """Lines broken between words, those of a table under their text; longer words, such as paths, stay whole."""
-    lines = []
-    for line in text.split("\n"):
-        column = _COLUMN.match(line)
-        hang = column.end() if column and column.end() <= width // 2 else 2 if column else 0
-        lines += textwrap.wrap(
-            line, max(width, 1), subsequent_indent=" " * hang, break_long_words=False, break_on_hyphens=False,
-            replace_whitespace=False, expand_tabs=False,
-        ) or [""]  # fmt: skip
-    return "\n".join(lines)
 
 
 class WordWrap:

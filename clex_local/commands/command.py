@@ -13,6 +13,7 @@ from typing import Any, NoReturn
 import click
 
 from clex_local.commands.command_options import in_options
+from clex_local.commands.line_breaks import window_width, wrapped
 from clex_local.errors import LONGEST, ClexError, escaped, shown
 
 INTERRUPTED = 130  # what a shell reports for a command that Ctrl-C ended
@@ -22,7 +23,8 @@ SETTINGS = {"help_option_names": ["-h", "--help"], "max_content_width": 100, "sh
 
 def say(text: str, *, err: bool = False) -> None:
     """Print a line; what controls a terminal is escaped, because it came out of a file."""
-    click.echo(shown(text), err=err)
+    width = window_width(sys.stderr if err else sys.stdout)
+    click.echo(wrapped(shown(text), width) if width else shown(text), err=err)
 
 
 class Lines(logging.Formatter):
