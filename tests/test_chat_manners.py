@@ -17,6 +17,7 @@ from clex_local.chat.conversation import Chat
 from clex_local.chat.terminal import Terminal
 from clex_local.commands.line_breaks import wrapped
 from clex_local.model_file.found_models import found_models, line_of, listing, model_named, model_path
+from clex_local.session.exchange import AttachedFile, Exchange
 from clex_local.session.session import CHATML
 from helpers.chat_command import COMMAND, Pty, needs_terminal, run, sessions_folder
 from helpers.random_gguf import make_model
@@ -292,6 +293,39 @@ def test_a_file_that_changed_is_said_once_of_a_session_that_is_taken_up(chat, to
     assert noted() == []
 
 
+@pytest.mark.parametrize(
+    ("message", "files", "typed_from", "shown"),
+    [
+        ("Write a long story.", [], 0, "“Write a long story.”"),
+        ("Write\n  two lines.", [], 0, "“Write two lines.”"),
+        ("File: a.txt\n\nabc\n\nWhat is\nthis?", ["a.txt"], 18, "“What is this?”, with a.txt"),
+        (
+            "File: a.txt\n\nabc\n\nFile: b.txt\n\nWhat?",
+            ["a.txt", "b.txt"],
+            0,
+            "“What?”, with a.txt, b.txt",
+        ),  # of a script
+        ("\x1b]0;x\x07 " + "long " * 100, [], 0, "“\\x1b]0;x\\x07 " + "long " * 56),
+    ],
+)
+def test_an_empty_line_says_what_it_sends_again(chat, told, message, files, typed_from, shown):
+    sent = [AttachedFile(f"/nowhere/{name}", 3, "0" * 64) for name in files]
+    chat.keeper.unanswered = Exchange(message, files=sent, typed_from=typed_from)
+    chat.welcome()
+    lines = iter([""])
+
+    def read(draft: str) -> str:
+        for line in lines:
+            return line
+        raise EOFError
+
+    chat.run(read, do)
+    assert told[0].startswith(f"your last message was not answered: {shown[:50]}")
+    assert told[0].endswith("; an empty line sends it again")
+    assert told[1].startswith(f"sent again: {shown[:290]}")
+    assert chat.session.exchanges[-1].message == message
+
+
 def test_a_session_that_is_none_is_said_before_that_this_one_is_not_saved(chat):
     chat.turn("one")
     with pytest.raises(ClexError, match="there is no session nothing; /sessions lists them"):
@@ -351,11 +385,29 @@ def test_a_folder_in_place_of_a_model(models):
         model_path(models / "folder")
 
 
-def test_without_models_nothing_is_said_to_list_them(models):
-    with pytest.raises(ClexError, match="no model of this name is found; there are none in the current folder"):
-        model_named("llama3.2")
+def test_without_models_it_is_said_how_to_get_one(models, monkeypatch):
+    programs = models / "bin"
+    programs.mkdir()
+    monkeypatch.setenv("PATH", str(programs))
+    repository, file = "Qwen/Qwen2.5-1.5B-Instruct-GGUF", "qwen2.5-1.5b-instruct-q4_k_m.gguf"
+    ways = [
+        (None, f"`curl -LO https://huggingface.co/{repository}/resolve/main/{file}` puts one of 1.1 GB here"),
+        ("huggingface-cli", f"`huggingface-cli download {repository} {file}` gets one of 1.1 GB"),
+        ("hf", f"`hf download {repository} {file}` gets one of 1.1 GB"),
+        ("ollama", "`ollama pull llama3.2` gets one"),
+    ]
+    for program, way in ways:
+        if program:
+            (programs / program).touch(mode=0o755)
+        with pytest.raises(ClexError) as error:
+            model_named("llama3.2")
+        found = "no model of this name is found; there are none in the current folder, "
+        assert found in str(error.value)
+        assert str(error.value).endswith(f"hub; {way}")
     alone = run()
-    assert alone.returncode == 2 or "clex-chat FILE.gguf takes any other" in alone.stderr
+    assert (alone.returncode, alone.stdout, alone.stderr.count("\n")) == (1, "", 1)
+    assert alone.stderr.startswith("clex-chat: error: MODEL is missing, and none is found in the current folder, ")
+    assert alone.stderr.endswith(f"; {way}, FILE.gguf is any other\n")
 
 
 @needs_terminal

@@ -173,6 +173,26 @@ except KeyboardInterrupt:
     assert (done.stdout, done.stderr, done.returncode) == ("interrupted\n", "", 0)
 
 
+@pytest.mark.parametrize(
+    ("module", "name"),
+    [("chat", "clex-chat"), ("inspection", "clex-inspect"), ("server", "clex-serve"), ("store", "clex-cache")],
+)
+def test_ctrl_c_while_a_module_is_run_as_a_program(module, name):
+    """As ``python -m`` does it, which imports before anything of the module is run."""
+    command = [sys.executable, "-X", "importtime", "-m", f"clex_local.{module}.cli", "--help"]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    assert process.stderr is not None
+    for line in process.stderr:
+        if line.rstrip().endswith(" click"):  # the first of what takes long
+            process.send_signal(signal.SIGINT)
+            break
+    _, errors = process.communicate(timeout=60)
+    assert [line for line in errors.splitlines() if not line.startswith("import time:")] == [
+        f"{name}: error: interrupted"
+    ]
+    assert process.returncode == 130
+
+
 def test_ctrl_c_at_any_time_ends_with_a_line(tiny):
     """While Python imports, the model loads, the prompt is read and the answer is written."""
     arguments = [str(tiny), "-p", "word " * 2000, "--ctx", "65536", "--threads", "1", "--chat-template", "chatml"]

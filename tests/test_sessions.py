@@ -520,6 +520,7 @@ def test_sessions_in_a_terminal(small_buckets, folder, tmp_path):
     pty.expect("your last message was not answered: “Write a long story.”; an empty line sends it again")
     pty.prompt(r" sea  ·  [1-9]\d* of 1,024 tokens")
     pty.chat.send("\r")
+    pty.expect("sent again: “Write a long story.”")
     pty.expect("limit of --max-tokens")
     pty.prompt(" sea ")
     pty.chat.send("/save ocean\r")

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+if __name__ == "__main__":  # before the rest is imported, for Ctrl-C there
+    from clex_local import start
+
+    start.clex_chat()
+
 import os
 import shlex
 import sys
@@ -25,7 +30,7 @@ from clex_local.documents.attachments import Attachment, attach
 from clex_local.documents.files import STANDARD_INPUT
 from clex_local.errors import ClexError, escaped
 from clex_local.model_file.baked import baked_in
-from clex_local.model_file.found_models import found_models, line_of, listing, model_path, places
+from clex_local.model_file.found_models import found_models, how_to_get_one, line_of, listing, model_path, places
 from clex_local.model_file.gguf_file import GGUFFile
 from clex_local.model_file.keys import ModelKeys
 from clex_local.model_file.memory import kv_bytes
@@ -105,7 +110,9 @@ def _list_models(context: click.Context, asks: bool) -> int:
         raise click.MissingParameter(hint, context, param_type="argument", param_hint="MODEL")
     models = found_models()
     if not models:
-        raise ClexError(f"MODEL is missing, and none is found in {places()}; clex-chat FILE.gguf takes any other")
+        raise ClexError(
+            f"MODEL is missing, and none is found in {places()}; {how_to_get_one()}, FILE.gguf is any other"
+        )
     lines = [(model, line_of(model)) for model in models]
     say(listing(lines))
     usable = [model for model, line in lines if not line.fault]
@@ -268,7 +275,3 @@ def _terminal(
     if answering.chat_template == "model" and not session.has_own_template:
         terminal.note("this model has no chat template: it continues your text (--chat-template chatml tries ChatML)")
     return terminal
-
-
-if __name__ == "__main__":
-    main()

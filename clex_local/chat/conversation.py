@@ -16,7 +16,7 @@ from clex_local.chat.text_input import join
 from clex_local.documents.attachments import Attachment, attach, texts, without_twice
 from clex_local.documents.typed_paths import typed_paths
 from clex_local.errors import ClexError, escaped
-from clex_local.session.exchange import AttachedFile
+from clex_local.session.exchange import AttachedFile, file_names
 from clex_local.session.keeper import SessionKeeper
 
 if TYPE_CHECKING:
@@ -86,6 +86,7 @@ class Chat:
                     self.terminal.note("type a message to send with the file")
                 elif self.keeper.unanswered:
                     waiting = self.keeper.unanswered
+                    self.terminal.note(f"sent again: {self._waiting(300)}")
                     self.answer(waiting.message, waiting.files, waiting.typed_from)
             except EOFError:
                 return
@@ -241,9 +242,19 @@ class Chat:
 
     def welcome(self) -> None:
         """Say what of a saved conversation waits for an answer."""
-        if waiting := self.keeper.unanswered:
-            text = escaped(waiting.message.strip().rpartition("\n")[2], 60)
-            self.terminal.note(f"your last message was not answered: “{text}”; an empty line sends it again")
+        if self.keeper.unanswered:
+            self.terminal.note(f"your last message was not answered: {self._waiting(60)}; an empty line sends it again")
+
+    def _waiting(self, longest: int) -> str:
+        """The message that has no answer, in words: what was typed, and the names of files."""
+        waiting = self.keeper.unanswered
+        assert waiting is not None
+        # Of a script it is not known where its files end: at its last line at the latest.
+        typed = (
+            waiting.message.strip().rpartition("\n")[2] if waiting.files and not waiting.typed_from else waiting.typed
+        )
+        names = file_names([waiting])
+        return f"“{escaped(' '.join(typed.split()), longest)}”" + (f", with {', '.join(names)}" if names else "")
 
     def quit(self, _: str) -> NoReturn:
         """Leave."""

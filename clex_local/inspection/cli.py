@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+if __name__ == "__main__":  # before the rest is imported, for Ctrl-C there
+    from clex_local import start
+
+    start.clex_inspect()
+
 import json
 import sys
 from pathlib import Path
@@ -65,7 +70,3 @@ def main(
             show(inspection, console)
         lines = "".join(f"{line.rstrip()}\n" for line in text.get().splitlines())
         click.echo("\n" * (number > 0) + lines, nl=False)
-
-
-if __name__ == "__main__":
-    main()

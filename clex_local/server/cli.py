@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+if __name__ == "__main__":  # before the rest is imported, for Ctrl-C there
+    from clex_local import start
+
+    start.clex_serve()
+
 import signal
 import subprocess
 import sys
@@ -96,7 +101,3 @@ class _Signals:
     def __exit__(self, *error: object) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
-
-
-if __name__ == "__main__":
-    main()

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+if __name__ == "__main__":  # before the rest is imported, for Ctrl-C there
+    from clex_local import start
+
+    start.clex_cache()
+
 import shutil
 import sys
 from collections.abc import Callable, Iterable, Iterator
@@ -245,7 +250,3 @@ def _bytes_in(folder: Path) -> int:
         with suppress(OSError):  # removed meanwhile
             total += path.stat().st_size if path.is_file() else 0
     return total
-
-
-if __name__ == "__main__":
-    main()
