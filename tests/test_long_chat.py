@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from itertools import pairwise
 
+import click
 import pytest
 
 from benchmarks import questions
-from benchmarks.long_chat_evaluation import chosen, measure
+from benchmarks.long_chat_evaluation import ODE_FILE, chosen, file, measure
 from benchmarks.long_chat_page import Figures, tables
 from benchmarks.long_chat_results import METHODS, Cell, Measured, Results
 from benchmarks.markdown import row
@@ -184,3 +185,18 @@ def test_tables_of_answers_say_of_how_many_they_are():
     assert len(depths) == 4
     times = row(["q8_0, f16", "the whole prompt read", "", "", "", "102.0", ""])
     assert times in made["time"].splitlines()
+
+
+def test_the_file_of_the_trained_model_is_another_for_another_adapter(tmp_path):
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    names = []
+    for name, content in (
+        ("adapter_model.safetensors", b"a"), ("adapter_model.safetensors", b"b"), (ODE_FILE, b"a"), (ODE_FILE, b"b"),
+    ):  # fmt: skip
+        (adapter / name).write_bytes(content)
+        names.append(file("clex", "q8_0", adapter).stem)
+    assert len(set(names)) == 4
+    assert file("yarn", "q8_0", adapter) == file("yarn", "q8_0", None)
+    with pytest.raises(click.ClickException, match="needs the adapter"):
+        file("clex", "q8_0", None)
