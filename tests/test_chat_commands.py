@@ -226,13 +226,17 @@ def test_other_settings(chat, told):
         ("max_tokens 3", "3"),
         ("max_tokens none", "none"),
         ("on_full summarize", "summarize"),
+        ("on_full drop-oldest", "drop-oldest"),
         ("seed 7", "7"),
         ("seed -1", "-1"),
         ("plain true", "true"),
     ]:
         do(chat, f"/set {line}")
         assert told[-1] == f"{line.split()[0]} = {shown}"
-    assert (chat.terminal.max_tokens, chat.terminal.on_full, chat.terminal.plain) == (None, "summarize", True)
+    assert (chat.terminal.max_tokens, chat.terminal.on_full, chat.terminal.plain) == (None, "drop-oldest", True)
+    do(chat, "/set on_full Summarize")
+    do(chat, "/set on_full drop_oldest")
+    assert told[-2:] == ["on_full = summarize", "on_full = drop-oldest"]
     do(chat, "/set temp")
     assert told[-1] == "temp = 0"
     do(chat, "/set")
@@ -391,7 +395,9 @@ def test_names_are_there_once_and_help_has_all():
 def test_words_that_leave_are_whole_lines():
     for line in ("/quit", "/bye", "/exit", "exit", "quit", "exit "):
         assert find(line)[0].name == "/quit"
-    for line in ("exit now", " exit", "exits", "Exit strategies", " /quit"):
+    for line in ("/help", "help", "?", "/?"):
+        assert find(line)[0].name == "/help"
+    for line in ("exit now", "help me", " help", "? ?", " exit", "exits", "Exit strategies", " /quit"):
         assert find(line) is None
     with pytest.raises(ClexError, match="unknown command /quits"):
         find("/quits")

@@ -559,7 +559,10 @@ def test_what_the_web_does_not_give(site):
         "http://127.0.0.1:1/": "cannot be fetched: ",
         "http://[::1": "cannot be fetched: ",
         f"http://{'ö' * 80}.example/": "cannot be fetched: ",
+        "localhost:1/page?a=1": "^https://localhost:1/page.a=1: cannot be fetched: ",
+        "a.invalid/page": "^https://a.invalid/page: cannot be fetched: ",
         "file:///etc/passwd": "no address of the web",
+        "page": "no address of the web",
         "/etc/passwd": "no address of the web",
     }.items():
         with pytest.raises(DocumentError, match=message):

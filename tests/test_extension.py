@@ -198,8 +198,12 @@ def test_a_longer_context_is_offered_where_it_is_missing(plain):
         ClexError, match=r"`extend='3x'` makes them now, `clex-convert MODEL OUT.gguf` adds them for good"
     ):
         open_model(plain, ctx=3 * LENGTH)
-    # No more than is known to be of use.
-    for ctx, advice in [(16, "`extend='16x'` makes them now"), (17, f"`extend='16x'` makes some for {16 * LENGTH:,} ")]:
+    # No more than is known to be of use, and what does the same for good.
+    more = "`clex-convert MODEL OUT.gguf --max-factor 16` adds them for good"
+    for ctx, advice in [
+        (16, f"`extend='16x'` makes them now, {more}$"),
+        (17, f"`extend='16x'` makes some for {16 * LENGTH:,} tokens now, {more}; beyond that it was never"),
+    ]:
         with pytest.raises(ClexError, match=advice):
             open_model(plain, ctx=ctx * LENGTH)
         with pytest.warns(UserWarning, match=advice), Llama(plain, n_ctx=ctx * LENGTH, n_threads=1, verbose=False):

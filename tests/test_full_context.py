@@ -59,6 +59,14 @@ def test_refused_by_default_with_the_ways_out(llm, monkeypatch, capsys):
         chat.turn(LONG)
 
 
+def test_what_makes_no_room_is_not_advised(llm, monkeypatch, capsys):
+    for policy in ("refuse", "drop-oldest"):
+        chat, _ = talk(llm, monkeypatch, policy)
+        chat.terminal.talks = True
+        with pytest.raises(ClexError, match=r"context holds 512; pass --ctx \d+ or shorten it$"):
+            chat.turn("word " * 600)
+
+
 def test_oldest_turns_are_left_out_and_named(llm, monkeypatch, folder, capsys, tmp_path):
     chat, told = talk(llm, monkeypatch, "drop-oldest")
     do(chat, "/save s")

@@ -104,15 +104,20 @@ def converse(
 
 
 def _list_models(context: click.Context, asks: bool) -> int:
-    """Show the models there are, to somebody who names none and asks nothing."""
+    """Show the models there are, or how to get one, to somebody who names none and asks nothing."""
     if asks:
         hint = "clex-chat alone lists those there are"
         raise click.MissingParameter(hint, context, param_type="argument", param_hint="MODEL")
     models = found_models()
     if not models:
-        raise ClexError(
-            f"MODEL is missing, and none is found in {places()}; {how_to_get_one()}, FILE.gguf is any other"
+        command = context.command
+        assert isinstance(command, Command)
+        fault = (
+            f"MODEL is missing, and none is found in {places()}; clex-chat FILE.gguf takes any other, this gets one:"
         )
+        code = command.fail(fault)
+        click.echo(how_to_get_one(), err=True)  # in one line also where that is longer than a window, to be copied
+        return code
     lines = [(model, line_of(model)) for model in models]
     say(listing(lines))
     usable = [model for model, line in lines if not line.fault]

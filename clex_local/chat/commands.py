@@ -80,7 +80,8 @@ def _copy(chat: Chat, _: str) -> None:
 
 
 COMMANDS: tuple[ChatCommand, ...] = (
-    ChatCommand("/help", "list the commands", lambda chat, _: chat.terminal.note(help_text()), others=("/?",)),
+    ChatCommand("/help", "list the commands", lambda chat, _: chat.terminal.note(help_text()),
+                others=("/?", "help", "?")),
     ChatCommand("/file", "put files in front of your next message: text, PDF, DOCX, HTML, folders, src/**/*.py",
                 Chat.attach, "PATH", takes_path=True, others=("/read",)),
     ChatCommand("/url", "put a page of the web, fetched now, in front of your next message", Chat.fetch, "URL"),

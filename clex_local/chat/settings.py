@@ -104,9 +104,10 @@ def _put_max_tokens(chat: Chat, text: str) -> None:
 
 
 def _put_on_full(chat: Chat, text: str) -> None:
-    if text not in POLICIES:
+    policy = text.replace("_", "-").lower()
+    if policy not in POLICIES:
         raise ValueError(" or ".join(POLICIES))
-    chat.terminal.on_full = text
+    chat.terminal.on_full = policy
 
 
 def _put_seed(chat: Chat, text: str) -> None:

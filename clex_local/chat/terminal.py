@@ -183,7 +183,7 @@ class Terminal:
                 self.note(line)
             stream = self.session.send(text, self.max_tokens)
         except ClexError as error:
-            raise self._advised(error) from error
+            raise self._advised(error, text) from error
         first = ""
         with closing(stream):
             first = self._read(stream)
@@ -280,7 +280,7 @@ class Terminal:
         if line := self._buckets.change():
             self.note(line)
 
-    def _advised(self, error: ClexError) -> ClexError:
+    def _advised(self, error: ClexError, text: str) -> ClexError:
         from clex_local.session.session import PromptTooLong
         from clex_local.templates.chat_template import TemplateError
 
@@ -293,9 +293,11 @@ class Terminal:
         wanted = -(-(error.tokens + 512) // 1024) * 1024  # with room for an answer
         room = "/set on_full" if self.talks else "--on-full"
         room += " drop-oldest, or summarize, makes room"
+        # Without what was said before it may still not fit.
+        makes_room = self.session.used and len(self.session.prompt(text)) < self.session.capacity
         if error.tokens >= covered:
-            rest = room if self.session.used else f"the model covers {covered:,}: shorten it"
-        elif self.session.used:
+            rest = room if makes_room else f"the model covers {covered:,}: shorten it"
+        elif makes_room:
             rest = f"{room}, --ctx {min(wanted, covered)} holds it"
         else:
             rest = f"pass --ctx {min(wanted, covered)} or shorten it"

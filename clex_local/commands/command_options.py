@@ -74,6 +74,14 @@ def _click_option(name: str, hint: Any, default: Any, known: Option) -> click.Op
     return click.Option([*letters, flag, name], default=default, help=known.help, **settings)
 
 
+class _Whole(click.IntRange):
+    name = "whole number"
+
+
+class _Number(click.FloatRange):
+    name = "number"
+
+
 def _click_type(kinds: Sequence[Any], known: Option) -> click.ParamType | type:
     bounds: dict[str, Any] = {"min": known.minimum if known.above is None else known.above, "max": known.maximum}
     bounded = any(bound is not None for bound in bounds.values())
@@ -84,9 +92,9 @@ def _click_type(kinds: Sequence[Any], known: Option) -> click.ParamType | type:
     if any((typing.get_origin(kind) or kind) in (os.PathLike, Path) for kind in kinds):
         return click.Path(path_type=Path)
     if kinds[0] is int:
-        return click.IntRange(**bounds) if bounded else int
+        return _Whole(**bounds) if bounded else int
     if kinds[0] is float:
-        return click.FloatRange(**bounds, min_open=known.above is not None) if bounded else float
+        return _Number(**bounds, min_open=known.above is not None) if bounded else float
     return str
 
 

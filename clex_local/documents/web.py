@@ -21,6 +21,7 @@ LARGEST = 64 * 2**20  # bytes
 TIMEOUT = 30.0  # seconds without a byte
 MINUTES = 3.0  # in all, however steadily bytes come
 _PIECE = 1 << 16
+_NAME = re.compile(r"(?:localhost|[\w-]+(?:\.[\w-]+)+)(?::\d+)?(?:[/?#]|$)")  # of a site, without https://
 _SCHEMES = ("http", "https")
 
 
@@ -56,9 +57,14 @@ def is_address(text: str) -> bool:
 def fetch(address: str) -> Page:
     """What is at an address.
 
+    Args:
+        address: where it does not say how it is fetched, as people type it, that is by https.
+
     Raises:
         DocumentError: it is none of the web, nobody answers, or it is too large, takes too long or comes in part.
     """
+    if _NAME.match(address):
+        address = f"https://{address}"
     if not is_address(address):
         raise DocumentError(f"{address}: no address of the web, which begins with https://")
     try:

@@ -21,6 +21,7 @@ _REMOVED, _MODEL = "clex.overlay.removed", "clex.overlay.model"
 _LONGEST = 127  # bytes of an override
 _FORM = re.compile(r"(?:([a-z]+):)?(\d{1,18})x?", re.IGNORECASE)
 _LARGEST = 65536  # times, as in clex-convert
+_CONVERTED = 4  # times, where clex-convert is not told
 MEASURED = 16  # times the trained context up to which it was measured what reads well: docs/evaluation.md
 
 
@@ -95,13 +96,12 @@ def extension_advice(trained: int, ctx: int) -> str:
         trained: tokens that it was trained for.
         ctx: tokens that are wanted.
     """
-    factor = -(-ctx // trained)
-    if factor <= MEASURED:
-        return f"`extend='{factor}x'` makes them now, `clex-convert MODEL OUT.gguf` adds them for good"
-    return (
-        f"`extend='{MEASURED}x'` makes some for {MEASURED * trained:,} tokens now, `clex-convert MODEL OUT.gguf` adds "
-        "them for good; beyond that it was never measured how well a model reads"
-    )
+    wanted = -(-ctx // trained)
+    factor = min(wanted, MEASURED)
+    what = "them" if wanted <= MEASURED else f"some for {MEASURED * trained:,} tokens"
+    option = f" --max-factor {factor}" if factor > _CONVERTED else ""
+    end = "" if wanted <= MEASURED else "; beyond that it was never measured how well a model reads"
+    return f"`extend='{factor}x'` makes {what} now, `clex-convert MODEL OUT.gguf{option}` adds them for good{end}"
 
 
 def extension(path: str | os.PathLike[str], extend: str | float) -> Extension:

@@ -20,7 +20,7 @@ from clex_local.sizes import readable_size
 
 MOST = 1000  # models, and ten times as many files and folders, that are looked at in one place
 _BLOB = re.compile(r"sha256[:-][0-9a-f]{64}")
-# A small model that is good for its size, for those who have none.
+# A small model that is good for its size, for those who have none: 1.1 GB.
 _REPOSITORY, _FILE = "Qwen/Qwen2.5-1.5B-Instruct-GGUF", "qwen2.5-1.5b-instruct-q4_k_m.gguf"
 _OLLAMA_MODEL = "application/vnd.ollama.image.model"
 _OLLAMA_DEFAULTS = ("registry.ollama.ai", "library")  # host and namespace that Ollama leaves out of names
@@ -129,7 +129,7 @@ def model_named(name: str, folder: Path | None = None) -> Path:
     elif models:
         hint = "`clex-chat` without a model lists those there are"
     else:
-        hint = f"there are none in {places()}; {how_to_get_one()}"
+        hint = f"there are none in {places()}; `{how_to_get_one()}` gets one"
     raise ClexError(f"{shown}: no such file, and no model of this name is found; {hint}")
 
 
@@ -170,13 +170,13 @@ def listing(lines: Iterable[tuple[FoundModel, ModelLine]]) -> str:
 
 
 def how_to_get_one() -> str:
-    """What gets a model where there is none, in words: a command of a program that is there."""
+    """A command that gets a model where there is none, of a program that is there."""
     if shutil.which("ollama"):
-        return "`ollama pull llama3.2` gets one"
+        return "ollama pull llama3.2"
     for hub in ("hf", "huggingface-cli"):
         if shutil.which(hub):
-            return f"`{hub} download {_REPOSITORY} {_FILE}` gets one of 1.1 GB"
-    return f"`curl -LO https://huggingface.co/{_REPOSITORY}/resolve/main/{_FILE}` puts one of 1.1 GB here"
+            return f"{hub} download {_REPOSITORY} {_FILE}"
+    return f"curl -LO https://huggingface.co/{_REPOSITORY}/resolve/main/{_FILE}"
 
 
 def places() -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import os
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -180,15 +181,14 @@ class SessionKeeper:
             raise SessionError("/load needs the name of a session; /sessions lists them")
         if self.kept and file_name(name) == file_name(self.kept.name):
             raise SessionError(f"this is the session {self.kept.name}")
-        missing = f"there is no session {escaped(name)}; /sessions lists them"
         if not is_session(sessions_folder(), name):
-            raise SessionError(missing)
+            raise _missing(name)
         if self.session.exchanges and (self.kept is None or self.failure):
             raise SessionError("this conversation is not saved: /save NAME keeps it, /reset forgets it")
         kept = KeptSession(sessions_folder(), name)
         try:
             if kept.saved is None:  # removed in this moment
-                raise SessionError(missing)
+                raise _missing(name)
             self._take(kept.saved)
         except BaseException:
             kept.close()
@@ -286,6 +286,15 @@ class SessionKeeper:
         if self.kept:
             self.kept.close()
         self.kept = self.failure = None
+
+
+def _missing(name: str) -> SessionError:
+    """The error of a session that is none, with what is near its name."""
+    names = {item.name.lower(): item.name for item in listed_sessions()}
+    typed = name.lower()
+    close = [other for other in names if typed in other][:1] or difflib.get_close_matches(typed, names, n=1)
+    hint = f"did you mean {escaped(names[close[0]])}? " if close else ""
+    return SessionError(f"there is no session {escaped(name)}; {hint}/sessions lists them")
 
 
 def local_time(text: str) -> str:
