@@ -413,6 +413,25 @@ def test_bar_of_a_terminal_has_the_time_that_is_left(slow, tmp_path):
     assert pty.close() == 0
 
 
+@pytest.mark.parametrize("width", [40, 60, 80, 120])
+def test_bar_has_the_time_that_is_left_in_any_window(width):
+    from io import StringIO
+
+    from rich.console import Console
+
+    from clex_local.chat.terminal import PrefillBar
+
+    console = Console(file=StringIO(), width=width, force_terminal=True)
+    with PrefillBar(console, lambda: 350.0) as bar:
+        bar._progress.start()
+        bar.update(0, 104_096)
+        bar.update(50_000, 104_096)
+        with console.capture() as shown:
+            console.print(bar._progress.get_renderable())
+    assert "5 min 50 s left" in shown.get()
+    assert ("tok/s" in shown.get()) == (width >= 60)
+
+
 def test_bar_counts_down(machine):
     from io import StringIO
 

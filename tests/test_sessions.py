@@ -640,7 +640,7 @@ def test_file_behind_a_conversation_is_read_anew_and_says_so(small_buckets, tmp_
     monkeypatch.setenv("CLEX_CACHE", str(tmp_path / "cache"))
     (tmp_path / "report.txt").write_text("word " * 600)
     for store, line in [
-        ([], "it is read anew, also if it was read before: /reset first finds it"),
+        ([], "read here anew: from disk comes only what a conversation begins with, as after /reset"),
         (["--no-store"], r"next message\S*\r"),
     ]:
         pty = Pty(small_buckets, "--ctx", "2048", "--max-tokens", "3", *store, XDG_STATE_HOME=str(tmp_path))

@@ -199,7 +199,7 @@ class Chat:
             line += f"; /drop {attachment.name} takes it back"
         elif self.session.exchanges and tokens >= _LONG and self.session.llm.stored_tokens is not None:
             # A document is found again by all that is in front of it, and here that is a conversation.
-            line += "; behind this conversation it is read anew, also if it was read before: /reset first finds it"
+            line += "; read here anew: from disk comes only what a conversation begins with, as after /reset"
         self.terminal.note(line)
 
     def drop(self, name: str) -> None:
@@ -302,16 +302,18 @@ class Chat:
             parts.append(f"nearly full: {session.capacity - session.used:,} left")
         if self.keeper.name:
             parts.insert(0, self.keeper.name)
-        files, counted, restored = "", "", ""
+        files, counted, number, restored = "", "", "", ""
         if self.attachments:
             tokens = f" ({sum(file.tokens for file in self.attachments):,} tokens)"
             files = " + ".join(file.name for file in self.attachments) + tokens
-            counted = f"{len(self.attachments)} files{tokens}" if len(self.attachments) > 1 else files
+            number = f"{len(self.attachments)} file{'s' * (len(self.attachments) > 1)}"
+            counted = number + tokens
         if session.last and session.last.restored_tokens:
             restored = f"{session.last.restored_tokens:,} of them from disk"
         bucket = describe_bucket(clex, current_bucket(session)) if clex else ""
         # In a narrow window what is least of a surprise goes first.
-        for rest in ([bucket, restored, files], [bucket.partition(" (")[0], files], [files], [counted]):
+        table = bucket.partition(" (")[0]
+        for rest in ([bucket, restored, files], [table, files], [files], [counted], [number], []):
             line = " " + "  ·  ".join([*parts, *filter(None, rest)])
             if cell_len(line) < self.terminal.width:
                 return line

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from clex_local.session.answer import Answer
     from clex_local.session.session import Session
 
+_BESIDE_BAR = 54  # columns of what stands beside a bar
 LONG = 60.0  # seconds of reading that are announced
 UNMEASURED = 4096  # tokens of a prompt that is announced where no speed is known
 MEASURED = 32  # tokens of a prompt whose speed says something
@@ -51,10 +52,16 @@ class PrefillBar:
     """
 
     def __init__(self, console: Console, left: Callable[[], float | None]):
+        bar = BarColumn(
+            max(4, min(30, console.width - _BESIDE_BAR)), style="bright_black", complete_style="cyan",
+            finished_style="cyan", pulse_style="cyan",
+        )  # fmt: skip
+        # What a narrow window has no room for is what is least missed.
+        speed = [TextColumn("[dim]{task.fields[speed]}[/]")] if console.width > _BESIDE_BAR else []
         self._progress = Progress(
             TextColumn("[dim]{task.fields[what]}[/]"),
-            BarColumn(30, style="bright_black", complete_style="cyan", finished_style="cyan", pulse_style="cyan"),
-            TextColumn("[dim]{task.fields[speed]}[/]"),
+            bar,
+            *speed,
             TimeLeft(left),
             console=console,
             transient=True,
