@@ -11,6 +11,7 @@ from clex_local import ClexError, Sampling, Session, open_model
 from clex_local.chat.commands import do
 from clex_local.chat.conversation import Chat
 from clex_local.chat.terminal import Terminal
+from clex_local.session import full_context
 from clex_local.session.exchange import AttachedFile, Exchange
 from clex_local.session.repetition import is_stuck
 from clex_local.session.session import SUMMARY
@@ -156,6 +157,61 @@ def test_thoughts_are_no_part_of_a_summary(llm, monkeypatch, capsys, opened, gen
     assert first.startswith(f"{SUMMARY}\n{summary}\n\n" if summary else "Question")
     assert "the user wants" not in first
     assert ("[the model came to no summary of them: they are left out]" in told) == (not summary)
+
+
+@pytest.mark.parametrize("words", [60, 110, 150, 210, 260, 310])
+def test_summary_is_of_all_that_is_left_out(llm, monkeypatch, capsys, words):
+    chat, told = talk(llm, monkeypatch, "summarize")
+    prompts, tokens = [], llm.tokenize(b" sea" * 200, add_bos=False)
+
+    def generate(prompt, *_, **__):
+        prompts.append(llm.detokenize(prompt).decode())
+        yield from tokens  # as much as it may be
+
+    monkeypatch.setattr(llm, "generate", generate)
+    message = "And now? " + "word " * words
+    chat.turn(message)
+    session = chat.session
+    summing, answering = prompts
+    out = session.left_out
+    summed = [f"Question {i}" in summing for i in range(4)]
+    assert summed == [i < out and (i > 0 or out < 4) for i in range(4)]  # all four have no room beside the question
+    assert [f"Question {i}" in answering for i in range(4)] == [i >= out for i in range(4)]
+    turns = f"the oldest {out} turns" if out > 1 else "the oldest turn"
+    assert f"[the context is full: summing up {turns} ...]" in told
+    (said,) = (line for line in told if line.startswith(f"[left out to make room: {turns}, from"))
+    assert said.endswith(f"; a summary stands for {'it' if sum(summed) == out else '3 of them'}]")
+    # No more than has to be, with a summary of the longest.
+    chat.session.undo()
+    assert session.size_with(message, left_out=out - 1, summary="a " * 64) > 512 - 512 // 8 or out == 1
+
+
+def test_summary_of_a_part_is_said_to_be_one(llm, monkeypatch, capsys):
+    chat, told = talk(llm, monkeypatch, "summarize")
+    chat.session.resume([Exchange("Question: " + "word " * 160, "Yes.", [], "stop") for _ in range(2)])
+    # Both of them do not fit beside what asks for the summary.
+    monkeypatch.setattr(full_context, "ASKED", full_context.ASKED + " word" * 150)
+    tokens = llm.tokenize(b"A summary.", add_bos=False)
+    monkeypatch.setattr(llm, "generate", lambda *_, **__: iter_of([*tokens, llm.token_eos()]))
+    chat.turn("And now? " + "word " * 330)
+    assert chat.session.left_out == 2
+    assert any(line.endswith("; a summary stands for 1 of them]") for line in told)
+
+
+def iter_of(tokens):
+    yield from tokens
+
+
+def test_sizes_are_told_without_a_change(llm, monkeypatch):
+    chat, _ = talk(llm, monkeypatch, "summarize")
+    session = chat.session
+    state = [session.messages, session.exchanges, session._text, session._tokens, session.system, session.began]
+    sizes = [session.size_with("Hi", left_out=count, summary="So it was.") for count in range(1, 5)]
+    assert sizes == sorted(sizes, reverse=True)
+    assert [session.messages, session.exchanges, session._text, session._tokens, session.system,
+            session.began] == state  # fmt: skip
+    session.change(left_out=2, summary="So it was.")
+    assert session.size_with("Hi") == sizes[1]
 
 
 def test_model_that_need_not_think_sums_up_at_once(llm, monkeypatch, capsys):

@@ -454,5 +454,5 @@ def test_bar_counts_down(machine):
             console.print(bar._progress.get_renderable())
     assert "reading 4,096 tokens" in shown.get()
     assert f"{left} left" in shown.get()
-    assert "4,096 tokens read, the answer begins" in at_its_end.get()
+    assert "4,096 tokens read, now writing" in at_its_end.get()
     assert " left" not in at_its_end.get()

@@ -84,7 +84,7 @@ class PrefillBar:
         elapsed = self._progress.tasks[0].elapsed
         speed = f"{done / elapsed:,.0f} tok/s" if done and elapsed else ""
         # Until the answer is shown there are its first tokens to compute, which may have no text.
-        what = f"reading {total:,} tokens" if done < total else f"{total:,} tokens read, the answer begins"
+        what = f"reading {total:,} tokens" if done < total else f"{total:,} tokens read, now writing"
         self._progress.update(self._task, completed=done, total=total, what=what, speed=speed)
 
     def __enter__(self) -> PrefillBar:
@@ -186,7 +186,8 @@ class Terminal:
             KeyboardInterrupt: Ctrl-C; ``session.last`` tells what there is.
         """
         try:
-            for line in make_room(self.session, self.on_full, text):
+            lines = make_room(self.session, self.on_full, text)
+            while line := self._read(lines):  # to sum up is to read too
                 self.note(line)
             stream = self.session.send(text, self.max_tokens)
         except ClexError as error:

@@ -51,46 +51,65 @@ def make_room(session: Session, policy: str, text: str) -> Iterator[str]:
     before = session.left_out
     if before == len(session.exchanges):
         return
+    summary, summed, most = session.summary, 0, min(_SUMMARY, session.capacity // 8)
+    stand_in = "a " * most if policy == "summarize" else summary
+    count = _to_leave_out(session, text, room, size - room, stand_in)
     if policy == "summarize":
-        room -= min(_SUMMARY, session.capacity // 8)
-    count = _to_leave_out(session, size - room)
-    dropped = session.exchanges[before:count]
-    summary = session.summary
-    if policy == "summarize":
+        dropped = session.exchanges[before:count]
         yield f"[the context is full: summing up {_turns(dropped)} ...]"
-        summary = _summed_up(session, count)
+        found = _summed_up(session, count, most)
+        summary, summed = found or ("", 0)
         if not summary:
-            why = "there is no room to sum them up" if summary is None else "the model came to no summary of them"
+            why = "the model came to no summary of them" if found else "there is no room to sum them up"
             yield f"[{why}: they are left out]"
-            summary = ""
-    while True:
-        session.change(left_out=count, summary=summary)
-        if session.size_with(text) <= room or count == len(session.exchanges):
+    session.change(left_out=count, summary=summary)
+    while session.size_with(text) > room and count < len(session.exchanges):  # more text than its tokens made expect
+        count += 1
+        session.change(left_out=count)
+    yield _told(session.exchanges[before:count], summed if summary else 0)
+
+
+def _to_leave_out(session: Session, text: str, room: int, over: int, summary: str) -> int:
+    """How many exchanges at the beginning are to be left out, at least one more than are now.
+
+    Args:
+        session: the conversation.
+        text: the message that needs room.
+        room: tokens for it, and all that is before it.
+        over: tokens that are too many.
+        summary: what is to stand for those that are left out, or is as long.
+    """
+
+    def fits(count: int) -> bool:
+        return session.size_with(text, left_out=count, summary=summary) <= room
+
+    first = count = session.left_out + 1
+    # Near to it by what each has by itself, as to try is to write and cut all of a conversation.
+    over += session.count(summary)
+    for exchange in session.exchanges[session.left_out :]:
+        over -= session.count(exchange.message) + len(exchange.tokens) + _AROUND
+        if over <= 0 or count == len(session.exchanges):
             break
         count += 1
-    yield _told(session.exchanges[before:count], bool(summary))
-
-
-def _to_leave_out(session: Session, tokens: int) -> int:
-    """How many exchanges there are at the beginning that have so many tokens together."""
-    count = session.left_out
-    while tokens > 0 and count < len(session.exchanges):
-        exchange = session.exchanges[count]
-        tokens -= session.count(exchange.message) + len(exchange.tokens) + _AROUND
+    while count > first and fits(count - 1):
+        count -= 1
+    while count < len(session.exchanges) and not fits(count):
         count += 1
     return count
 
 
-def _summed_up(session: Session, count: int) -> str | None:
-    """What the model makes of the turns before one, of as many of the last of them as fit; None where none does."""
-    most = min(_SUMMARY, session.capacity // 8)
+def _summed_up(session: Session, count: int, most: int) -> tuple[str, int] | None:
+    """What the model makes of the turns before one, in so many tokens, and of how many of the last of them.
+
+    None where not even one fits.
+    """
     thoughts = min(_THOUGHTS, session.capacity // 4) if session.may_think else 0
     exchanges = session.exchanges[session.left_out : count]
     question = f"{session.summary}\n\n{ASKED}" if session.summary else ASKED
     for first in range(len(exchanges)):
         try:
             with closing(session.aside(exchanges[first:], question, most + thoughts)) as stream:
-                return _without_thoughts(session, stream, most)
+                return _without_thoughts(session, stream, most), len(exchanges) - first
         except ClexError:
             continue
         finally:
@@ -117,10 +136,12 @@ def _turns(exchanges: Sequence[Exchange]) -> str:
     return f"the oldest {number} turns" if number > 1 else "the oldest turn"
 
 
-def _told(dropped: Sequence[Exchange], has_summary: bool) -> str:
-    """A line about what is no part of prompts any more."""
+def _told(dropped: Sequence[Exchange], summed: int) -> str:
+    """A line about what is no part of prompts any more, with a summary of so many of these turns."""
     first = escaped(" ".join(dropped[0].typed.split()), 40)
     line = f"[left out to make room: {_turns(dropped)}, from “{first}”"
     if names := file_names(dropped):
         line += f", and with that {', '.join(names)}"
-    return line + ("; a summary stands for it]" if has_summary else "]")
+    if summed:
+        line += f"; a summary stands for {'it' if summed >= len(dropped) else f'{summed} of them'}"
+    return f"{line}]"

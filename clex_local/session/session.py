@@ -287,13 +287,23 @@ class Session:
         """Whether the template knows of thoughts."""
         return OPEN in self._template.source or CLOSE in self._template.source
 
-    def size_with(self, text: str) -> int:
+    def size_with(self, text: str, **changes: Any) -> int:
         """Tokens of the prompt that a message would make.
+
+        Args:
+            text: the message.
+            changes: arguments of `resume`, as if the conversation were changed so.
 
         Raises:
             ClexError: the template refuses the conversation, or the text is not Unicode.
         """
-        return len(self._prompt(self._with_message(text))[1])
+        before = {name: vars(self)[name] for name in _CONVERSATION}
+        try:
+            if changes:
+                self.change(**changes)
+            return len(self._prompt(self._with_message(text))[1])
+        finally:
+            vars(self).update(before)
 
     def aside(self, exchanges: Sequence[Exchange], text: str, max_tokens: int) -> Generator[str, None, None]:
         """Answer a message that does not become part of the conversation, which begins with these exchanges.
