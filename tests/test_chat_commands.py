@@ -237,6 +237,10 @@ def test_other_settings(chat, told):
     do(chat, "/set on_full Summarize")
     do(chat, "/set on_full drop_oldest")
     assert told[-2:] == ["on_full = summarize", "on_full = drop-oldest"]
+    for line, shown in [("plain off", "false"), ("plain ON", "true"), ("max_tokens 5", "5"), ("max_tokens -1", "none"),
+                        ("num_predict 5", "5"), ("max_tokens off", "none")]:  # fmt: skip
+        do(chat, f"/set {line}")
+        assert told[-1].endswith(f" = {shown}")
     do(chat, "/set temp")
     assert told[-1] == "temp = 0"
     do(chat, "/set")
@@ -253,7 +257,7 @@ def test_other_settings(chat, told):
         ("top_k 1.5", "top_k must be a whole number"),
         ("top_p 2", "1 at most"),
         ("repeat_penalty 0", "a number above 0"),
-        ("max_tokens -3", "max_tokens must be"),
+        ("max_tokens -3", "max_tokens must be a whole number of at least 1, or none, not -3"),
         ("on_full never", "refuse or"),
         ("nothing 3", "there is no setting nothing; there are temp, "),
         ("\x1b]0;x\x07 3", "no setting"),

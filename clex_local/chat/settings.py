@@ -24,6 +24,7 @@ TEMPLATE_ARGUMENTS = {
     "reasoning_effort": ("low", "medium", "high"),
     "thinking_budget": (),
 }
+_ON, _OFF = ("true", "on", "yes"), ("false", "off", "no")
 # What other programs call these settings, and the options that are chosen when the model is loaded.
 _OTHERS = {
     "temperature": "temp",
@@ -100,7 +101,13 @@ def _number(text: str, kind: type, low: float | None, high: float | None, above:
 
 
 def _put_max_tokens(chat: Chat, text: str) -> None:
-    chat.terminal.max_tokens = None if text in ("none", "0") else int(_number(text, int, 1, None))
+    if text.lower() in ("none", "0", "-1", *_OFF):  # as other programs have it
+        chat.terminal.max_tokens = None
+        return
+    try:
+        chat.terminal.max_tokens = int(_number(text, int, 1, None))
+    except ValueError as error:
+        raise ValueError(f"{error}, or none") from None
 
 
 def _put_on_full(chat: Chat, text: str) -> None:
@@ -115,9 +122,9 @@ def _put_seed(chat: Chat, text: str) -> None:
 
 
 def _put_plain(chat: Chat, text: str) -> None:
-    if text not in ("true", "false"):
+    if text.lower() not in (*_ON, *_OFF):
         raise ValueError("true or false")
-    chat.terminal.plain = text == "true"
+    chat.terminal.plain = text.lower() in _ON
 
 
 OWN = [
