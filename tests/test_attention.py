@@ -70,13 +70,13 @@ DECODE = st.integers(1, 8)
 PREFILL = st.one_of(st.integers(9, 70), st.sampled_from((64, 65, 128, 200)))
 
 
-def check(ggml: Ggml, ours: Library, stock: Library, case: Case, *, times: int = 1, floors: int = 1) -> np.ndarray:
-    """Hold our errors against so many times those of stock and the floors; gives ours, for another limit."""
+def check(ggml: Ggml, ours: Library, stock: Library, case: Case, *, floors: int = 1) -> np.ndarray:
+    """Hold our errors against those of stock and so many times the floors; gives ours, for another limit."""
     tensors = ggml.make(case)
     reference = ggml.reference(tensors)
     ours_error, stock_error = (np.abs(library.attend(tensors) - reference) for library in (ours, stock))
     for measure, floor in FLOORS.items():
-        assert measure(ours_error) <= times * measure(stock_error) + floors * floor
+        assert measure(ours_error) <= measure(stock_error) + floors * floor
     return ours_error
 
 
@@ -140,9 +140,9 @@ def test_prefill_in_tiles_does_not_depend_on_threads(ggml, tiles, case):
 
 @given(case=cases(st.integers(9, 63)))
 @settings(max_examples=EXAMPLES, deadline=None)
-def test_prefill_in_pairs_is_about_as_exact_as_stock_with_f16(ggml, pairs, stock, case):
-    """So few queries stock computes with F16, which is nearly exact for a few keys of about the same weight."""
-    check(ggml, pairs, stock, case, times=2, floors=10)
+def test_prefill_in_pairs_is_as_exact_as_stock_with_f16(ggml, pairs, stock, case):
+    """So few queries stock computes with F16. The floors are for a value alone, which it leaves as it is."""
+    check(ggml, pairs, stock, case, floors=50)
 
 
 @given(case=cases(PREFILL))

@@ -36,7 +36,7 @@ def tiles_of_processor(library: type[Library]) -> Any:
 
 def in_pairs(library: type[Library]) -> Any:
     """A fixture of a module: ours with attention of prompts in numbers of 16 bits, where the CPU multiplies them."""
-    return _where(library, "avx512_vnni", "AVX512-VNNI", GGML_CLEX_ATTN_PAIRS="1", GGML_AMX_DISABLE="1")
+    return _where(library, "avx512_vnni", "AVX512-VNNI", GGML_AMX_DISABLE="1")
 
 
 def _where(library: type[Library], flag: str, name: str, **environment: str) -> Any:
@@ -63,13 +63,14 @@ def libraries(library: type[Library], functions: type[Ggml], **switch: str) -> t
         switch: of the environment, with which ours computes as ggml does.
 
     Returns:
-        Ours, ours with the switch, stock, all with vectors alone, and the functions in this process.
+        Ours with attention in F32, ours with the switch, stock, all with vectors alone, and the functions in this
+        process.
     """
     from clex_local.library.loading import library_path
 
     @pytest.fixture(scope="module")
     def ours():
-        opened = library(library_path(), GGML_AMX_DISABLE="1")
+        opened = library(library_path(), GGML_AMX_DISABLE="1", GGML_CLEX_ATTN_F32="1")
         yield opened
         opened.close()
 

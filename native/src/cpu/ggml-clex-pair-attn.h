@@ -2,9 +2,11 @@
 
 // The two products of attention for many queries with numbers of 16 bits: twice as many at once as F32.
 //
-// Each factor of a sum, which is a row of K, a query, the weights of a query in a tile, or a dimension of V in a tile, has a scale of its own. It is the
-// finest with which its length as a vector is at most the root of 2^31, and then no sum is more than 32 bits have. That is 15 bits and a sign for the
-// largest numbers, several times finer than F16 is for them.
+// Each row of K and each query has a scale of its own, the finest with which its length as a vector is at most the root of 2^31: then no sum is more than
+// 32 bits have (Cauchy and Schwarz). That is 15 bits and a sign for the largest numbers, several times finer than F16 is for them.
+//
+// Each row of V has 13 bits and a half and a sign for its largest number. Its scale goes into the weights of its position, which have one for each query,
+// with which their sum is at most 2^31 divided by the largest number of V. What no query sees has weights of 0 and adds nothing, to no scale either.
 
 #include "ggml-clex-panel.h"
 
@@ -43,9 +45,9 @@ static inline __m512 larger(__m512 max, __m512 x) { // not a number where one of
 }
 
 // two numbers of each lane
-static inline __m512i pair(__m512 low, __m512 high, __m512 to) {
-    const __m512i a = _mm512_cvtps_epi32(_mm512_mul_ps(low, to));
-    const __m512i b = _mm512_cvtps_epi32(_mm512_mul_ps(high, to));
+static inline __m512i pair(__m512 low, __m512 high, __m512 to_low, __m512 to_high) {
+    const __m512i a = _mm512_cvtps_epi32(_mm512_mul_ps(low, to_low));
+    const __m512i b = _mm512_cvtps_epi32(_mm512_mul_ps(high, to_high));
     return _mm512_or_si512(_mm512_and_si512(a, _mm512_set1_epi32(0xffff)), _mm512_slli_epi32(b, 16));
 }
 
@@ -64,7 +66,7 @@ static inline void pack_columns(const float * x, int64_t x_row, int64_t n, int32
     for (int64_t i = 0; i < n; i += 2) {
         const __m512 low  = _mm512_loadu_ps(x + i*x_row);
         const __m512 high = i + 1 < n ? _mm512_loadu_ps(x + (i + 1)*x_row) : _mm512_setzero_ps();
-        _mm512_storeu_si512((void *) (y + i/2*y_row), pair(low, high, scale.to));
+        _mm512_storeu_si512((void *) (y + i/2*y_row), pair(low, high, scale.to, scale.to));
     }
     _mm512_storeu_ps(back, scale.back);
 }
@@ -87,6 +89,51 @@ static inline float pack_row(const float * x, int64_t n, int32_t * y) {
         _mm256_storeu_si256((__m256i *) ((int16_t *) y + i), _mm512_cvtsepi32_epi16(a));
     }
     return _mm512_cvtss_f32(scale.back);
+}
+
+static constexpr float VALUE_MAX   = 11585;  // of a number of V
+static constexpr float WEIGHTS_MAX = 185000; // of the sum of a query's weights in a tile; rounding adds 32 at most
+
+// n rows of V, whole vectors of LANES: pairs y[n/2, rounded up][size] of the numbers of two rows, and what brings each row back
+static inline void pack_values(const float * x, int64_t n, int64_t size, int32_t * y, float * back) {
+    __m512 to[2];
+    for (int64_t i = 0; i < n; i += 2) {
+        const float * row[2] = { x + i*size, x + (i + (i + 1 < n))*size };
+        for (int64_t k = 0; k < 2; ++k) {
+            __m512 max = _mm512_setzero_ps();
+            for (int64_t j = 0; j < size; j += LANES) {
+                max = larger(max, _mm512_loadu_ps(row[k] + j));
+            }
+            max   = _mm512_castsi512_ps(_mm512_set1_epi32(_mm512_reduce_max_epi32(_mm512_castps_si512(max))));
+            to[k] = _mm512_mul_ps(inverse(max), _mm512_set1_ps(VALUE_MAX));
+            if (i + k < n) {
+                back[i + k] = _mm512_cvtss_f32(max)/VALUE_MAX;
+            }
+        }
+        for (int64_t j = 0; j < size; j += LANES) {
+            _mm512_storeu_si512((void *) (y + i/2*size + j), pair(_mm512_loadu_ps(row[0] + j), _mm512_loadu_ps(row[1] + j), to[0], to[1]));
+        }
+    }
+}
+
+// weights w[n][16] with w_row between rows, of n positions for 16 queries, times the scale of each position: see pack_columns
+static inline void pack_weights(const float * w, int64_t w_row, int64_t n, const float * scale, int32_t * y, int64_t y_row, float * back) {
+    __m512 max = _mm512_setzero_ps(), sum = _mm512_setzero_ps();
+    for (int64_t i = 0; i < n; ++i) {
+        const __m512 x = _mm512_mul_ps(_mm512_loadu_ps(w + i*w_row), _mm512_set1_ps(scale[i]));
+        max = larger(max, x);
+        sum = _mm512_add_ps(sum, x);
+    }
+    // the largest number has 15 bits at most
+    const __m512 most = _mm512_max_ps(_mm512_mul_ps(sum, _mm512_set1_ps(1/WEIGHTS_MAX)), _mm512_mul_ps(max, _mm512_set1_ps(1/32767.0f)));
+    const __m512 to   = inverse(most);
+    for (int64_t i = 0; i < n; i += 2) {
+        const int64_t high = i + (i + 1 < n);
+        const __m512  none = _mm512_setzero_ps();
+        _mm512_storeu_si512((void *) (y + i/2*y_row), pair(_mm512_loadu_ps(w + i*w_row), high > i ? _mm512_loadu_ps(w + high*w_row) : none,
+            _mm512_mul_ps(to, _mm512_set1_ps(scale[i])), _mm512_mul_ps(to, _mm512_set1_ps(scale[high]))));
+    }
+    _mm512_storeu_ps(back, most);
 }
 
 // ROWS times N*LANES sums over `terms` pairs; a(i, p) is a[i*a_row + p*a_term], b has rows of columns. See product_block of F32.

@@ -213,12 +213,16 @@ struct attn_float_products {
     }
 };
 
+// Both other kinds of products keep 12 to 16 bits of a number, and F16 has 11: they lose less than the cache has lost already. A cache of F32 has lost nothing.
+[[maybe_unused]] static bool wants_sixteen_bits(const ggml_clex_node & node) {
+    static const bool wants_f32 = getenv("GGML_CLEX_ATTN_F32") != nullptr;
+    return !wants_f32 && node.k->type != GGML_TYPE_F32 && node.v->type != GGML_TYPE_F32;
+}
+
 #if defined(GGML_CLEX_PANEL) && defined(GGML_CLEX_TILES)
 
-// Caches of F32 are not for tiles, whose products are as exact as 16 bits of a number.
 static bool takes_tiles(const ggml_clex_node & node) {
-    return node.dk % 16 == 0 && node.k->type != GGML_TYPE_F32 && node.v->type != GGML_TYPE_F32 &&
-        clex_tiles::available() != clex_tiles::units::none;
+    return node.dk % 16 == 0 && wants_sixteen_bits(node) && clex_tiles::available() != clex_tiles::units::none;
 }
 
 struct attn_tile_products {
@@ -280,10 +284,8 @@ static bool takes_tiles(const ggml_clex_node &) {
 
 #if defined(GGML_CLEX_PANEL_PAIRS)
 
-// Caches of F32 are for F32. What stock rounds to F16 is more exact here, but from 64 queries on it computes with F32: so this is for who asks for it.
 static bool takes_pairs(const ggml_clex_node & node) {
-    static const bool enabled = getenv("GGML_CLEX_ATTN_PAIRS") != nullptr;
-    return enabled && node.dk % clex_pairs::LANES == 0 && node.k->type != GGML_TYPE_F32 && node.v->type != GGML_TYPE_F32;
+    return node.dk % clex_pairs::LANES == 0 && wants_sixteen_bits(node);
 }
 
 // pairs of numbers of 16 bits, and what brings the sums back
@@ -297,7 +299,7 @@ struct attn_pair_products {
     float * q_back, * k_back, * p_back, * v_back;
 
     static size_t size(int64_t size_k, int64_t size_v) {
-        return COLUMNS*(size_k/2 + 1) + TILE*(size_k/2 + 1) + TILE*(TILE/2 + 1) + size_v*(TILE/2 + 1);
+        return COLUMNS*(size_k/2 + 1) + TILE*(size_k/2 + 1) + TILE*(TILE/2 + 1) + TILE/2*size_v + TILE;
     }
 
     attn_pair_products(int64_t size_k, int64_t size_v, float * room, row_fetcher & next) : size_k(size_k), size_v(size_v), next(next) {
@@ -309,7 +311,7 @@ struct attn_pair_products {
         q_back = take(COLUMNS);
         k_back = take(TILE);
         p_back = take(TILE);
-        v_back = take(size_v);
+        v_back = take(TILE);
     }
 
     static void begin() {}
@@ -326,9 +328,7 @@ struct attn_pair_products {
         }
     }
     void take_values(const float * x, int64_t n) {
-        for (int64_t j = 0; j < size_v; j += clex_pairs::LANES) {
-            clex_pairs::pack_columns(x + j, size_v, n, v + j, size_v, v_back + j);
-        }
+        clex_pairs::pack_values(x, n, size_v, v, v_back);
     }
 
     void scores(float * c, int64_t tile, int64_t n, int64_t n_columns) const {
@@ -339,12 +339,12 @@ struct attn_pair_products {
     }
     void add_values(float * o, const float * weights, int64_t n, int64_t n_columns) {
         for (int64_t j = 0; j < n_columns; j += clex_pairs::LANES) {
-            clex_pairs::pack_columns(weights + j, TILE, n, p + j, TILE, p_back + j);
+            clex_pairs::pack_weights(weights + j, TILE, n, v_back, p + j, TILE, p_back + j);
         }
         clex_pairs::multiply<VEC_COLUMNS>(p, 1, TILE, v, size_v, (n + 1)/2, GGML_PAD(n_columns, VEC_ROWS), size_v, 0,
             [&](int64_t i, int64_t j, vec x) {
                 float * y = o + i*size_v + j;
-                vec_store(y, vec_fma(x, vec_mul(vec_set(p_back[i]), vec_load(v_back + j)), vec_load(y)));
+                vec_store(y, vec_fma(x, vec_set(p_back[i]), vec_load(y)));
             },
             [&] { next.fetch(LINES); });
     }

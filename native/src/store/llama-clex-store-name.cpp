@@ -68,7 +68,7 @@ std::string clex_store_devices() {
             res += std::string(feature->name) + '=' + feature->value + '\n';
         }
     }
-    for (const char * name : { "GGML_CLEX_ATTN_DISABLE", "GGML_CLEX_ATTN_PAIRS", "GGML_CLEX_MATMUL_DISABLE", "GGML_CLEX_TILES", "GGML_AMX_DISABLE" }) {
+    for (const char * name : { "GGML_CLEX_ATTN_DISABLE", "GGML_CLEX_ATTN_F32", "GGML_CLEX_MATMUL_DISABLE", "GGML_CLEX_TILES", "GGML_AMX_DISABLE" }) {
         const char * value = std::getenv(name);
         res += value ? std::string("=") + value + '\n' : "\n";
     }
