@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import sys
 import warnings
 
 import llama_cpp
@@ -306,3 +307,19 @@ def test_prompt_cache_of_another_context_of_this_model_is_a_miss(folder, cache, 
         found = hits(llm)
         assert complete(llm, prompt) == expected
         assert found == [] or change == "context"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="large pages are asked for on Linux alone")
+def test_weights_are_read_into_memory_that_holds_them_twice(folder, monkeypatch, capfd):
+    def mapped(**arguments: bool | None) -> bool:
+        with load(folder / "plain.gguf", verbose=True, **arguments):
+            return "CPU_Mapped model buffer" in capfd.readouterr().err
+
+    assert not mapped()
+    assert mapped(use_mmap=True)
+    size = (folder / "plain.gguf").stat().st_size
+    monkeypatch.setattr("clex_local.machine.available_bytes", lambda: 2 * size)
+    assert not mapped()
+    monkeypatch.setattr("clex_local.machine.available_bytes", lambda: 2 * size - 1)
+    assert mapped()
+    assert not mapped(use_mmap=False)

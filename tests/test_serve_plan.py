@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -82,6 +83,19 @@ def test_checkpoints_are_as_many_as_fit(tmp_path):
     for plan, available in [(many, 4096 * MIB), (some, 128 * MIB), (few, 48 * MIB)]:
         assert server_settings(plan, OPTIONS, tmp_path)["ctx-checkpoints"] == str(plan.checkpoints)
         assert path.stat().st_size + plan.context.needed + plan.prompt_cache <= available
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="large pages are asked for on Linux alone")
+def test_weights_are_read_into_memory_that_holds_them_twice(tmp_path):
+    path = make(tmp_path / "model.gguf", "llama", np.uint32(1024))
+    with path.open("ab") as file:
+        file.truncate(64 * MIB)
+    enough, short = (plan_service(path, OPTIONS, available=size * MIB) for size in (128, 127))
+    assert "load-mode" in server_settings(enough, OPTIONS, tmp_path)
+    assert "load-mode" not in server_settings(short, OPTIONS, tmp_path)
+    for mmap in (True, False):
+        plan = plan_service(path, replace(OPTIONS, mmap=mmap))
+        assert ("load-mode" in server_settings(plan, OPTIONS, tmp_path)) is not mmap
 
 
 def test_memory_without_room_for_the_least_is_refused_before_anything_is_loaded(tmp_path):

@@ -13,11 +13,12 @@ import llama_cpp
 
 from clex_local.errors import ClexError
 from clex_local.library.devices import has_gpu
-from clex_local.machine import default_threads
+from clex_local.machine import default_threads, maps_weights
 from clex_local.model_file.context_plan import ContextPlan, choose_cache
 from clex_local.model_file.extension import extension_advice
 from clex_local.model_file.facts import ModelFacts
 from clex_local.model_file.kv_types import KV_TYPES, TYPE_NAMES, is_quantized
+from clex_local.model_file.split_files import model_bytes
 from clex_local.runtime.bindings_arguments import BindingsArguments
 
 Function = TypeVar("Function", bound=Callable[..., Any])
@@ -49,6 +50,7 @@ _DEFAULTS: dict[str, Any] = {
     "type_v": None,
     "n_threads": None,
     "n_threads_batch": None,
+    "use_mmap": None,
     "verbose": False,
 }
 
@@ -171,6 +173,8 @@ def completed(arguments: dict[str, Any], facts: ModelFacts, clamp: bool, workers
         "n_threads": threads,
         "n_threads_batch": arguments["n_threads_batch"] or threads,
     }
+    if arguments["use_mmap"] is None:
+        arguments["use_mmap"] = workers or has_gpu() or maps_weights(model_bytes(facts.path))
     chosen = arguments["type_k"] is None and arguments["type_v"] is None
     if arguments["flash_attn"] is None or (arguments["flash_attn"] and chosen):
         plan = _cache_for(arguments, facts, workers)

@@ -100,6 +100,8 @@ class Llama(SavedStates, Completions, ChatFormats):
         flash_attn: None uses flash attention where it is faster, and where the cache does not fit in memory without.
         type_k: ggml type of the key cache; with neither type given it is F16, or q8_0 where only that fits in memory.
         type_v: ggml type of the value cache, in the same way.
+        use_mmap: map the weights from the file, do not read them into memory; None maps them where half of the memory
+            does not hold them, and with a GPU or workers. On Linux what is read has large pages, and decodes faster.
         n_threads: threads for single tokens; None takes the physical cores.
         n_threads_batch: threads for prompts; None takes as many as for single tokens.
         verbose: print llama.cpp's log to stderr, and what was chosen. Its debug lines take the environment's

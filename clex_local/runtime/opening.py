@@ -79,6 +79,7 @@ def load(path: str | os.PathLike[str], options: RunOptions, **more: Any) -> Llam
         "n_threads_batch": options.threads_batch,
         "n_gpu_layers": options.n_gpu_layers,
         "rpc": options.rpc,
+        "use_mmap": options.mmap,
         "type_k": kv_type,
         "type_v": kv_type,
         "flash_attn": options.flash_attn,

@@ -37,6 +37,12 @@ class RunOptions:
     threads_batch: int | None = option(
         None, "Threads to read prompts with.", default_text="as `threads`", metavar="N", minimum=1
     )
+    mmap: bool | None = option(
+        None,
+        "Map the weights from the file, do not read them into memory: they are there at once and shared, but on Linux "
+        "decode slower.",
+        default_text="where half of the memory does not hold them, and with a GPU",
+    )
     n_gpu_layers: int | None = option(
         None,
         "Layers computed on a GPU, or by workers; -1: all.",

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from clex_local.errors import ClexError
 from clex_local.library.devices import has_gpu
-from clex_local.machine import available_bytes, default_threads
+from clex_local.machine import available_bytes, default_threads, maps_weights
 from clex_local.model_file.context_plan import ContextPlan, plan_context
 from clex_local.model_file.extension import OVERLAY, Extension
 from clex_local.model_file.facts import ModelFacts
@@ -51,6 +51,7 @@ class ServePlan:
         embeddings: whether the model makes embeddings instead of text.
         storable: whether the document store takes what it computes, as far as the file tells.
         extension: what its file is extended by.
+        mmap: its weights are mapped from the file, not read into memory.
     """
 
     path: str | os.PathLike[str]
@@ -64,6 +65,7 @@ class ServePlan:
     embeddings: bool = False
     storable: bool = True
     extension: Extension | None = None
+    mmap: bool = True
 
     def lines(self) -> list[str]:
         """What a person wants to know, in two lines."""
@@ -139,6 +141,9 @@ def plan_service(path: str | os.PathLike[str], options: ServeOptions, available:
         embeddings=facts.pools,
         storable=not facts.pools and not (facts.shape and any(cache.state for cache in facts.shape.caches)),
         extension=facts.extension,
+        mmap=bool(options.rpc) or has_gpu() or maps_weights(weights, available)
+        if options.mmap is None
+        else options.mmap,
     )
 
 
@@ -203,6 +208,8 @@ def server_settings(plan: ServePlan, options: ServeOptions, folder: Path) -> dic
         "no-cache-idle-slots": "",
         "fit": "off",
     }
+    if not plan.mmap:
+        settings["load-mode"] = "none"
     if plan.checkpoints is not None:
         settings["ctx-checkpoints"] = str(plan.checkpoints)
     if plan.extension:
