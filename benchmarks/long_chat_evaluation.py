@@ -29,6 +29,7 @@ from benchmarks.long_chat_results import (
     PASS_KEY_DEPTHS,
     SHORT,
     TASKS,
+    TRAINED,
     WEIGHTS,
     Cell,
     Measured,
@@ -47,15 +48,15 @@ Work = tuple[str, "Callable[[Model], dict[str, Any]]"]
 
 
 def file(method: str, weights: str, adapter: Path | None) -> Path:
-    """The GGUF file of a method; that of the trained model is named by what the adapter holds."""
-    if method != "clex":
+    """The GGUF file of a method; those of the trained model are named by what the adapter holds."""
+    if method not in TRAINED:
         return FILES / f"{method}-{weights}.gguf"
     if adapter is None:
         raise click.ClickException("needs the adapter that benchmarks.long_chat_model trains, or --adapter FOLDER")
     held = hashlib.sha256((adapter / "adapter_model.safetensors").read_bytes())
     if (layer := adapter / ODE_FILE).exists():
         held.update(layer.read_bytes())
-    return FILES / f"clex-{held.hexdigest()[:8]}-{weights}.gguf"
+    return FILES / f"{method}-{held.hexdigest()[:8]}-{weights}.gguf"
 
 
 def latest_adapter() -> Path | None:
@@ -76,6 +77,7 @@ def make(method: str, weights: str, adapter: Path | None) -> Path:
             "plain": {"method": "ntk", "max_factor": 1},
             "ntk": {"method": "ntk", "max_factor": MAX_FACTOR},
             "yarn": {"method": "yarn", "max_factor": MAX_FACTOR},
+            "lora": {"lora": adapter, "method": "yarn", "max_factor": MAX_FACTOR},
             "clex": {"lora": adapter},
         }[method]
         if adapter and method == "clex" and (layer := adapter / ODE_FILE).exists():
@@ -184,7 +186,7 @@ def measure(cell: Cell, path: Path, results: Results, trials: int, threads: int 
 def chosen(options: dict[str, Sequence[Any]], methods: Sequence[str]) -> list[Cell]:
     """The cells of these options, in the order in which they are measured.
 
-    Of methods that are not asked for by name, other weights and caches than the first are measured with the last alone.
+    Other weights and caches than the first are measured of the trained models, and of what is asked for by name.
     """
     found = [
         Cell(method, weights, kv_type, length, task)
@@ -194,7 +196,7 @@ def chosen(options: dict[str, Sequence[Any]], methods: Sequence[str]) -> list[Ce
         for task in options["task"] or TASKS
         for length in options["length"] or LENGTHS
         if task not in SHORT or length == LENGTHS[0]
-        if options["method"] or method == methods[-1] or (weights, kv_type) == (WEIGHTS[0], CACHES[0])
+        if options["method"] or method in TRAINED or (weights, kv_type) == (WEIGHTS[0], CACHES[0])
     ]
     return sorted(found, key=lambda cell: cell.rank)
 
@@ -225,7 +227,7 @@ def several(name: str, values: Sequence[Any], parse: type = str) -> Callable[[An
 def main(trials: int, adapter: Path | None, threads: int | None, page: bool, **options: Sequence[Any]) -> None:
     """Measure what is not measured yet, and write docs/long-chat.md and its pictures: many hours on two cores."""
     adapter = adapter or latest_adapter()
-    methods = [method for method in METHODS if adapter or method != "clex"]
+    methods = [method for method in METHODS if adapter or method not in TRAINED]
     if adapter is None:
         click.echo("no trained adapter: the base model alone is measured")
     results = Results(RESULTS)

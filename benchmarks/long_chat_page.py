@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
+from itertools import product
 from statistics import fmean
 
 import numpy as np
@@ -16,6 +17,7 @@ from benchmarks.long_chat_results import (
     PASS_KEY_DEPTHS,
     RULER,
     SHORT,
+    TRAINED,
     WEIGHTS,
     Cell,
     Measured,
@@ -28,6 +30,7 @@ NAMES = {
     "plain": "plain RoPE",
     "ntk": "NTK, not trained",
     "yarn": "YaRN, not trained",
+    "lora": "YaRN, LoRA trained",
     "clex": "**CLEX, trained**",
 }
 RANGE = 4096  # positions whose perplexity is shown together
@@ -174,25 +177,24 @@ def _questions(figures: Figures) -> str:
 
 
 def _types(figures: Figures) -> str:
-    shown = {"pass keys": ("passkey",), "questions": ("questions",), "RULER": RULER, "perplexity": ("perplexity",)}
-    columns = {f"{what}, {length:,}": (tasks, length) for what, tasks in shown.items() for length in (8192, 32768)}
+    kinds = {"pass keys": ("passkey",), "questions": ("questions",), "RULER": RULER, "perplexity": ("perplexity",)}
+    columns = {f"{what}, {length:,}": (tasks, length) for what, tasks in kinds.items() for length in (8192, 32768)}
     rows = []
-    for weights in WEIGHTS:
-        for kv_type in CACHES:
-            cells = [[Cell("clex", weights, kv_type, n, task) for task in tasks] for tasks, n in columns.values()]
-            write = [figures.perplexity if found[0].task == "perplexity" else figures.share for found in cells]
-            rows.append(([f"{weights}, {kv_type}"], [of(*found) for of, found in zip(write, cells, strict=True)]))
-    return table(["weights, cache"], list(columns), rows)
+    for method, weights, kv_type in product(TRAINED, WEIGHTS, CACHES):
+        cells = [[Cell(method, weights, kv_type, n, task) for task in tasks] for tasks, n in columns.values()]
+        write = [figures.perplexity if found[0].task == "perplexity" else figures.share for found in cells]
+        shown = [of(*found) for of, found in zip(write, cells, strict=True)]
+        rows.append(([NAMES[method], f"{weights}, {kv_type}"], shown))
+    return table(["model", "weights, cache"], list(columns), rows)
 
 
 def _time(figures: Figures) -> str:
     rows = []
-    for weights in WEIGHTS:
-        for kv_type in CACHES:
-            for task, whole, what in (("passkey", True, "the whole prompt read"), ("questions", False, "questions")):
-                alike = zip(*(_cells(one, task, (weights, kv_type)) for one in METHODS), strict=True)
-                seconds = [figures.seconds(cells, "cpu_seconds", whole) for cells in alike]
-                rows.append(([f"{weights}, {kv_type}", what], seconds))
+    for weights, kv_type in product(WEIGHTS, CACHES):
+        for task, whole, what in (("passkey", True, "the whole prompt read"), ("questions", False, "questions")):
+            alike = zip(*(_cells(one, task, (weights, kv_type)) for one in METHODS), strict=True)
+            seconds = [figures.seconds(cells, "cpu_seconds", whole) for cells in alike]
+            rows.append(([f"{weights}, {kv_type}", what], seconds))
     return table(["weights, cache", "CPU seconds for an answer"], _LENGTHS, rows)
 
 

@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 LENGTHS = (2048, 4096, 8192, 16384, 32768)
-METHODS = ("plain", "ntk", "yarn", "clex")
+METHODS = ("plain", "ntk", "yarn", "lora", "clex")
+TRAINED = ("lora", "clex")  # made with the adapter: its LoRA part with YaRN's tables, and with those of its CLEX layer
 WEIGHTS, CACHES = ("q8_0", "q4_k_m"), ("f16", "q8_0")
 RULER = ("niah_single", "niah_multikey", "variable_tracking", "common_words", "frequent_words")
 SHORT = ("closed_book", "passage")  # questions without the novel, and with their passages alone: no matter of length

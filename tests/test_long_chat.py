@@ -112,15 +112,16 @@ def test_what_tells_most_is_measured_first():
     cells = chosen({"method": (), "weights": (), "kv_type": (), "task": (), "length": ()}, METHODS)
     assert cells[0] == Cell("clex", "q8_0", "f16", 16384, "passkey")
     assert {cell.task for cell in cells[:24]} == {"passkey", "perplexity"}
-    assert {(cell.weights, cell.cache) for cell in cells[: len(cells) // 4]} == {("q8_0", "f16")}
+    first = [(cell.weights, cell.cache) == ("q8_0", "f16") for cell in cells]
+    assert first == sorted(first, reverse=True)
     assert len(set(cells)) == len(cells)
 
 
 def test_other_weights_and_caches_are_measured_of_the_trained_model_unless_others_are_named():
     all_of_them = {"method": (), "weights": (), "kv_type": (), "task": ("passkey",), "length": ()}
     others = [cell for cell in chosen(all_of_them, METHODS) if (cell.weights, cell.cache) != ("q8_0", "f16")]
-    assert {cell.method for cell in others} == {"clex"}
-    assert len(others) == 3 * 5
+    assert {cell.method for cell in others} == {"lora", "clex"}
+    assert len(others) == 2 * 3 * 5
     assert len(chosen({**all_of_them, "method": ("yarn",)}, METHODS)) == 4 * 5
 
 
@@ -171,7 +172,7 @@ def test_the_mean_of_tasks_is_given_once_all_are_measured():
         Measured(Cell("clex", "q4_k_m", "q8_0", 8192, task), "clex", "0", {"score": k / 4, "whole": True})
         for k, task in enumerate(tasks)
     ]
-    wanted = row(["q4_k_m, q8_0", "", "", "", "", "50", "", "", ""])
+    wanted = row(["**CLEX, trained**", "q4_k_m, q8_0", "", "", "", "", "50", "", "", ""])
     assert wanted in tables(Figures(found))["weights and caches"].splitlines()
     assert wanted not in tables(Figures(found[1:]))["weights and caches"].splitlines()
 
@@ -197,6 +198,7 @@ def test_the_file_of_the_trained_model_is_another_for_another_adapter(tmp_path):
         (adapter / name).write_bytes(content)
         names.append(file("clex", "q8_0", adapter).stem)
     assert len(set(names)) == 4
+    assert file("lora", "q8_0", adapter) != file("clex", "q8_0", adapter)
     assert file("yarn", "q8_0", adapter) == file("yarn", "q8_0", None)
     with pytest.raises(click.ClickException, match="needs the adapter"):
         file("clex", "q8_0", None)
