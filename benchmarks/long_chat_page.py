@@ -33,11 +33,18 @@ NAMES = {
     "lora": "YaRN, LoRA trained",
     "clex": "**CLEX, trained**",
 }
+# Below which table which picture is shown, and what it says.
+PICTURES = {
+    "pass keys by depth": ("long-chat-passkey.svg", "Pass keys found by context length and depth"),
+    "perplexity": ("long-chat-perplexity.svg", "Perplexity by context length"),
+    "positions": ("long-chat-positions.svg", "Perplexity by position in a long window"),
+}
 RANGE = 4096  # positions whose perplexity is shown together
 _BLOCK = 512
 _MAIN = WEIGHTS[0], CACHES[0]
 _LENGTHS = [f"{length:,}" for length in LENGTHS]
 
+EMPTY = "Not measured yet."
 Losses = npt.NDArray[np.float64]
 
 
@@ -94,7 +101,7 @@ def table(names: Sequence[str], columns: Sequence[str], rows: Iterable[tuple[Seq
     """A Markdown table of the rows that have a figure, each with its names before it."""
     kept = [row([*first, *cells]) for first, cells in rows if any(cells)]
     if not kept:
-        return "Not measured yet."
+        return EMPTY
     return "\n".join([row([*names, *columns]), row([*["---"] * len(names), *["---:"] * len(columns)]), *kept])
 
 
@@ -201,6 +208,8 @@ def _time(figures: Figures) -> str:
 def write_page(found: Iterable[Measured]) -> None:
     """Write the tables, and draw what there are figures for."""
     for name, content in tables(Figures(found)).items():
+        if content != EMPTY and (picture := PICTURES.get(name)):
+            content += f"\n\n![{picture[1]}]({picture[0]})"
         put_table(DOCUMENT, f"{name}: made by benchmarks/long_chat_evaluation.py", content)
     for name, draw in LONG_CHAT.items():
         draw(DOCS / name)

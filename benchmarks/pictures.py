@@ -58,8 +58,9 @@ def draw_pass_keys(output: Path, document: str = "clex-eval.md", marker: str = P
     for model, depth, *cells in rows:
         shares = [float(cell) / 100 if cell else None for cell in cells]
         found.setdefault(model, {})[float(depth.rstrip(" %"))] = shares
-    depths = list(next(iter(found.values())))
-    values = [[of_model[depth] for depth in depths] for of_model in found.values()]
+    depths = sorted({depth for of_model in found.values() for depth in of_model})
+    nothing: list[float | None] = [None] * len(headings)
+    values = [[of_model.get(depth, nothing) for depth in depths] for of_model in found.values()]
     plot_heat_map(output, list(found), [tokens(heading) for heading in headings], depths, values)
 
 

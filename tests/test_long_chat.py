@@ -7,9 +7,9 @@ from itertools import pairwise
 import click
 import pytest
 
-from benchmarks import questions
+from benchmarks import long_chat_page, pictures, questions
 from benchmarks.long_chat_evaluation import ODE_FILE, chosen, file, measure
-from benchmarks.long_chat_page import Figures, tables
+from benchmarks.long_chat_page import Figures, tables, write_page
 from benchmarks.long_chat_results import METHODS, Cell, Measured, Results
 from benchmarks.markdown import row
 from clex_eval.records import read
@@ -186,6 +186,24 @@ def test_tables_of_answers_say_of_how_many_they_are():
     assert len(depths) == 4
     times = row(["q8_0, f16", "the whole prompt read", "", "", "", "102.0", ""])
     assert times in made["time"].splitlines()
+
+
+def test_the_page_has_tables_and_pictures_of_what_is_measured(tmp_path, monkeypatch):
+    page = tmp_path / "long-chat.md"
+    page.write_bytes(long_chat_page.DOCUMENT.read_bytes())
+    monkeypatch.setattr(long_chat_page, "DOCUMENT", page)
+    monkeypatch.setattr(long_chat_page, "DOCS", tmp_path)
+    monkeypatch.setattr(pictures, "DOCS", tmp_path)
+    write_page([])
+    assert page.read_text().count("\nNot measured yet.\n") == 9
+    assert list(tmp_path.iterdir()) == [page]
+    other = Measured(Cell("yarn", "q8_0", "f16", 32768, "passkey"), "yarn", "0 at 75", key(75, 1.0).values)
+    write_page([key(100, 1.0), key(50, 0.0), other, perplexity("yarn", 8192, 0, 3.0)])
+    assert {path.name for path in tmp_path.glob("*.svg")} == {"long-chat-passkey.svg", "long-chat-perplexity.svg"}
+    assert page.read_text().count(".svg)\n") == 2
+    write_page([perplexity("yarn", 32768, 0, 3.0), perplexity("clex", 32768, 0, 2.0)])
+    assert "![Perplexity by position in a long window](long-chat-positions.svg)" in page.read_text()
+    assert (tmp_path / "long-chat-positions.svg").exists()
 
 
 def test_the_file_of_the_trained_model_is_another_for_another_adapter(tmp_path):
