@@ -17,10 +17,9 @@ from benchmarks.text import CACHE, training_texts
 
 FOLDER = CACHE.parent / "long-chat-model"
 CONTEXT, MAX_FACTOR, RANK = 8192, 4, 16
-# The ODE's learning rate is ten times the adapter's, with a decay that holds the tables near YaRN's.
 _COMMON = (
     f"--dynamics yarn --max-factor {MAX_FACTOR} --span {CONTEXT} --bf16 --lora-rank {RANK} --learning-rate 2e-4"
-    " --ode-learning-rate 2e-3 --ode-weight-decay 0.1 --save-steps 25 --log-steps 5"
+    " --ode-weight-decay 0.1 --save-steps 25 --log-steps 5"
 ).split()
 
 
@@ -65,12 +64,13 @@ def practice(model: Path, tokens: int, count: int) -> Path:
 @click.option("--positions", type=click.Choice(["chunked", "random"]), default="chunked", show_default=True)
 @click.option("--length", default=2048, show_default=True, help="Tokens of a sequence.")
 @click.option("--steps", default=1500, show_default=True, help="Sequences, one a step.")
+@click.option("--ode-learning-rate", default=0.0, show_default=True, help="Of the CLEX layer; 0: it stays YaRN.")
 @click.option("--seed", default=0, show_default=True)
 @click.option("--threads", default=os.cpu_count() or 1, show_default="all cores")
-def main(kind: str, positions: str, length: int, steps: int, seed: int, threads: int) -> None:
+def main(kind: str, positions: str, length: int, steps: int, ode_learning_rate: float, seed: int, threads: int) -> None:
     """Train an adapter on novels and essays (text), questions about long contexts (chat) or both, into build/."""
     FOLDER.mkdir(parents=True, exist_ok=True)
-    model, output = base(), FOLDER / f"{kind}-{positions}-{length}-{steps}-{seed}"
+    model, output = base(), FOLDER / f"{kind}-{positions}-{length}-{steps}-ode{ode_learning_rate:g}-{seed}"
     if output.exists():
         click.echo(f"{output} is there")
         return
@@ -79,6 +79,7 @@ def main(kind: str, positions: str, length: int, steps: int, seed: int, threads:
         source += [part for text in training_texts() for part in ("--text", str(text))]
     command = [sys.executable, "-m", "clex_train.cli", str(model), str(output), *source, *_COMMON]
     command += ["--positions", positions, "--length", str(length), "--max-steps", str(steps), "--seed", str(seed)]
+    command += ["--ode-learning-rate", str(ode_learning_rate)]
     if output.with_name(f"{output.name}.checkpoints").exists():
         command.append("--resume")
     sys.exit(subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": str(threads)}).returncode)
