@@ -1,15 +1,23 @@
 #include "server-clex-process.h"
 
+#include "ggml-backend.h"
+
+#include <atomic>
 #include <cerrno>
 #include <chrono>
 #include <csignal>
+#include <cstdio>
 #include <cstdlib>
 #include <thread>
+#include <utility>
 
 #if defined(_WIN32)
+#define WIN32_LEAN_AND_MEAN
 #include <io.h>
+#include <windows.h>
 #else
 #include <algorithm>
+#include <fcntl.h>
 #include <sys/resource.h>
 #include <unistd.h>
 #endif
@@ -55,4 +63,76 @@ void server_clex_process_start() {
         std::this_thread::sleep_for(std::chrono::seconds(END_TIMEOUT));
         std::_Exit(1);
     }).detach();
+}
+
+static std::function<void()> on_signal;
+static std::atomic_flag is_stopping = ATOMIC_FLAG_INIT;
+
+#if defined(_WIN32)
+
+static BOOL WINAPI handle(DWORD type) { // in a thread of its own
+    if (type != CTRL_C_EVENT) {
+        return FALSE;
+    }
+    if (is_stopping.test_and_set()) {
+        std::_Exit(1);
+    }
+    on_signal();
+    return TRUE;
+}
+
+void server_clex_process_on_signal(std::function<void()> stop) {
+    on_signal = std::move(stop);
+    SetConsoleCtrlHandler(handle, TRUE);
+}
+
+#else
+
+static int signal_pipe[2];
+
+static void handle(int) {
+    const int before = errno;
+    if (is_stopping.test_and_set()) {
+        static const char line[] = "a second signal ends the server at once\n";
+        (void) !write(STDERR_FILENO, line, sizeof(line) - 1);
+        _exit(1);
+    }
+    (void) !write(signal_pipe[1], "", 1);
+    errno = before;
+}
+
+void server_clex_process_on_signal(std::function<void()> stop) {
+    on_signal = std::move(stop);
+    if (pipe(signal_pipe) != 0) {
+        std::perror("pipe");
+        std::_Exit(1);
+    }
+    for (const int end : signal_pipe) {
+        fcntl(end, F_SETFD, FD_CLOEXEC);
+    }
+    std::thread([] {
+        char byte;
+        while (read(signal_pipe[0], &byte, 1) < 0) {
+        }
+        on_signal();
+    }).detach();
+
+    struct sigaction action = {};
+    action.sa_handler = handle;
+    sigemptyset(&action.sa_mask);
+    sigaction(SIGINT, &action, nullptr);
+    sigaction(SIGTERM, &action, nullptr);
+}
+
+#endif
+
+void server_clex_process_stops() {
+    ggml_backend_reg_t rpc = ggml_backend_reg_by_name("RPC");
+    if (rpc == nullptr) {
+        return;
+    }
+    auto * set_waiting = (void (*)(int (*)(const char *, int))) ggml_backend_reg_get_proc_address(rpc, "ggml_backend_rpc_set_waiting");
+    if (set_waiting) {
+        set_waiting([](const char *, int) { return 1; });
+    }
 }
