@@ -359,6 +359,23 @@ def test_requests_behind_the_saving_of_a_busy_slot_are_answered(big, folder):
         assert other.result()["timings"]["predicted_n"] == 8
 
 
+def test_a_request_that_names_a_busy_slot_changes_nothing_in_it(big):
+    """Also where the server has in memory what that request begins with."""
+    prompt, other = random_tokens(400, seed=1), random_tokens(100, seed=2)
+    asked = {"prompt": prompt, "n_predict": 7000, "ignore_eos": True, "stream": True}
+    with serving(big, parallel=1) as client, ThreadPoolExecutor(1) as pool:
+        complete(client, other)
+        with client.stream("POST", "/completion", json=asked) as stream:
+            lines = stream.iter_lines()  # which ends the stream when it goes
+            next(lines)
+            answer = pool.submit(complete, client, other, id_slot=0)
+            wait_for_deferred(client, 1)
+            (slot,) = client.get("/slots").json()
+            assert slot["is_processing"]
+            assert slot["n_prompt_tokens"] >= len(prompt) + slot["next_token"][0]["n_decoded"] - 1
+        assert answer.result()["timings"]["predicted_n"] == 8
+
+
 def wait_for_deferred(client: httpx.Client, count: int) -> None:
     """Until so many requests wait for a slot."""
     for _ in range(1000):
