@@ -16,6 +16,7 @@ from clex_local.chat.text_input import join
 from clex_local.documents.attachments import Attachment, attach, texts, without_twice
 from clex_local.documents.typed_paths import typed_paths
 from clex_local.errors import ClexError, escaped
+from clex_local.library.interrupt import WorkerSilent
 from clex_local.session.exchange import AttachedFile, file_names
 from clex_local.session.keeper import SessionKeeper
 
@@ -90,7 +91,7 @@ class Chat:
                     self.answer(waiting.message, waiting.files, waiting.typed_from)
             except EOFError:
                 return
-            except ClexError as error:
+            except (ClexError, WorkerSilent) as error:
                 self.terminal.note(str(error), style="red")
             except KeyboardInterrupt:
                 self.terminal.note("[stopped]")
@@ -128,6 +129,8 @@ class Chat:
         try:
             with no_echo(), self.keeper.turn(message, files, typed_from, replaces):
                 answer = self._answered(message, view, replaces)
+        except WorkerSilent:
+            raise
         except KeyboardInterrupt:
             answer = self.session.last
         finally:

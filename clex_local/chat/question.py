@@ -104,15 +104,17 @@ def answer_once(
         ClexError: the prompt cannot be answered, or what was said cannot be saved.
         BrokenPipeError: nobody reads stdout any more.
     """
-    code, view = 0, PlainView(lambda piece: None) if as_json else terminal.view()
+    code, silent, view = 0, "", PlainView(lambda piece: None) if as_json else terminal.view()
     keeper = keeper or SessionKeeper(terminal.session, terminal.tell)
     try:
         with keeper.turn(text, files):
             terminal.answer(text, view.write)
-    except KeyboardInterrupt:
-        code = INTERRUPTED
+    except KeyboardInterrupt as interrupt:
+        code, silent = INTERRUPTED, str(interrupt)  # of a worker
     finally:
         view.end()
+    if silent:
+        terminal.tell(silent, failed=True)
     answer = terminal.session.last
     if answer is None:  # interrupted before anything began
         return code

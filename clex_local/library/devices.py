@@ -5,10 +5,12 @@ from __future__ import annotations
 import ctypes
 import functools
 import re
+import socket
 from collections.abc import Sequence
 from typing import Any
 
 from clex_local.errors import ClexError
+from clex_local.library.interrupt import asked_while_waiting, kept_until_return
 from clex_local.library.loading import library_file, library_path, load_backends, load_ggml
 
 _GPU, _INTEGRATED_GPU = 1, 2  # of enum ggml_backend_dev_type
@@ -47,8 +49,9 @@ def devices_with(workers: Sequence[str]) -> ctypes.Array[ctypes.c_void_p]:
         workers: where they listen, ``host:port`` each.
 
     Raises:
-        WorkerError: one cannot be reached, or is no worker of this version.
+        WorkerError: one cannot be reached, is given twice, or is no worker of this version.
     """
+    check_workers(workers)
     base = load_ggml()
     found: list[int] = []
     for worker in workers:
@@ -59,19 +62,40 @@ def devices_with(workers: Sequence[str]) -> ctypes.Array[ctypes.c_void_p]:
     return (ctypes.c_void_p * (len(found) + 1))(*found, None)
 
 
+def check_workers(workers: Sequence[str]) -> None:
+    """Refuse what names no machine, and one worker under several addresses, which would wait for itself.
+
+    Raises:
+        WorkerError: there is such an address.
+    """
+    known: dict[tuple[Any, ...], str] = {}
+    for worker in workers:
+        try:
+            addresses(worker)
+        except ValueError as error:
+            raise WorkerError(f"the address of a worker {error}") from None
+        host, _, port = worker.rpartition(":")
+        try:
+            found = socket.getaddrinfo(host, int(port), socket.AF_INET, socket.SOCK_STREAM)
+        except OSError as error:
+            raise WorkerError(f"{worker}: no machine of this name is found ({error.strerror or error})") from None
+        for *_, place in found:
+            if other := known.get(place):
+                raise WorkerError(f"{other} and {worker} are one worker: give each of them once")
+        known.update((place, worker) for *_, place in found)
+
+
 def _register(worker: str) -> ctypes.c_void_p:
     from clex_local.library.log import ERROR, logged
 
-    try:
-        addresses(worker)
-    except ValueError as error:
-        raise WorkerError(f"the address of a worker {error}") from None
     rpc = _ggml().ggml_backend_reg_by_name(b"RPC")
     if not rpc:
-        raise WorkerError("this clex-local was built without RPC; install it again without GGML_RPC=OFF in CMAKE_ARGS")
-    address = load_ggml().ggml_backend_reg_get_proc_address(rpc, b"ggml_backend_rpc_add_server")
-    add = ctypes.CFUNCTYPE(ctypes.c_void_p, ctypes.c_char_p)(address)
-    with logged(ERROR) as errors:
+        raise WorkerError("this clex-local was built without RPC; install it again without CLEX_RPC=OFF in CMAKE_ARGS")
+    find = load_ggml().ggml_backend_reg_get_proc_address
+    add = ctypes.CFUNCTYPE(ctypes.c_void_p, ctypes.c_char_p)(find(rpc, b"ggml_backend_rpc_add_server"))
+    if ask := find(rpc, b"ggml_backend_rpc_set_waiting"):  # which a library of somebody else's lacks
+        asked_while_waiting(ctypes.CFUNCTYPE(None, ctypes.c_void_p)(ask))
+    with kept_until_return(), logged(ERROR) as errors:
         registered = add(worker.encode())
     if not registered:
         raise WorkerError(errors[-1].split(": ", 1)[-1] if errors else f"{worker}: this worker has no devices")

@@ -2,7 +2,7 @@
 
 Python runs the handler of a signal as soon as it runs anything, and in a callback from C that is where ctypes prints
 the exception and drops it. So handlers run as ever, and what they raise is kept until C has returned. In ``__del__``
-Python drops it as well; there, handlers run later.
+Python drops it as well; there, handlers run later. Where C waits for a worker, it asks here whether it shall go on.
 """
 
 from __future__ import annotations
@@ -16,6 +16,36 @@ from contextlib import contextmanager
 from typing import Any
 
 _kept: list[BaseException] = []  # by the main thread, the only one that runs handlers
+_AT_ONCE = 3  # times that Ctrl-C comes, after which also a worker that lives is not waited for
+
+_Waiting = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_char_p, ctypes.c_int)
+
+
+class WorkerSilent(KeyboardInterrupt):
+    """Ctrl-C while C waited for a worker that did not answer; nothing can be computed there any more."""
+
+
+class _Waits:
+    """Waits for workers, of which there may be none."""
+
+    def __init__(self) -> None:
+        self.ask: Callable[[Any], object] = lambda function: None  # has C ask a function
+        self.depth = 0  # of blocks in which it does
+        self.given_up: str | None = None  # a worker
+
+    def begin(self) -> None:
+        self.depth += 1
+        if self.depth == 1:
+            self.given_up = None
+            self.ask(_waiting)
+
+    def end(self) -> None:
+        self.depth -= 1
+        if self.depth == 0:
+            self.ask(_NOBODY)
+
+
+_waits = _Waits()
 
 
 class _Keeper:
@@ -46,15 +76,20 @@ def _handlers() -> Iterator[tuple[signal.Signals | int, Callable[[int, Any], Any
 def kept_until_return() -> Iterator[None]:
     """Raise what a signal's handler raises inside the block, Ctrl-C's above all, when the block is left.
 
-    C that asks ``progress`` stops early. Threads that run no handlers are left alone.
+    C that asks ``progress`` stops early, and waits for no worker that does not answer: then Ctrl-C is `WorkerSilent`.
+    Threads that run no handlers are left alone.
     """
     keepers: dict[signal.Signals | int, _Keeper] = {}
     try:
         for number, handler in _handlers():
             keepers[number] = _Keeper(handler)
             signal.signal(number, keepers[number])
+        if keepers:
+            _waits.begin()
         yield
     finally:
+        if keepers:
+            _waits.end()
         for keeper in keepers.values():  # first, in case an interrupt keeps one of them from being replaced
             keeper.active = False
         for number, keeper in keepers.items():
@@ -62,6 +97,11 @@ def kept_until_return() -> Iterator[None]:
         if keepers and _kept:
             raised = _kept[0]
             _kept.clear()
+            if _waits.given_up and isinstance(raised, KeyboardInterrupt):
+                raised = WorkerSilent(
+                    f"the worker at {_waits.given_up} does not answer; what it computed is lost: start it again, and "
+                    "load the model anew"
+                )
             raise raised from None
 
 
@@ -85,6 +125,24 @@ def handled_later() -> Iterator[None]:
 def is_main_thread() -> bool:
     """Whether this thread is the one that runs handlers."""
     return threading.current_thread() is threading.main_thread()
+
+
+def asked_while_waiting(ask: Callable[[Any], object]) -> None:
+    """Have C ask here while it waits for workers; `ask` tells it which function."""
+    _waits.ask = ask
+
+
+@_Waiting
+def _waiting(worker: bytes, silent: int) -> int:
+    """A ``ggml_backend_rpc_waiting_t``: whether to hurry, or not to wait at all."""
+    if not is_main_thread():
+        return 0
+    if silent:
+        _waits.given_up = worker.decode()
+    return min(len(_kept), 1) + (len(_kept) >= _AT_ONCE)
+
+
+_NOBODY = _Waiting()
 
 
 @ctypes.CFUNCTYPE(ctypes.c_bool, ctypes.c_void_p)

@@ -11,6 +11,7 @@ import numpy.typing as npt
 from clex_local.errors import ClexError
 from clex_local.library import llama_clex
 from clex_local.library.decoding import NOT_FINITE, DecodeError, decode_errors
+from clex_local.library.interrupt import kept_until_return
 from clex_local.model_file.tables import ContextError
 
 _NONE, _MEAN, _CLS = (
@@ -49,7 +50,8 @@ def embeddings(
     try:
         with decode_errors(llm.model_path):
             for group in _groups(sequences, llm.context_params.n_ubatch, llm.context_params.n_seq_max):
-                rows += _together(llm, group) if len(group) > 1 else [_alone(llm, group[0])]
+                with kept_until_return():  # C may wait for a worker
+                    rows += _together(llm, group) if len(group) > 1 else [_alone(llm, group[0])]
     finally:
         llm._ctx.kv_cache_clear()
         llm.reset()

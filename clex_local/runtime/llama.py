@@ -22,7 +22,7 @@ from llama_cpp.llama_tokenizer import LlamaTokenizer
 from clex_local.errors import ModelError
 from clex_local.library import llama_clex
 from clex_local.library.decoding import NOT_FINITE, DecodeError, decode_errors
-from clex_local.library.devices import devices_with
+from clex_local.library.devices import WorkerError, devices_with
 from clex_local.library.interrupt import aborts, handled_later, is_main_thread, kept_until_return, progress
 from clex_local.library.log import ERROR, logged
 from clex_local.model_file.extension import Extension
@@ -147,6 +147,7 @@ class Llama(SavedStates, Completions, ChatFormats):
         self._draft: LlamaDraftModel | None = None
         self._drafted = 0  # guesses in the next batch
         self._stored: StoredPrompt | None = None
+        self._workers = tuple(rpc)
         self._turn = Turn()
         check_choices(prefix_reuse, policy, prompt_lookup, kwargs)
         given = checked(kwargs)
@@ -156,8 +157,8 @@ class Llama(SavedStates, Completions, ChatFormats):
         if given.get("lora_path") is not None:
             given["lora_path"] = check_adapter(file_path(given["lora_path"]))
         facts = ModelFacts.read(path, extend)
-        self._devices = devices_with(rpc) if rpc else None
-        self._load(path, completed(given, facts, clamp, workers=bool(rpc)), facts.extension)
+        self._devices = devices_with(self._workers) if self._workers else None
+        self._load(path, completed(given, facts, clamp, workers=bool(self._workers)), facts.extension)
         close_at_exit(self)
         if self._has_tables:
             fixed = llama_clex.Policy.FIXED if policy == "fixed" else llama_clex.Policy.BY_LENGTH
@@ -175,7 +176,7 @@ class Llama(SavedStates, Completions, ChatFormats):
             "prompt_lookup": prompt_lookup,
             "store": store,
             "extend": extend,
-            "rpc": tuple(rpc),
+            "rpc": self._workers,
         }
         if prompt_lookup:
             self._draft = PromptLookup()
@@ -191,6 +192,7 @@ class Llama(SavedStates, Completions, ChatFormats):
 
         Raises:
             ModelError: llama.cpp refuses the file, or the adapter.
+            WorkerError: a worker cannot be used any more.
             ArgumentError: the keys are to be rotated in another way than by the file's tables.
         """
         given = arguments.get("kv_overrides")
@@ -203,6 +205,8 @@ class Llama(SavedStates, Completions, ChatFormats):
                 except (ValueError, RuntimeError) as error:
                     # The first names the cause, without the function that says so; the last only that there is none.
                     reason = errors[0].split(": ", 1)[-1] if errors else str(error)
+                    if any(reason.startswith(f"{worker}: ") for worker in self._workers):
+                        raise WorkerError(reason) from error
                     raise ModelError(f"{path}: {reason}") from error
                 # The bindings compare a null pointer with None, and llama.cpp would follow it at the first token.
                 if self._lora_adapter is not None and not self._lora_adapter:
@@ -335,6 +339,10 @@ class Llama(SavedStates, Completions, ChatFormats):
 
     def _decode(self, tokens: Sequence[int], guesses: bool) -> None:
         """Compute one batch, and logits of its last token; of all where they are kept or `guesses` are compared."""
+        with kept_until_return() if self._devices is not None else nullcontext():  # where C waits for a worker
+            self._decode_here(tokens, guesses)
+
+    def _decode_here(self, tokens: Sequence[int], guesses: bool) -> None:
         end = self.n_tokens + len(tokens)
         self._batch.set_batch(batch=tokens, n_past=self.n_tokens, logits_all=self._logits_all or guesses)
         try:

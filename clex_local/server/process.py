@@ -47,7 +47,7 @@ def worker_program() -> Path:
     Raises:
         ServerError: this installation was built without it.
     """
-    return _program("ggml-rpc-server", "its program for workers", "CLEX_SERVER=OFF and GGML_RPC=OFF")
+    return _program("ggml-rpc-server", "its program for workers", "CLEX_SERVER=OFF and CLEX_RPC=OFF")
 
 
 def _program(name: str, what: str, options: str) -> Path:

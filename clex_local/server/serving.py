@@ -13,6 +13,7 @@ from typing import TypeAlias
 
 from clex_local.commands.options import takes_options
 from clex_local.errors import ClexError
+from clex_local.library.devices import check_workers
 from clex_local.model_file.found_models import gguf_files
 from clex_local.server.options import ServeOptions
 from clex_local.server.plan import ServePlan, plan_service, server_settings
@@ -51,6 +52,7 @@ def plan_models(models: ModelPath | Sequence[ModelPath], options: ServeOptions) 
     if twice:
         raise ClexError(f"models of one name cannot be told apart: {', '.join(sorted(twice))}")
     _check_host(options)
+    check_workers(options.rpc)
     return [plan_service(path, options) for path in paths]
 
 

@@ -50,11 +50,11 @@ class Worker:
 
 
 @contextmanager
-def workers(count: int = 2) -> Iterator[list[Worker]]:
+def workers(count: int = 2, *options: str) -> Iterator[list[Worker]]:
     started: list[Worker] = []
     try:
         for _ in range(count):
-            started.append(Worker())
+            started.append(Worker(*options))
         yield started
     finally:
         for worker in started:
