@@ -292,23 +292,27 @@ def test_rows_have_the_attention_factors_of_their_scaling_factors(golden_dir, id
             np.testing.assert_allclose(together[row], alone[0], atol=5e-5, rtol=0)
 
 
+@pytest.mark.parametrize("log_scale", [False, True], ids=["", "log scale"])
 @pytest.mark.parametrize("dynamics", DYNAMICS)
-def test_runtime_gives_the_models_logits(golden_dir, ids, tmp_path, dynamics):
-    """A learned layer in transformers, and the file that is made of it, in every bucket."""
+def test_runtime_gives_the_models_logits_to_four_digits(golden_dir, ids, tmp_path, dynamics, log_scale):
+    """Of a learned layer in transformers, and the file that is made of it: in every bucket, at their borders.
+
+    Four of the pass's largest logit; both are as far from what float64 gives.
+    """
     make_model("Llama", {}, tmp_path / "base", golden_dir("llama"))
     model = load_model(tmp_path / "base").eval()
-    layer = trained(model, ClexSettings(max_factor=4, time_dt=0.25, dynamics=dynamics))
+    layer = trained(model, ClexSettings(max_factor=4, time_dt=0.25, dynamics=dynamics, log_scale=log_scale))
     save_model(model, layer, load_tokenizer(tmp_path / "base"), tmp_path / "out", None)
     model = load_model(tmp_path / "out").eval()
     assert clex_layer(model).settings.dynamics == dynamics
     path = clex_convert.convert(tmp_path / "out", tmp_path / "m.gguf", outtype="f32").path
     llm = Llama(str(path), n_ctx=256, logits_all=True, verbose=False, type_k=F32, type_v=F32, **llama_arguments())
-    for n in (40, 100, 150, 240):
+    for n in (40, LENGTH, LENGTH + 1, 100, 2 * LENGTH, 2 * LENGTH + 1, 240, 4 * LENGTH):
         llm.reset()
         llm.eval(ids[0, :n].tolist())
         with torch.no_grad():
-            expected = model(ids[:, :n]).logits[0]
-        np.testing.assert_allclose(llm.scores[:n], expected, atol=5e-4, rtol=0)
+            expected = model(ids[:, :n]).logits[0].numpy()
+        np.testing.assert_allclose(llm.scores[:n], expected, atol=5e-5 * np.abs(expected).max(), rtol=0)
     llm.close()
 
 
