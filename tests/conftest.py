@@ -47,6 +47,18 @@ def golden_dir():
     return lambda name: DATA / name
 
 
+@pytest.fixture(scope="module")
+def datasets_cache(tmp_path_factory):
+    """Text that the library datasets prepares goes where the test's files go."""
+    import datasets
+
+    before = datasets.config.HF_DATASETS_CACHE
+    datasets.config.HF_DATASETS_CACHE = tmp_path_factory.mktemp("cache")
+    datasets.disable_progress_bars()
+    yield
+    datasets.config.HF_DATASETS_CACHE = before
+
+
 @pytest.fixture(scope="session")
 def golden_npz():
     return lambda name: dict(np.load(DATA / name / "golden.npz"))

@@ -6,6 +6,7 @@ import itertools
 import json
 import os
 import re
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +14,13 @@ import pytest
 import torch
 import transformers
 from click.testing import CliRunner
+from datasets import Dataset
 from safetensors.torch import load_file
 
 from clex_train import TrainError
 from clex_train.chat import labelled, load_conversations
 from clex_train.cli import main
-from clex_train.data import IGNORED, collate
+from clex_train.data import IGNORED, collate, load_sequences
 from clex_train.model import load_model
 from clex_train.practice import conversations
 from clex_train.practice import main as practice
@@ -26,7 +28,7 @@ from clex_train.train import train
 from helpers.tiny_models import make_model
 from helpers.training_steps import watched_steps
 
-pytestmark = [pytest.mark.train, pytest.mark.folders]
+pytestmark = [pytest.mark.train, pytest.mark.folders, pytest.mark.usefixtures("datasets_cache")]
 
 CHATML = (
     "{% for message in messages %}{% if loop.first and message.role != 'system' %}<|im_start|>system\nBe brief."
@@ -225,8 +227,8 @@ def refused(*arguments: Any) -> str:
 def test_models_and_options_that_do_not_go_with_conversations(base, tmp_path, golden_dir):
     path = written(tmp_path, [LONG])
     assert "missing: no such file" in refused(base, tmp_path / "out", "--chat", tmp_path / "missing")
-    assert "--chat is trained by itself, without --text" in refused(
-        base, tmp_path / "out", "--chat", path, "--text", path
+    assert "conversations are tokenized at once; give --chat without --streaming" in refused(
+        base, tmp_path / "out", "--chat", path, "--text", path, "--streaming", "--max-steps", 1
     )
     for template, message in (
         (None, "has no chat template"),
@@ -234,6 +236,83 @@ def test_models_and_options_that_do_not_go_with_conversations(base, tmp_path, go
     ):
         with pytest.raises(TrainError, match=message):
             load_conversations([path], tokenizer_with(golden_dir, template), 100, print)
+
+
+# with text
+
+
+def numbered(count: int) -> str:
+    """Text whose every sequence of some tokens says where in it it is."""
+    return "".join(f"{n} and {n * n} are numbers.\n" for n in range(count))
+
+
+def rows_of(base: Path, folder: Path, **options: Any) -> list[tuple[list[int], list[int]]]:
+    """Tokens and labels of what one epoch of a training reads, in its order."""
+    seen: list[tuple[list[int], list[int]]] = []
+
+    def keep(_: Any, inputs: dict[str, Any], __: Any) -> None:
+        for ids, labels in zip(inputs["input_ids"].tolist(), inputs["labels"].tolist(), strict=True):
+            seen.append((ids, labels))
+
+    with watched_steps(keep):
+        train(base, folder, no_clex=True, positions="none", bf16=False, **options)
+    return seen
+
+
+@pytest.fixture(scope="module")
+def mixed(tmp_path_factory) -> dict[str, Any]:
+    """Options of a training on ten conversations and some text."""
+    folder = tmp_path_factory.mktemp("mixed")
+    words = folder / "text.txt"
+    words.write_text(numbered(105), encoding="utf-8")
+    talks = [[{"role": "user", "content": f"Say {n}."}, {"role": "assistant", "content": f"{n}!"}] for n in range(10)]
+    return {"chat": [written(folder, talks)], "text": [words], "length": 48, "learning_rate": 0.0}
+
+
+def test_text_has_as_many_sequences_as_there_are_conversations(base, tmp_path, mixed):
+    """From all parts of it, whether a file or a dataset, in a mixed order; of the text every token is learned."""
+    tokenizer = transformers.AutoTokenizer.from_pretrained(base)
+    whole = [row["input_ids"] for row in load_sequences(mixed["text"], None, tokenizer, 48)]
+    talks = [row["input_ids"] for row in load_conversations(mixed["chat"], tokenizer, 48, print)]
+    assert len(whole) > 3 * len(talks)
+    assert len(whole) % len(talks) > 3
+    Dataset.from_dict({"text": [mixed["text"][0].read_text(encoding="utf-8")]}).save_to_disk(tmp_path / "saved")
+    for name, source in (("file", {}), ("dataset", {"text": [], "dataset": str(tmp_path / "saved")})):
+        seen = rows_of(base, tmp_path / name, **{**mixed, **source})
+        assert sorted(ids for ids, _ in seen if ids in talks) == sorted(talks)
+        texts = [(ids, labels) for ids, labels in seen if ids in whole]
+        assert len(seen) == 2 * len(texts) == 2 * len(talks)
+        assert all(labels[1:] == ids[1:] for ids, labels in texts)
+        places = [0, *sorted(whole.index(ids) for ids, _ in texts), len(whole)]
+        assert max(behind - before for before, behind in itertools.pairwise(places)) <= len(whole) // len(talks) + 1
+        kinds = [ids in talks for ids, _ in seen]
+        assert kinds not in (sorted(kinds), sorted(kinds, reverse=True))
+
+
+def test_text_with_fewer_sequences_than_conversations_is_read_once(base, tmp_path, mixed):
+    short = tmp_path / "short.txt"
+    short.write_text(numbered(12), encoding="utf-8")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(base)
+    whole = [row["input_ids"] for row in load_sequences([short], None, tokenizer, 48)]
+    assert 1 < len(whole) < 10
+    seen = [ids for ids, _ in rows_of(base, tmp_path / "out", **{**mixed, "text": [short]})]
+    assert len(seen) == 10 + len(whole)
+    assert sorted(ids for ids in seen if ids in whole) == sorted(whole)
+
+
+def test_resumed_training_on_both_equals_an_uninterrupted_one(base, tmp_path, mixed):
+    options = {**mixed, "learning_rate": 1e-3, "max_steps": 6, "log_steps": 1, "max_factor": 2, "time_dt": 1.0}
+    whole = train(base, tmp_path / "whole", **options)
+
+    def interrupt(line: str) -> None:
+        if line.startswith("step 3/"):
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with pytest.raises(KeyboardInterrupt, match="saved a checkpoint at step"):
+        train(base, tmp_path / "parts", **options, report=interrupt)
+    parts = train(base, tmp_path / "parts", **options, resume=True)
+    assert (parts.steps, parts.loss) == (whole.steps, whole.loss)
+    assert (parts.path / "model.safetensors").read_bytes() == (whole.path / "model.safetensors").read_bytes()
 
 
 # practice
@@ -270,7 +349,15 @@ def test_practice_is_written_for_training(base, tmp_path):
     tokenizer = transformers.AutoTokenizer.from_pretrained(base)
     assert len(load_conversations([tmp_path / "practice.jsonl"], tokenizer, 1024, print)) == 4
     again = CliRunner().invoke(practice, arguments)
-    assert (again.exit_code, "already exists" in again.output) == (1, True)
+    assert (again.exit_code, again.output.count("\n")) == (1, 1), again.output
+    assert "practice.jsonl: already exists; pass --overwrite to replace it" in again.output
+    before = (tmp_path / "practice.jsonl").read_bytes()
+    for more in (["--seed", "1"], ["--seed", "0"]):
+        replaced = CliRunner().invoke(practice, [*arguments, *more, "--overwrite"])
+        assert replaced.exit_code == 0, replaced.output
+        assert ((tmp_path / "practice.jsonl").read_bytes() == before) is (more[1] == "0")
+    nowhere = CliRunner().invoke(practice, [str(base), str(tmp_path / "no" / "x.jsonl")])
+    assert (nowhere.exit_code, "does not exist; create it first" in nowhere.output) == (1, True), nowhere.output
     arguments[1] = str(tmp_path / "other.jsonl")
     failed = CliRunner().invoke(practice, [*arguments, "--text", str(tmp_path / "missing")])
     assert (failed.exit_code, failed.output.count("\n")) == (1, 1), failed.output

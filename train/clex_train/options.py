@@ -37,8 +37,8 @@ class TrainOptions:
     chat: Sequence[Path] = option(
         (),
         'Conversations, an object {"messages": [{"role": ..., "content": ...}, ...]} a line, in the model\'s own '
-        "template; the answers alone are learned, and what is longer than `length` left out. With text, a sequence of "
-        "it for each, from all its parts. Repeatable.",
+        "template; the answers alone are learned, and what is longer than `length` left out. With text, as many "
+        "sequences of it as conversations, from all its parts. Repeatable.",
         metavar="FILE",
     )
     streaming: bool = option(False, "Tokenize while training, not once before it. Needs `max_steps`.")

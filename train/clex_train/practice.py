@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +16,7 @@ import click
 from transformers import PreTrainedTokenizerBase
 
 from clex_convert.errors import writing
+from clex_convert.output import Output
 from clex_convert.transformers_folder import load_tokenizer
 from clex_local.commands.command import SETTINGS, Command, say
 from clex_local.errors import one_line
@@ -149,10 +149,10 @@ def _fitting(
     "--text", type=click.Path(path_type=Path), help="UTF-8 text to hide facts in.  [default: made-up sentences]"
 )
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of all that is random.")
-def main(model: Path, output: Path, count: int, tokens: int, text: Path | None, seed: int) -> None:
+@click.option("--overwrite", is_flag=True, help="Replace an existing OUT.jsonl.")
+def main(model: Path, output: Path, count: int, tokens: int, text: Path | None, seed: int, overwrite: bool) -> None:
     """Write conversations for `clex-train --chat`, questions about long contexts, for the tokenizer of a model."""
-    if output.exists():
-        raise TrainError(f"{output}: already exists; choose another name or remove it")
+    target = Output(output, overwrite=overwrite)
     try:
         tokenizer = load_tokenizer(model)
     except Exception as error:  # of the tokenizers' own packages
@@ -161,15 +161,12 @@ def main(model: Path, output: Path, count: int, tokens: int, text: Path | None, 
         words = text.read_text(encoding="utf-8") if text else ""
     except (OSError, UnicodeDecodeError) as error:
         raise TrainError(f"{text}: is no text that can be read ({one_line(error, 120)})") from None
-    temporary = output.with_name(f".{output.name}.{os.getpid()}.tmp")
-    try:
-        with writing(output):
-            with temporary.open("w", encoding="utf-8") as file:
-                for made in conversations(tokenizer, count, tokens, text=words, seed=seed):
-                    file.write(json.dumps(made, ensure_ascii=False) + "\n")
-            temporary.rename(output)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with target:
+        temporary = target.temporary()
+        with writing(output), temporary.open("w", encoding="utf-8") as file:
+            for made in conversations(tokenizer, count, tokens, text=words, seed=seed):
+                file.write(json.dumps(made, ensure_ascii=False) + "\n")
+        target.commit(temporary)
     say(f"{output}: {count} conversations")
 
 

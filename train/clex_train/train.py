@@ -223,7 +223,8 @@ def _load_rows(tokenizer: PreTrainedTokenizerBase, length: int, options: TrainOp
     if not chats:
         return text
     assert isinstance(text, Dataset)  # options.check() refuses a stream
-    return [*chats, *text.select(range(0, len(text), max(1, len(text) // len(chats)))[: len(chats)])]
+    count = min(len(chats), len(text))
+    return [*chats, *text.select([k * len(text) // count for k in range(count)])]
 
 
 def _computes_in_bfloat16() -> bool:
