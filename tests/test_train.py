@@ -22,6 +22,7 @@ from datasets import Dataset
 from safetensors.torch import load_file, save_file
 
 import clex_convert
+from clex_local import Llama
 from clex_local.errors import ClexError
 from clex_local.model_file.tables import read_tables
 from clex_train import TrainError
@@ -32,27 +33,17 @@ from clex_train.options import TrainOptions
 from clex_train.positions import draw_positions
 from clex_train.train import TrainResult, train
 from clex_train.trainer import ClexTrainer, PositionSampler
+from helpers.device import llama_arguments
+from helpers.low_level import F32
 from helpers.tiny_models import SIZES, make_model
 from helpers.training_steps import watched_steps
 
-pytestmark = [pytest.mark.train, pytest.mark.folders]
+pytestmark = [pytest.mark.train, pytest.mark.folders, pytest.mark.usefixtures("datasets_cache")]
 
 UP, DOWN = (f"model.clex_layer.proj_func.ode_{name}_proj" for name in ("up", "down"))
 # A step of the ODE's integration per unit of t, and few tokens: fast.
 FAST: dict[str, Any] = dict(length=24, max_factor=3, time_dt=1.0, batch_size=4, log_steps=1)
 QUICK = dict(learning_rate=3e-3, ode_learning_rate=1e-3, warmup_ratio=0.0, max_steps=4, **FAST)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def own_cache(tmp_path_factory):
-    """Prepared text goes where the test's files go."""
-    import datasets
-
-    before = datasets.config.HF_DATASETS_CACHE
-    datasets.config.HF_DATASETS_CACHE = tmp_path_factory.mktemp("cache")
-    datasets.disable_progress_bars()
-    yield
-    datasets.config.HF_DATASETS_CACHE = before
 
 
 @pytest.fixture(scope="module")
@@ -446,24 +437,45 @@ def test_checkpoints_are_kept_for_the_same_arguments_only(base, text, tmp_path, 
 # LoRA
 
 
-def test_adapter_is_read_by_clex_convert_and_peft(base, text, tmp_path):
+def logits(path: Path, tokens: list[int]) -> np.ndarray:
+    """Of the last of the tokens, in float32 and with a cache in float32."""
+    llm = Llama(str(path), n_ctx=64, verbose=False, type_k=F32, type_v=F32, logits_all=True, **llama_arguments())
+    llm.eval(tokens)
+    found = llm.scores[len(tokens) - 1].copy()
+    llm.close()
+    return found
+
+
+@pytest.mark.parametrize("bf16", [False, True], ids=["float32", "bfloat16"])
+def test_adapter_is_read_by_clex_convert_and_peft(base, text, tmp_path, bf16):
+    """In the precision that it was trained with, but for the layer; that of bfloat16 is what was multiplied by."""
     options = {**QUICK, "seed": 2, "lora_rank": 2, "lora_alpha": 8.0, "lora_target": ("q_proj", "down_proj")}
-    adapter = train(base, tmp_path / "adapter", text=[text], **options).path
-    merged = train(base, tmp_path / "merged", text=[text], **options, merge=True).path
+    options |= {"text": [text], "bf16": bf16, "learning_rate": 3e-2}
+    adapter = train(base, tmp_path / "adapter", **options).path
+    merged = train(base, tmp_path / "merged", **options, merge=True).path
     tensors = load_file(adapter / "adapter_model.safetensors")
     assert sum("lora_A" in name for name in tensors) == 2 * SIZES["num_hidden_layers"]
+    kind = torch.bfloat16 if bf16 else torch.float32
+    assert {tensor.dtype for name, tensor in tensors.items() if "lora_" in name} == {kind}
     whole = load_file(merged / "model.safetensors")
+    assert {tensor.dtype for tensor in whole.values()} == {torch.float32}
     for name in (UP, DOWN):
         torch.testing.assert_close(tensors[f"base_model.model.{name}"], whole[name], rtol=0, atol=0)
     assert whole[DOWN].abs().max() > 0
     files = [
         clex_convert.convert(folder, tmp_path / f"{name}.gguf", outtype="f32", lora=lora).path
-        for name, folder, lora in (("a", base, adapter), ("m", merged, None))
+        for name, folder, lora in (("a", base, adapter), ("m", merged, None), ("b", base, None))
     ]
-    np.testing.assert_array_equal(*(read_tables(path).inv_freq for path in files))
+    np.testing.assert_array_equal(*(read_tables(path).inv_freq for path in files[:2]))
+    # Two factors are rounded by half of 2^-8 each.
+    error = 2**-7 if bf16 else 1e-5
     model = peft.PeftModel.from_pretrained(load_model(base), adapter).merge_and_unload()
-    name = "model.layers.0.self_attn.q_proj.weight"
-    torch.testing.assert_close(model.state_dict()[name], whole[name], rtol=1e-5, atol=1e-6)
+    name, before = "model.layers.0.self_attn.q_proj.weight", load_file(base / "model.safetensors")
+    change = (whole[name] - before[name]).abs().max()
+    torch.testing.assert_close(model.state_dict()[name], whole[name], rtol=1e-6, atol=float(error * change))
+    tokens = [1 + n * n % 300 for n in range(40)]  # where the tables change nothing
+    mine, exact, plain = (logits(path, tokens) for path in files)
+    assert np.abs(mine - exact).max() < 2 * error * np.abs(exact - plain).max()
 
 
 # several processes

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import peft
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -37,6 +38,8 @@ def save_model(
     tokenizer: PreTrainedTokenizerBase,
     output: Path,
     state: Any,
+    *,
+    bf16: bool = False,
 ) -> None:
     """Saves a model, or an adapter with its CLEX layer, and the tokenizer in a folder that both transformers read.
 
@@ -46,6 +49,7 @@ def save_model(
         tokenizer: the model's.
         output: the folder, which is not there yet.
         state: the model's weights gathered from all processes; None takes the model's own.
+        bf16: whether an adapter is saved in bfloat16, see `save_adapter_in_bfloat16`; whole models have their own type.
 
     Raises:
         ConvertError: it cannot be written.
@@ -59,6 +63,8 @@ def save_model(
             config = temporary / "config.json"
             if isinstance(model, peft.PeftModel):
                 model.base_model.model.config.save_pretrained(temporary)  # pyright: ignore
+                if bf16:
+                    save_adapter_in_bfloat16(temporary)
                 if layer is not None:
                     prefix = f"base_model.model.{model.base_model.model.base_model_prefix}.clex_layer."  # pyright: ignore
                     _add_layer(temporary / "adapter_model.safetensors", layer, prefix)
@@ -66,6 +72,19 @@ def save_model(
             temporary.rename(output)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def save_adapter_in_bfloat16(folder: Path) -> None:
+    """Rewrites an adapter's matrices in bfloat16, half the size; those of a CLEX layer stay as they are.
+
+    Where a training computed in bfloat16, these are the values that it multiplied by: nothing is lost.
+    """
+    path = folder / "adapter_model.safetensors"
+    tensors = {
+        name: tensor if "clex_layer" in name.split(".") else tensor.to(torch.bfloat16)
+        for name, tensor in load_file(path).items()
+    }
+    save_file(tensors, path, metadata={"format": "pt"})
 
 
 def _add_layer(path: Path, layer: ClexLayer, prefix: str) -> None:

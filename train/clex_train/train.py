@@ -155,7 +155,7 @@ class _Training:
                 if merge:
                     _restore_weights(model, self.whole)
                     model, state = model.merge_and_unload(), None  # pyright: ignore
-                save_model(model, self.layer, self.tokenizer, output, state)
+                save_model(model, self.layer, self.tokenizer, output, state, bf16=self.trainer.args.bf16)
         except KeyboardInterrupt as interrupt:
             saved = "its checkpoints are kept for `resume=True`" if checkpoints.exist else ""
             raise KeyboardInterrupt(*(interrupt.args or (saved,))) from None
