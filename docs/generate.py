@@ -56,6 +56,8 @@ FILES = {
     "Makefile": "every task: demo, test, lint, native, site, bench",
     "README.md": "what it is for, and where to begin",
     "RELEASE.md": "how a version is made",
+    "examples/deepspeed_zero3.json": "ZeRO-3 for `clex-train --trainer-args`, as CLEX's authors set it",
+    "examples/fsdp.json": "FSDP for `clex-train --trainer-args`",
     "pyproject.toml": "the package, and the settings of ruff, basedpyright and pytest",
     "benchmarks/emma_questions.jsonl": "questions about *Emma*, their answers and the passages that have them",
     "convert/clex_convert/check.txt": "the text that a full check reads",

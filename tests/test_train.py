@@ -566,6 +566,7 @@ def test_two_processes(base, text, tmp_path):
         ("--text {text} --rope-scaling {{}}", "pass --no-clex"),
         ("--text {text} --trainer-args {binary}", "binary: cannot be read"),
         ("--text {text} --trainer-args {unknown}", "unknown: transformers refuses the training arguments"),
+        ("--text {text} --trainer-args {fsdp}", "fsdp.json: transformers refuses the training arguments (Using fsdp"),
         (
             "--text {text} --length 24 --max-steps 3 --time-dt 1 --learning-rate 1e30 --warmup-ratio 0",
             "the loss is nan",
@@ -578,6 +579,7 @@ def test_two_processes(base, text, tmp_path):
 )
 def test_bad_input_gives_one_line(base, text, tmp_path, options, message):
     places = {name: tmp_path / name for name in ("missing", "binary", "short", "other", "unknown")}
+    places["fsdp"] = Path(__file__).parent.parent / "examples" / "fsdp.json"
     places["binary"].write_bytes(b"\xff\xfe\x00")
     places["short"].write_text("short")
     places["unknown"].write_text('{"no_such_argument": 1}')

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -67,7 +67,10 @@ def save_model(
                     save_adapter_in_bfloat16(temporary)
                 if layer is not None:
                     prefix = f"base_model.model.{model.base_model.model.base_model_prefix}.clex_layer."  # pyright: ignore
-                    _add_layer(temporary / "adapter_model.safetensors", layer, prefix)
+                    own = {prefix + name: tensor for name, tensor in layer.state_dict().items()}
+                    # in a group of processes each may hold a part alone
+                    gathered = own if state is None else {name: state[name] for name in own}
+                    _add_layer(temporary / "adapter_model.safetensors", gathered)
             name_rope_as_before_5(config)
             temporary.rename(output)
     finally:
@@ -87,8 +90,7 @@ def save_adapter_in_bfloat16(folder: Path) -> None:
     save_file(tensors, path, metadata={"format": "pt"})
 
 
-def _add_layer(path: Path, layer: ClexLayer, prefix: str) -> None:
+def _add_layer(path: Path, weights: Mapping[str, torch.Tensor]) -> None:
     tensors = load_file(path)
-    for name, tensor in layer.state_dict().items():
-        tensors[prefix + name] = tensor.cpu().contiguous()
+    tensors |= {name: tensor.cpu().contiguous() for name, tensor in weights.items()}
     save_file(tensors, path, metadata={"format": "pt"})

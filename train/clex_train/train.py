@@ -17,6 +17,7 @@ import torch
 from datasets import Dataset
 from peft.tuners.tuners_utils import BaseTunerLayer
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments, set_seed
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from clex_convert.model_files import read_config
 from clex_convert.transformers_folder import load_tokenizer
@@ -124,17 +125,18 @@ class _Training:
         if bf16:
             _spare_casts(trained)
         rows = _load_rows(tokenizer, options.length or sampler.original, options)
-        trainer = ClexTrainer(
-            trained,
-            arguments,
-            sampler=sampler,
-            ode_learning_rate=options.ode_learning_rate,
-            ode_weight_decay=options.ode_weight_decay,
-            report=options.report,
-            data_collator=partial(collate, vocabulary=embeddings.num_embeddings),
-            train_dataset=rows,
-            processing_class=tokenizer,
-        )
+        with _wording(options.trainer_args):
+            trainer = ClexTrainer(
+                trained,
+                arguments,
+                sampler=sampler,
+                ode_learning_rate=options.ode_learning_rate,
+                ode_weight_decay=options.ode_weight_decay,
+                report=options.report,
+                data_collator=partial(collate, vocabulary=embeddings.num_embeddings),
+                train_dataset=rows,
+                processing_class=tokenizer,
+            )
         return cls(trained, layer, tokenizer, trainer, partial(_load_network, folder, torch.float32, options))
 
     def run(self, output: Path, checkpoints: Checkpoints, last: Path | None, *, merge: bool) -> tuple[int, float]:
@@ -151,10 +153,7 @@ class _Training:
                 )
             state = self.trainer.accelerator.get_state_dict(self.trainer.model_wrapped)
             if first:
-                model = self.model
-                if merge:
-                    _restore_weights(model, self.whole)
-                    model, state = model.merge_and_unload(), None  # pyright: ignore
+                model, state = (self._merged(state), None) if merge else (self.model, state)
                 save_model(model, self.layer, self.tokenizer, output, state, bf16=self.trainer.args.bf16)
         except KeyboardInterrupt as interrupt:
             saved = "its checkpoints are kept for `resume=True`" if checkpoints.exist else ""
@@ -164,6 +163,25 @@ class _Training:
                 checkpoints.end(complete=output.is_dir())
         losses = [entry["loss"] for entry in self.trainer.state.log_history if "loss" in entry]
         return done.global_step, losses[-1] if losses else done.training_loss
+
+    def _merged(self, state: Any) -> PreTrainedModel:
+        """The model with its adapter in it, made anew: one that is sharded cannot be merged into, and what is frozen
+        may be in bfloat16, where the folder has more.
+        """
+        trained: Any = self.model
+        unset_hf_deepspeed_config()  # or DeepSpeed would divide this one, too, and wait for the others
+        network, config = self.whole(), trained.base_model.model.config
+        if self.layer is not None and clex_layer(network) is None:
+            add_clex(network, self.layer.settings, self.layer.context)
+        halved = {
+            name
+            for name, weight in trained.named_parameters()
+            if weight.dtype == torch.bfloat16 and not weight.requires_grad
+        }
+        whole: Any = peft.get_peft_model(network, trained.peft_config[trained.active_adapter])
+        whole.load_state_dict({name: tensor for name, tensor in state.items() if name not in halved}, strict=False)
+        network.config = config
+        return whole.merge_and_unload()
 
 
 def _training_arguments(checkpoints: Path, bf16: bool, options: TrainOptions) -> TrainingArguments:
@@ -198,8 +216,17 @@ def _training_arguments(checkpoints: Path, bf16: bool, options: TrainOptions) ->
     )
     path = options.trainer_args
     more = {} if path is None else read_config(path)
-    try:
+    if more.get("deepspeed"):
+        values["use_cpu"] = False  # accelerate passes DeepSpeed by where it is told of a CPU
+    with _wording(path):
         return TrainingArguments(**{**values, **more})
+
+
+@contextlib.contextmanager
+def _wording(path: Path | None) -> Iterator[None]:
+    """Words the refusal of transformers to take the arguments of a training."""
+    try:
+        yield
     except (TypeError, ValueError, ImportError) as error:
         where = "" if path is None else f"{path}: "
         raise TrainError(f"{where}transformers refuses the training arguments ({one_line(error)})") from None
@@ -249,19 +276,6 @@ def _spare_casts(model: torch.nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, BaseTunerLayer):
             setattr(module, "cast_input_dtype_enabled", False)  # noqa: B010, no attribute that its class declares
-
-
-def _restore_weights(model: Any, whole: Callable[[], PreTrainedModel]) -> None:
-    """Gives a model that was trained with its frozen weights in bfloat16 those of its folder, to merge into."""
-    frozen = {
-        name.replace(".base_layer.", "."): weight
-        for name, weight in model.base_model.model.named_parameters()
-        if weight.dtype == torch.bfloat16
-    }
-    if frozen:
-        for name, weight in whole().named_parameters():
-            if name in frozen:
-                frozen[name].data = weight.data.to(frozen[name].device)
 
 
 def _load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:

@@ -8,7 +8,7 @@ import shutil
 import signal
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -98,11 +98,47 @@ class ClexTrainer(Trainer):
         self.add_callback(self.stop)
         self.sampler, self.ode_learning_rate, self.ode_weight_decay = sampler, ode_learning_rate, ode_weight_decay
         self._step, self._part = -1, 0
+        self._check_sharding()
+        if self.accelerator.distributed_type == DistributedType.FSDP:
+            self._spare_from_fsdp()
+
+    def _check_sharding(self) -> None:
+        for name, asked, found in (
+            ("fsdp", self.args.fsdp, self.is_fsdp_enabled),
+            ("deepspeed", self.args.deepspeed, self.is_deepspeed_enabled),
+        ):
+            if asked and not found:
+                raise TrainError(
+                    f"`trainer_args` asks for {name}, which accelerate passes by on this machine's CPUs; leave it out"
+                )
+        plugin: Any = getattr(self.accelerator.state, "deepspeed_plugin", None)
+        if plugin is not None and self.args.bf16 and self._layer is not None:
+            raise TrainError(
+                "DeepSpeed's bf16 takes no CLEX layer, which is float32; give `bf16=False` and torch_autocast in "
+                "DeepSpeed's config, as in examples/deepspeed_zero3.json"
+            )
+        own = [name for name in ("optimizer", "scheduler") if plugin is not None and name in plugin.deepspeed_config]
+        if own and self._layer is not None:
+            raise TrainError(
+                f"DeepSpeed's {' and '.join(own)} would give the CLEX layer the model's learning rate; leave it out of "
+                "DeepSpeed's config (AdamW is used anyway; its WarmupLR is nearest to `schedule` constant_with_warmup)"
+            )
+
+    def _spare_from_fsdp(self) -> None:
+        """Keeps from FSDP's mixed precision what bfloat16 is too coarse for: positions, the layer and the loss.
+
+        The layer is small, so every process has a copy.
+        """
+        plugin: Any = self.accelerator.state.fsdp_plugin
+        policy = plugin.mixed_precision_policy
+        if policy is not None:
+            exact = {"cast_forward_inputs": False, "cast_root_forward_inputs": False, "output_dtype": None}
+            known = {field.name for field in fields(policy)}  # FSDP's first and second version differ
+            changes: dict[str, Any] = {name: value for name, value in exact.items() if name in known}
+            plugin.mixed_precision_policy = replace(policy, **changes)
         layer = self._layer
-        if layer is not None and self.accelerator.distributed_type == DistributedType.FSDP:
-            # FSDP would cast the layer with the rest of the model; it is small, so every process has a copy.
+        if layer is not None:
             layer.to(self.args.device)
-            plugin: Any = self.accelerator.state.fsdp_plugin
             plugin.ignored_modules = [layer]
             for weight in layer.parameters():
                 if weight.requires_grad:
@@ -119,10 +155,6 @@ class ClexTrainer(Trainer):
         optimizer, layer = super().create_optimizer(), self._layer
         ode = [] if layer is None else [weight for weight in layer.parameters() if weight.requires_grad]
         if ode:
-            if not isinstance(optimizer, torch.optim.Optimizer):
-                raise TrainError(
-                    "the CLEX layer needs a group of its own: leave the optimizer out of DeepSpeed's config"
-                )
             own = {id(weight) for weight in ode}
             for group in optimizer.param_groups:
                 group["params"] = [weight for weight in group["params"] if id(weight) not in own]
