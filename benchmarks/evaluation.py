@@ -28,6 +28,9 @@ from clex_eval.options import json_settings
 DOCUMENT = DOCS / "evaluation.md"
 RESULTS, FILES = FOLDER / "results", FOLDER / "gguf"
 LENGTHS = tuple(CONTEXT * t for t in (1, 2, 4, 8, 16))
+# The methods are read at twice what any was trained for as well: t beyond 16, and positions beyond them.
+FARTHER = 2 * MAX_FACTOR
+READ = (*LENGTHS, CONTEXT * FARTHER)
 TOKENS = 1 << 17  # bytes of Emma that every length scores
 
 
@@ -60,26 +63,45 @@ class Variant:
         return RESULTS / f"{self.gguf(seed).stem}--{'-'.join(values)}.json"
 
 
-def _closed(method: str, **more: Any) -> dict[str, Any]:
-    return {"method": method, "max_factor": MAX_FACTOR, **more}
+def _closed(method: str) -> Variant:
+    return Variant("plain", {"method": method, "max_factor": FARTHER}, lengths=READ)
 
 
-AS_IT_IS = {"method": "ntk", "max_factor": 1}  # one table, which is that of plain RoPE
+def _trained(model: str, **more: Any) -> Variant:
+    return Variant(model, {"max_factor": FARTHER, **more}, lengths=READ)
+
+
+def _as_it_is(model: str) -> Variant:
+    # one table, which is that of plain RoPE
+    return Variant(model, {"method": "ntk", "max_factor": 1}, lengths=READ)
+
 
 # The methods, by what the document calls them.
 METHODS = {
-    "plain RoPE": Variant("plain", AS_IT_IS),
-    "PI, not trained": Variant("plain", _closed("linear")),
-    "NTK, not trained": Variant("plain", _closed("ntk")),
-    "YaRN, not trained": Variant("plain", _closed("yarn")),
-    "PI, trained at 8x": Variant("pi"),
-    "YaRN, trained at 8x": Variant("yarn"),
-    "**CLEX**": Variant("clex"),
-    "CLEX, log scale": Variant("clex", {"log_scale": True}),
-    "NTK, trained like CLEX": Variant("ntk"),
-    "NTK, trained like CLEX, log scale": Variant("ntk", {"log_scale": True}),
-    "plain RoPE, trained with skips": Variant("skips", AS_IT_IS),
-    "CLEX, the authors' positions": Variant("clex-random"),
+    "plain RoPE": _as_it_is("plain"),
+    "PI, not trained": _closed("linear"),
+    "NTK, not trained": _closed("ntk"),
+    "YaRN, not trained": _closed("yarn"),
+    "PI, trained at 8x": Variant("pi", lengths=READ),
+    "YaRN, trained at 8x": Variant("yarn", lengths=READ),
+    "**CLEX**": _trained("clex"),
+    "CLEX, log scale": _trained("clex", log_scale=True),
+    "CLEX, fast with decay": _trained("clex-pulled"),
+    "NTK, trained like CLEX": _trained("ntk"),
+    "NTK, trained like CLEX, log scale": _trained("ntk", log_scale=True),
+    "CLEX around YaRN": _trained("clex-yarn"),
+    "CLEX around YaRN, fast with decay": _trained("clex-yarn-pulled"),
+    "YaRN, trained like CLEX": _trained("yarn-frozen"),
+    "plain RoPE, trained with skips": _as_it_is("skips"),
+    "CLEX, the authors' positions": _trained("clex-random"),
+}
+# Of the methods those that differ from CLEX in one thing, and the learned dynamics beside their closed forms.
+CONTROLS = ("ntk", "clex-yarn", "yarn-frozen", "skips", "clex-random")
+LEARNED = {
+    "**CLEX**": "NTK, trained like CLEX",
+    "CLEX, fast with decay": "NTK, trained like CLEX",
+    "CLEX around YaRN": "YaRN, trained like CLEX",
+    "CLEX around YaRN, fast with decay": "YaRN, trained like CLEX",
 }
 
 # Lengths that no grid but the finest fits.
@@ -170,8 +192,8 @@ def difference(variant: Variant, other: Variant, seeds: int) -> list[str]:
     """
     cells = []
     for mine, theirs in zip(losses(variant, seeds), losses(other, seeds), strict=True):
-        count = min(mine.shape[1], theirs.shape[1])
-        change = mine[:, :count] - theirs[:, :count]
+        both, count = np.minimum(mine.shape, theirs.shape)
+        change = mine[:both, :count] - theirs[:both, :count]
         over_text = change.mean(axis=0)
         errors = [over_text.std(ddof=1) / math.sqrt(count)]
         if len(change) > 1:
@@ -223,7 +245,7 @@ def references() -> str:
 )
 @click.option("--jobs", type=click.IntRange(min=1), default=2, show_default=True, help="Measurements at a time.")
 def main(seeds: int, jobs: int) -> None:
-    """Measure what is not measured yet, and write docs/evaluation.md: half an hour on two cores."""
+    """Measure what is not measured yet, and write docs/evaluation.md: about an hour on two cores."""
     for place in (RESULTS, FILES):
         place.mkdir(parents=True, exist_ok=True)
     details = (*GRIDS.values(), *POLICIES.values(), *TYPES.values())
@@ -236,10 +258,14 @@ def main(seeds: int, jobs: int) -> None:
             for run in [pool.submit(work, *pair) for pair in missing.values()]:
                 run.result()
     clex = METHODS["**CLEX**"]
-    controls = {name: METHODS[name] for name in METHODS if METHODS[name].model in ("ntk", "skips", "clex-random")}
+    controls = {name: METHODS[name] for name in METHODS if METHODS[name].model in CONTROLS}
+    learned = {name: METHODS[name] for name, form in LEARNED.items() if METHODS[form].folder(1).exists()}
+    closed = {METHODS[name].model: METHODS[LEARNED[name]] for name in learned}
     tables = {
         "methods": table("method", METHODS, lambda variant: perplexities(variant, seeds)),
-        "controls": table("against CLEX", controls, lambda variant: difference(variant, clex, seeds)),
+        "controls": table("against CLEX", controls, lambda variant: difference(variant, clex, seeds))
+        + "\n\n"
+        + table("learned, against its closed form", learned, lambda one: difference(one, closed[one.model], seeds)),
         "grids": table("buckets", GRIDS, lambda variant: perplexities(variant, 1)),
         "policies": table("policy, prefill", POLICIES, lambda variant: perplexities(variant, 1)),
         "types": table("weights, cache", TYPES, lambda variant: difference(variant, TYPES["F32, F32"], 1)),
