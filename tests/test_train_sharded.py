@@ -60,7 +60,8 @@ def run(base: Path, folder: Path, trainings: dict[str, list[Any]], **environment
         [str(part) for part in (base, folder / name.split()[0], "--text", text, *COMMON, *more)]
         for name, more in trainings.items()
     ]
-    own = {"HF_DATASETS_CACHE": str(folder / "cache"), "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT / "tests")}
+    path = os.pathsep.join([str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")])
+    own = {"HF_DATASETS_CACHE": str(folder / "cache"), "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
     done = subprocess.run(
         [sys.executable, "-m", "helpers.sharded_training", json.dumps(listed)],
         env={**os.environ, **own, **environment}, capture_output=True, text=True, timeout=600,
