@@ -65,6 +65,18 @@ def latest_adapter() -> Path | None:
     return max(found, key=lambda folder: folder.stat().st_mtime, default=None)
 
 
+def learned(adapter: Path) -> bool:
+    """Whether its CLEX layer has moved away from YaRN's tables, where it begins."""
+    from safetensors import safe_open
+
+    for path in (adapter / "adapter_model.safetensors", adapter / ODE_FILE):
+        if path.exists():
+            with safe_open(path, "numpy") as tensors:
+                if any(tensors.get_tensor(name).any() for name in tensors.keys() if name.endswith("ode_down_proj")):  # noqa: SIM118
+                    return True
+    return False
+
+
 def make(method: str, weights: str, adapter: Path | None) -> Path:
     """Convert the base model, unless the file is there."""
     from clex_convert import convert
@@ -230,6 +242,9 @@ def main(trials: int, adapter: Path | None, threads: int | None, page: bool, **o
     methods = [method for method in METHODS if adapter or method not in TRAINED]
     if adapter is None:
         click.echo("no trained adapter: the base model alone is measured")
+    elif not learned(adapter):
+        methods.remove("clex")  # it is what "lora" is
+        click.echo(f"{adapter}: its tables are YaRN's, so it is measured as `lora` alone")
     results = Results(RESULTS)
     cells = [] if page else chosen(options, methods)
     for cell in cells:

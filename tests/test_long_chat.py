@@ -5,10 +5,12 @@ from __future__ import annotations
 from itertools import pairwise
 
 import click
+import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 from benchmarks import long_chat_page, pictures, questions
-from benchmarks.long_chat_evaluation import ODE_FILE, chosen, file, measure
+from benchmarks.long_chat_evaluation import ODE_FILE, chosen, file, learned, measure
 from benchmarks.long_chat_page import Figures, tables, write_page
 from benchmarks.long_chat_results import METHODS, Cell, Measured, Results
 from benchmarks.markdown import row
@@ -220,3 +222,15 @@ def test_the_file_of_the_trained_model_is_another_for_another_adapter(tmp_path):
     assert file("yarn", "q8_0", adapter) == file("yarn", "q8_0", None)
     with pytest.raises(click.ClickException, match="needs the adapter"):
         file("clex", "q8_0", None)
+
+
+@pytest.mark.parametrize("name", ["adapter_model.safetensors", ODE_FILE])
+def test_a_layer_that_has_not_moved_is_no_model_of_its_own(tmp_path, name):
+    layer = {"x.ode_up_proj": np.ones((2, 4), np.float32), "x.ode_down_proj": np.zeros((4, 2), np.float32)}
+    save_file({"a.lora_A.weight": np.ones((1, 2), np.float32)}, tmp_path / "adapter_model.safetensors")
+    assert not learned(tmp_path)
+    save_file(layer, tmp_path / name)
+    assert not learned(tmp_path)
+    layer["x.ode_down_proj"][1, 1] = 1e-3
+    save_file(layer, tmp_path / name)
+    assert learned(tmp_path)
