@@ -112,6 +112,11 @@ def test_files_and_a_pipe_beside_a_question(model, tmp_path):
     code, tokens, notes = ask(model, "-f", "c.txt", cwd=tmp_path)
     assert (code, tokens) == ask(model, "-p", "größe\n" * 20)[:2]
     assert notes == "[c.txt: not UTF-8, read as cp1252]\n"
+    # Of a script whose variable is empty: no more than was meant is read.
+    assert ask(model, "-f", "", "-p", "Which?", cwd=tmp_path)[::2] == (
+        1,
+        "clex-chat: error: the name of a file is empty\n",
+    )
 
 
 @pytest.mark.parametrize(

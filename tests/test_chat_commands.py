@@ -262,6 +262,7 @@ def test_other_settings(chat, told):
         ("nothing 3", "there is no setting nothing; there are temp, "),
         ("\x1b]0;x\x07 3", "no setting"),
         ("seed x", "seed must be"),
+        ("seed 9999999999", "a whole number of at least -1, 4,294,967,294 at most, not 9999999999"),
         ("plain maybe", "true or false"),
     ],
 )

@@ -212,7 +212,7 @@ def test_a_longer_context_is_offered_where_it_is_missing(plain):
         assert llm.n_ctx() == 3 * LENGTH
 
 
-def test_the_command_extends_and_the_session_keeps_it(plain):
+def test_the_command_extends_and_the_session_keeps_it(plain, tmp_path):
     def run(*arguments):
         options = ("--threads", "1", "--max-tokens", "1", "--json", "-p", "Hi", "--no-store", "--session", "extended")
         result = subprocess.run([*COMMAND, *map(str, arguments), *options], input="", capture_output=True, text=True)
@@ -222,6 +222,9 @@ def test_the_command_extends_and_the_session_keeps_it(plain):
     first = run(plain, "--chat-template", "plain", "--extend", "2")
     assert (first["clex"]["buckets"], first["context"]) == ([1.0, 2.0], 2 * LENGTH)
     assert run()["clex"] == first["clex"]
+    assert run(plain)["clex"] == first["clex"]  # the same model, named once more
+    other = shutil.copy(plain, tmp_path / "other.gguf")  # which may have tables of its own
+    assert run(other)["clex"] is None
 
 
 def test_an_option_that_is_none_is_one_line(plain):

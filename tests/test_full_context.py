@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from contextlib import closing
 
 import pytest
@@ -83,7 +84,7 @@ def test_oldest_turns_are_left_out_and_named(llm, monkeypatch, folder, capsys, t
     assert session.used <= 512 - 512 // 8 + 8
     saved = json.loads((folder / "s.json").read_text())
     assert (len(saved["turns"]), saved["left_out"]) == (5, session.left_out)
-    assert "turns left out" in chat.stats()
+    assert f"the oldest {chat.session.left_out} turn{'s' * (chat.session.left_out > 1)} left out" in chat.stats()
     # A file that was left out can be attached again.
     page = tmp_path / "report.txt"
     page.write_text("report")
@@ -107,7 +108,7 @@ def test_oldest_turns_are_summed_up(llm, monkeypatch, capsys):
     chat.turn(LONG)
     session = chat.session
     assert any("summing up the oldest" in line for line in told)
-    assert any(line.endswith("; a summary stands for it]") for line in told)
+    assert any(re.search(r"(oldest turn, .* for it|oldest \d turns, .* for them)]$", line) for line in told)
     assert session.summary
     first = session.messages[1]["content"]
     assert first.startswith(f"{SUMMARY}\n{session.summary}\n\n")
@@ -180,7 +181,8 @@ def test_summary_is_of_all_that_is_left_out(llm, monkeypatch, capsys, words):
     turns = f"the oldest {out} turns" if out > 1 else "the oldest turn"
     assert f"[the context is full: summing up {turns} ...]" in told
     (said,) = (line for line in told if line.startswith(f"[left out to make room: {turns}, from"))
-    assert said.endswith(f"; a summary stands for {'it' if sum(summed) == out else '3 of them'}]")
+    all_of_it = "them" if out > 1 else "it"
+    assert said.endswith(f"; a summary stands for {all_of_it if sum(summed) == out else '3 of them'}]")
     # No more than has to be, with a summary of the longest.
     chat.session.undo()
     assert session.size_with(message, left_out=out - 1, summary="a " * 64) > 512 - 512 // 8 or out == 1

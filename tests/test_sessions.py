@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
 
@@ -19,7 +19,7 @@ from clex_local import ClexError, Sampling, Session, SessionError, open_model
 from clex_local.chat.commands import do
 from clex_local.chat.conversation import Chat
 from clex_local.chat.terminal import Terminal
-from clex_local.session.exchange import Exchange
+from clex_local.session.exchange import AttachedFile, Exchange
 from clex_local.session.keeper import SessionKeeper
 from clex_local.templates.builtin import CHATML
 from helpers.chat_command import COMMAND, Pty, needs_terminal, run, sessions_folder
@@ -191,7 +191,10 @@ def test_the_models_file_changed_or_went(other, folder, tmp_path):
     data["model"]["identity"] = "0" * 16
     (folder / "s.json").write_text(json.dumps(data))
     result = run("--session", "s", "-p", "Go on.", "--max-tokens", 3)
-    assert re.match(r"\[s: the model's file is not as it was: its \d+ tokens are read again\]\n", result.stderr)
+    assert re.match(
+        r"\[s: the model or its tables are not as they were: its \d+ tokens are read again\]\n",
+        result.stderr,
+    )
     model.unlink()
     assert error_of("--session", "s", "-p", "x").endswith(f"is gone: {model}; name another before --session\n")
     assert run(other, "--session", "s", "-p", "Go on.", "--max-tokens", 3).returncode == 0
@@ -343,6 +346,89 @@ def test_a_killed_process_loses_the_answer_under_way_alone(small_buckets, folder
     assert run("--session", "s", "-p", "Be brief.", "--max-tokens", 3).returncode == 0
     assert [turn["message"] for turn in saved(folder, "s")["turns"]] == ["Hi", "Be brief."]
     assert saved(folder, "s")["unanswered"] is None
+
+
+def lines(*typed: str) -> Callable[[str], str]:
+    """What reads these lines, and then the end."""
+    left = iter(typed)
+
+    def read(_: str) -> str:
+        for line in left:
+            return line
+        raise EOFError
+
+    return read
+
+
+@contextmanager
+def stopped(chat: Chat, how: type[BaseException]) -> Iterator[None]:
+    """For as long as this lasts, whatever is sent ends before its answer."""
+
+    def stop(*_: object) -> None:
+        raise how("no room")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(chat.terminal, "_read", stop)
+        yield
+
+
+def left_alone(session: Session) -> Chat:
+    """A conversation whose last message, which a file belongs to, was saved and never answered."""
+    chat = Chat(Terminal(session, max_tokens=4, talks=True), "name", "cache")
+    chat.turn("Hello")
+    sent = [AttachedFile("/nowhere/a.txt", 3, "0" * 64)]
+    chat.keeper.unanswered = Exchange("File: a.txt\n\nabc\n\nWhat is this?", files=sent, typed_from=18)
+    do(chat, "/save s")
+    return chat
+
+
+@pytest.mark.parametrize("how", [KeyboardInterrupt, ClexError])
+@pytest.mark.parametrize("line", ["", "/regenerate", "Something else.", "/edit Another."])
+def test_a_message_without_an_answer_is_lost_by_an_answer_only(session, folder, capsys, line, how):
+    chat = left_alone(session)
+    waiting = saved(folder, "s")["unanswered"]
+    with stopped(chat, how):
+        chat.run(lines(line), do)
+    if line.startswith("/edit"):  # which changed it
+        waiting["message"] = waiting["message"].replace("What is this?", "Another.")
+    assert saved(folder, "s")["unanswered"] == waiting
+    assert len(answers(folder, "s")) == 1
+    if how is KeyboardInterrupt and not line.startswith("Some"):
+        assert "message was not sent; an empty line sends it again" in capsys.readouterr().err
+    chat.run(lines(""), do)
+    turns = saved(folder, "s")["turns"]
+    assert [turn["message"] for turn in turns] == ["Hello", waiting["message"]]
+    assert turns[1]["files"] == waiting["files"]
+    assert saved(folder, "s")["unanswered"] is None
+    chat.keeper.close()
+    capsys.readouterr()
+
+
+def test_commands_take_a_message_without_an_answer_for_the_last_one(session, folder, tmp_path, capsys):
+    (tmp_path / "b.txt").write_text("word")
+    for line, last, waits in [
+        ("/regenerate", "What is this?", True),
+        ("/edit Who wrote it?", "Who wrote it?", True),
+        ("/edit What is this?", None, True),
+        ("/undo", None, True),
+        ("Something else.", "Something else.", False),
+    ]:
+        chat = left_alone(session)
+        do(chat, f"/file {tmp_path / 'b.txt'}")
+        capsys.readouterr()
+        chat.run(lines(line), do)
+        said = " ".join(capsys.readouterr().err.split())
+        assert [exchange.message for exchange in session.exchanges][:1] == ["Hello"]
+        assert [exchange.typed for exchange in session.exchanges[1:]] == [last] * bool(last)
+        assert bool(chat.attachments) == waits  # sent with a message that is typed, and with no other
+        assert (saved(folder, "s")["unanswered"] is None) == (line != "/edit What is this?")
+        if line[0] != "/":
+            assert "[not answered until now: “What is this?”, with a.txt; left out once this" in said
+        if line == "/undo":
+            assert "taken back: “What is this?”, and with that a.txt; 1 turn left" in said
+        chat.keeper.close()
+        session.reset()
+        (folder / "s.json").unlink()
 
 
 def test_ctrl_c_keeps_what_was_written(small_buckets, folder):

@@ -26,6 +26,7 @@ from clex_local.chat.question import Question, answer_once, asks_once
 from clex_local.chat.terminal import Terminal, with_advice
 from clex_local.commands.command import SETTINGS, Command, say
 from clex_local.commands.command_options import given_options, options_from
+from clex_local.commands.line_breaks import window_width
 from clex_local.documents.attachments import Attachment, attach
 from clex_local.documents.files import STANDARD_INPUT
 from clex_local.errors import ClexError, escaped
@@ -52,7 +53,8 @@ def _open(model: Path, options: RunOptions, quiet: bool) -> Llama:
     """Load the model; one who waits at a terminal is told so, unless `quiet`."""
     loading = not quiet and sys.stderr.isatty() and not options.verbose
     if loading:
-        print(f"loading {escaped(model.name)} ...", end="", file=sys.stderr, flush=True)
+        room = (window_width(sys.stderr) or 80) - len("loading  ... ")  # one line is taken back, and not two
+        print(f"loading {escaped(model.name, max(room, 1))} ...", end="", file=sys.stderr, flush=True)
     try:
         return open_model(model, **vars(options))
     finally:
@@ -159,7 +161,8 @@ def _as_before(
         raise ClexError(f"the session {saved.name} has another system message: leave out `system`")
     given = given_options(context, RunOptions)
     run = {name: value for name, value in saved.run.items() if name not in given and value is not None}
-    if context.params["model"] is not None:  # another one may have tables of its own
+    if (model := context.params["model"]) and model_path(model).absolute() != Path(saved.model.path):
+        # It may have tables of its own.
         run.pop("extend", None)
     template = (
         answering.chat_template if "chat_template" in given_options(context, ChatOptions) else saved.chat_template

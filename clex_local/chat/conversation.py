@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 import sys
 from collections.abc import Callable
-from dataclasses import replace
 from typing import TYPE_CHECKING, NoReturn
 
 from rich.cells import cell_len
@@ -17,7 +17,7 @@ from clex_local.documents.attachments import Attachment, attach, texts, without_
 from clex_local.documents.typed_paths import typed_paths
 from clex_local.errors import ClexError, escaped
 from clex_local.library.interrupt import WorkerSilent
-from clex_local.session.exchange import AttachedFile, file_names
+from clex_local.session.exchange import AttachedFile
 from clex_local.session.keeper import SessionKeeper
 
 if TYPE_CHECKING:
@@ -86,9 +86,7 @@ class Chat:
                 elif self.attachments:
                     self.terminal.note("type a message to send with the file")
                 elif self.keeper.unanswered:
-                    waiting = self.keeper.unanswered
-                    self.terminal.note(f"sent again: {self._waiting(300)}")
-                    self.answer(waiting.message, waiting.files, waiting.typed_from)
+                    self.send_again()
             except EOFError:
                 return
             except (ClexError, WorkerSilent) as error:
@@ -101,7 +99,14 @@ class Chat:
         self.keeper.tell_changes({file.path for file in self.waiting_files})
         documents = [document for attachment in self.attachments for document in attachment.documents]
         message = join([*texts(documents, named=True), text])
-        self.answer(message, self.waiting_files, len(message) - len(join([text])))
+        self.answer(message, self.waiting_files, len(message) - len(join([text])), attached=True)
+
+    def send_again(self) -> None:
+        """Have the message answered that was saved and has no answer."""
+        waiting = self.keeper.unanswered
+        assert waiting is not None
+        self.terminal.note(f"sent again: {self.keeper.waiting(300)}")
+        self.answer(waiting.message, waiting.files, waiting.typed_from)
 
     @property
     def waiting_files(self) -> list[AttachedFile]:
@@ -110,13 +115,26 @@ class Chat:
 
     def replace(self, text: str) -> None:
         """Send a text in place of what was typed last, with the files that were part of that."""
-        last = self.session.exchanges[-1]
-        if text.strip() and text.strip("\n") != last.typed:
-            self.answer(last.message[: last.typed_from] + text.strip("\n"), last.files, last.typed_from, replaces=True)
+        waiting = self.keeper.unanswered
+        last = waiting or self.session.exchanges[-1]
+        message = last.message[: last.typed_from] + text.strip("\n")
+        if not text.strip() or message == last.message:
+            again = "an empty line sends it again" if waiting else "/regenerate has it answered once more"
+            self.terminal.note(f"your message stays as it was; {again}")
+        elif waiting:
+            self.keeper.unanswered = dataclasses.replace(waiting, message=message)
+            self.answer(message, last.files, last.typed_from)
         else:
-            self.terminal.note("your message stays as it was; /regenerate has it answered once more")
+            self.answer(message, last.files, last.typed_from, replaces=True)
 
-    def answer(self, message: str, files: list[AttachedFile], typed_from: int = 0, replaces: bool = False) -> None:
+    def answer(
+        self,
+        message: str,
+        files: list[AttachedFile],
+        typed_from: int = 0,
+        replaces: bool = False,
+        attached: bool = False,
+    ) -> None:
         """Answer a message that was made of these files.
 
         Args:
@@ -124,8 +142,10 @@ class Chat:
             files: what is remembered of them.
             typed_from: where in the message what was typed begins.
             replaces: it takes the place of the last one, which is kept should there be no answer.
+            attached: the files that wait are part of it.
         """
         view = self.terminal.view()
+        self.session.last = None  # of the turn before: this one may be stopped before it is sent
         try:
             with no_echo(), self.keeper.turn(message, files, typed_from, replaces):
                 answer = self._answered(message, view, replaces)
@@ -136,21 +156,29 @@ class Chat:
         finally:
             view.end()
         self.thoughts = view.thoughts
-        if answer is None:  # interrupted before anything began
-            self.terminal.note("[stopped]")
+        if answer is None:  # interrupted before it was read, such as while others were summed up
+            self.terminal.note(f"[stopped: {self._stays(message, replaces, attached)}]")
             return
         self.terminal.end_of_answer(answer)
         if self.keeper.failure:
             self.terminal.tell(str(self.keeper.failure), failed=True)
         if answer.finish_reason == "interrupted" and not answer.completion_tokens:
-            waiting = "; the file still waits for your next message" if self.attachments and not replaces else ""
-            kept = self.terminal.read_so_far(answer)
-            said = "what was said stays as it was" if replaces else "the message was not sent"
-            self.terminal.note(f"[stopped while reading: {said}{waiting}{kept}]")
-        elif not replaces:
+            stays = self._stays(message, replaces, attached)
+            self.terminal.note(f"[stopped while reading: {stays}{self.terminal.read_so_far(answer)}]")
+        elif attached:
             self.attachments.clear()
         sys.stdout.write("\n")
         sys.stdout.flush()
+
+    def _stays(self, message: str, replaces: bool, attached: bool) -> str:
+        """What has become of a message that was stopped, in words. See `answer`."""
+        if replaces:
+            return "what was said stays as it was"
+        if self.keeper.unanswered and self.keeper.unanswered.message == message:
+            return "the message was not sent; an empty line sends it again"
+        return "the message was not sent" + (
+            "; the file still waits for your next message" if attached and self.attachments else ""
+        )
 
     def _answered(self, message: str, view: AnswerView, replaces: bool) -> Answer:
         before = self.session.exchanges
@@ -191,7 +219,7 @@ class Chat:
         if not attachment.documents:
             return
         tokens = sum(self.session.count(document.text) for document in attachment.documents)
-        self.attachments.append(replace(attachment, tokens=tokens))
+        self.attachments.append(dataclasses.replace(attachment, tokens=tokens))
         for note in attachment.notes:
             self.terminal.note(note)
         waiting = sum(attachment.tokens for attachment in self.attachments)
@@ -246,18 +274,8 @@ class Chat:
     def welcome(self) -> None:
         """Say what of a saved conversation waits for an answer."""
         if self.keeper.unanswered:
-            self.terminal.note(f"your last message was not answered: {self._waiting(60)}; an empty line sends it again")
-
-    def _waiting(self, longest: int) -> str:
-        """The message that has no answer, in words: what was typed, and the names of files."""
-        waiting = self.keeper.unanswered
-        assert waiting is not None
-        # Of a script it is not known where its files end: at its last line at the latest.
-        typed = (
-            waiting.message.strip().rpartition("\n")[2] if waiting.files and not waiting.typed_from else waiting.typed
-        )
-        names = file_names([waiting])
-        return f"“{escaped(' '.join(typed.split()), longest)}”" + (f", with {', '.join(names)}" if names else "")
+            waiting = self.keeper.waiting(60)
+            self.terminal.note(f"your last message was not answered: {waiting}; an empty line sends it again")
 
     def quit(self, _: str) -> NoReturn:
         """Leave."""
@@ -266,7 +284,8 @@ class Chat:
     def stats(self) -> str:
         """The state in a few lines."""
         session, totals, clex = self.session, self.session.totals, self.session.llm.clex
-        left_out = f", the oldest {session.left_out:,} turns left out" if session.left_out else ""
+        turns = f"turn{'s' * (session.left_out != 1)}"
+        left_out = f", the oldest {session.left_out:,} {turns} left out" if session.left_out else ""
         lines = [
             f"model      {self.name}",
             f"context    {session.used:,} of {session.capacity:,} tokens{left_out}",

@@ -10,6 +10,9 @@ NONE = "-"  # stands for no system message
 
 
 def _last(chat: Chat) -> Exchange:
+    """The last message: one that was saved and has no answer yet comes behind all that have."""
+    if chat.keeper.unanswered:
+        return chat.keeper.unanswered
     if not chat.session.exchanges:
         raise ClexError("nothing has been said yet")
     return chat.session.exchanges[-1]
@@ -18,6 +21,9 @@ def _last(chat: Chat) -> Exchange:
 def regenerate(chat: Chat, _: str) -> None:
     """Have the last message answered once more, by other draws."""
     last = _last(chat)
+    if chat.keeper.unanswered:
+        chat.send_again()
+        return
     if chat.session.sampling.temp == 0:
         chat.terminal.note("with temp = 0 the likeliest words are taken again: /set temp 0.8 draws others")
     if chat.seed >= 0:  # the same draws again would be the same answer
@@ -28,7 +34,10 @@ def regenerate(chat: Chat, _: str) -> None:
 def undo(chat: Chat, _: str) -> None:
     """Take back the last message and its answer."""
     last = _last(chat)
-    chat.session.undo()
+    if chat.keeper.unanswered:
+        chat.keeper.unanswered = None
+    else:
+        chat.session.undo()
     chat.keeper.changed()
     turns = len(chat.session.exchanges)
     left = f"{turns} turn{'s' * (turns != 1)} left" if turns else "the conversation is empty"

@@ -86,8 +86,9 @@ def _sampling() -> Iterator[ChatSetting]:
 
 def _number(text: str, kind: type, low: float | None, high: float | None, above: bool = False) -> float:
     must = "a whole number" if kind is int else "a number"
-    must += "" if low is None else f" above {low:g}" if above else f" of at least {low:g}"
-    must += "" if high is None else f", {high:g} at most"
+    form = ",d" if kind is int else "g"
+    must += "" if low is None else f" above {low:{form}}" if above else f" of at least {low:{form}}"
+    must += "" if high is None else f", {high:{form}} at most"
     try:
         number = kind(text)
     except ValueError:

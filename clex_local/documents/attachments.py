@@ -58,6 +58,8 @@ def attach(path: str, *, web: bool = False) -> Attachment:
         text, notes = text_of(read_standard_input(), STDIN_NAME)
         documents = (AttachedText("", text),) if text.strip() else ()
         return Attachment(STDIN_NAME, documents, tuple(f"{STDIN_NAME}: {note}" for note in notes))
+    if not path:  # of a script whose variable is empty: not all that is in the current folder
+        raise DocumentError("the name of a file is empty")
     place = Path(os.path.expanduser(path))
     try:
         if place.is_dir():

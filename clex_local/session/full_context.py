@@ -143,5 +143,6 @@ def _told(dropped: Sequence[Exchange], summed: int) -> str:
     if names := file_names(dropped):
         line += f", and with that {', '.join(names)}"
     if summed:
-        line += f"; a summary stands for {'it' if summed >= len(dropped) else f'{summed} of them'}"
+        all_of_it = "it" if len(dropped) == 1 else "them"
+        line += f"; a summary stands for {all_of_it if summed >= len(dropped) else f'{summed} of them'}"
     return f"{line}]"

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from clex_local.errors import ClexError, escaped
 from clex_local.library.interrupt import kept_until_return
-from clex_local.session.exchange import AttachedFile, Exchange
+from clex_local.session.exchange import AttachedFile, Exchange, file_names
 from clex_local.session.folder import KeptSession, file_name, is_session, listed_sessions, sessions_folder
 from clex_local.session.saved_session import SavedSession, SessionError, SessionModel
 
@@ -82,7 +82,9 @@ class SessionKeeper:
             typed_from: where in it what was typed begins.
             replaces: it takes the place of the last one, whose file is left alone until there is an answer.
         """
-        before = len(self.session.exchanges) - replaces
+        before, waiting = len(self.session.exchanges) - replaces, self.unanswered
+        if waiting and waiting.message != message:
+            self.tell(f"[not answered until now: {self.waiting(60)}; left out once this message is answered]", False)
         if not replaces:
             self.unanswered = Exchange(message, files=list(files), typed_from=typed_from)
             with suppress(SessionError):  # said when the answer cannot be saved either
@@ -90,13 +92,24 @@ class SessionKeeper:
         try:
             yield
         finally:
-            self.unanswered = None
+            self.unanswered = waiting  # lost by an answer only
             if len(self.session.exchanges) > before and self.session.exchanges[-1].message == message:
                 last = self.session.exchanges[-1]
                 last.files, last.typed_from = list(files), typed_from
-                self._answered = True
+                self._answered, self.unanswered = True, None
             with suppress(SessionError):  # said behind the answer
                 self._save()
+
+    def waiting(self, longest: int) -> str:
+        """The message that has no answer, in words: what was typed, so many letters of it, and the names of files."""
+        waiting = self.unanswered
+        assert waiting is not None
+        # Of a script it is not known where its files end: at its last line at the latest.
+        typed = (
+            waiting.message.strip().rpartition("\n")[2] if waiting.files and not waiting.typed_from else waiting.typed
+        )
+        names = file_names([waiting])
+        return f"“{escaped(' '.join(typed.split()), longest)}”" + (f", with {', '.join(names)}" if names else "")
 
     def changed(self) -> None:
         """Save a conversation that was changed otherwise than by a turn, and say where that fails."""
@@ -256,7 +269,7 @@ class SessionKeeper:
         if saved.turns and saved.model.identity != self.model.identity:
             was, read = saved.model, f"its {self.session.used:,} tokens are read again"
             if was.path == self.model.path:
-                self.tell(f"[{saved.name}: the model's file is not as it was: {read}]", False)
+                self.tell(f"[{saved.name}: the model or its tables are not as they were: {read}]", False)
             else:
                 self.tell(f"[{saved.name}: until now with {was.name} ({was.path}): {read}]", False)
         self._changed.clear()
