@@ -46,7 +46,12 @@ def run_child(
     Returns:
         None if it succeeds, otherwise the reason that llama.cpp's log gives.
     """
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "GGML_NO_BACKTRACE": "1"}
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join(sys.path),
+        "GGML_NO_BACKTRACE": "1",
+        "GGML_CLEX_ATTN_F32": "1",  # a child measures what quantizing changes: rounding of its own would be in it
+    }
     last: deque[str] = deque(maxlen=200)
     with subprocess.Popen(
         [sys.executable, "-m", module],
