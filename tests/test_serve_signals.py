@@ -8,10 +8,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import httpx
 import pytest
 
+from clex_local import serve
 from clex_local.server.process import server_program
-from helpers.random_gguf import make_model
+from helpers.random_gguf import make_model, random_tokens
 
 pytestmark = [
     pytest.mark.serve,
@@ -72,3 +74,19 @@ def test_a_signal_at_a_bad_moment_ends_the_server(tmp_path: Path, place: str) ->
     )
     assert done.returncode == 0, done.stderr
     assert "listening on" in done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("of_a_folder", [False, True])
+def test_an_answer_that_is_being_read_does_not_keep_the_server(tmp_path, of_a_folder):
+    folder = tmp_path / "models"
+    folder.mkdir()
+    path = make_model(folder / "tiny.gguf", original=65536)
+    prompt = list(map(int, random_tokens(20)))
+    request = {"model": "tiny", "prompt": prompt, "n_predict": 60_000, "ignore_eos": True, "stream": True}
+    with (
+        serve(folder if of_a_folder else path, port=0, ctx=0, parallel=1, threads=1, batch=64) as server,
+        httpx.stream("POST", f"{server.url}/completion", json=request, timeout=60) as stream,
+    ):
+        lines = stream.iter_lines()  # which ends the stream when it goes
+        next(lines)
+        assert server.close() == 0

@@ -1,5 +1,6 @@
 #include "server-clex-http.h"
 
+#include "server-clex-process.h"
 #include "server-common.h"
 
 #include <atomic>
@@ -33,4 +34,8 @@ void server_clex_log_error(const httplib::Error & error, const httplib::Request 
     } else if (error == httplib::Error::ExceedMaxSocketDescriptorCount) {
         log_once_a_minute("connections wait: no more files may be open, see ulimit -n\n");
     }
+}
+
+std::function<bool()> server_clex_closed_or_stopping(std::function<bool()> is_closed) {
+    return [is_closed = std::move(is_closed)] { return server_clex_process_is_stopping() || is_closed(); };
 }

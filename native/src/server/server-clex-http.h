@@ -11,3 +11,6 @@ bool server_clex_enqueue(httplib::ThreadPool & pool, std::function<void()> fn);
 
 // of httplib::Server::set_error_logger
 void server_clex_log_error(const httplib::Error & error, const httplib::Request * request);
+
+// whether a request is to be ended: its client is gone, or the server is about to stop
+std::function<bool()> server_clex_closed_or_stopping(std::function<bool()> is_closed);

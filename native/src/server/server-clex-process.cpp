@@ -126,7 +126,14 @@ void server_clex_process_on_signal(std::function<void()> stop) {
 
 #endif
 
+static std::atomic<bool> has_stopped = false;
+
+bool server_clex_process_is_stopping() {
+    return has_stopped;
+}
+
 void server_clex_process_stops() {
+    has_stopped = true;
     ggml_backend_reg_t rpc = ggml_backend_reg_by_name("RPC");
     if (rpc == nullptr) {
         return;

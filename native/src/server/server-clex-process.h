@@ -13,5 +13,6 @@ void server_clex_process_start();
 // handler it could wait for a lock that the thread below it holds. The second one ends the process at once.
 void server_clex_process_on_signal(std::function<void()> stop);
 
-// It is about to stop: RPC servers that hang are no longer waited for.
+// It is about to stop: requests end, and RPC servers that hang are no longer waited for.
 void server_clex_process_stops();
+bool server_clex_process_is_stopping();
