@@ -51,7 +51,7 @@ static inline __m512i pair(__m512 low, __m512 high, __m512 to_low, __m512 to_hig
     return _mm512_or_si512(_mm512_and_si512(a, _mm512_set1_epi32(0xffff)), _mm512_slli_epi32(b, 16));
 }
 
-// 16 vectors of n numbers, x[n][16] with x_row between rows: pairs y[n/2, rounded up][16] with y_row between them, and what brings them back
+// 16 vectors of n numbers, n even, x[n][16] with x_row between rows: pairs y[n/2][16] with y_row between them, and what brings them back
 static inline void pack_columns(const float * x, int64_t x_row, int64_t n, int32_t * y, int64_t y_row, float * back) {
     __m512 max = _mm512_setzero_ps(), squares = _mm512_setzero_ps();
     for (int64_t i = 0; i < n; ++i) {
@@ -64,21 +64,24 @@ static inline void pack_columns(const float * x, int64_t x_row, int64_t n, int32
     }
     const scales scale(max, squares);
     for (int64_t i = 0; i < n; i += 2) {
-        const __m512 low  = _mm512_loadu_ps(x + i*x_row);
-        const __m512 high = i + 1 < n ? _mm512_loadu_ps(x + (i + 1)*x_row) : _mm512_setzero_ps();
-        _mm512_storeu_si512((void *) (y + i/2*y_row), pair(low, high, scale.to, scale.to));
+        _mm512_storeu_si512((void *) (y + i/2*y_row), pair(_mm512_loadu_ps(x + i*x_row), _mm512_loadu_ps(x + (i + 1)*x_row), scale.to, scale.to));
     }
     _mm512_storeu_ps(back, scale.back);
 }
 
-// one vector of n numbers, whole vectors of LANES; what brings it back
-static inline float pack_row(const float * x, int64_t n, int32_t * y) {
-    __m512 max = _mm512_setzero_ps(), squares = _mm512_setzero_ps();
+// the largest magnitude of n numbers, whole vectors of LANES, in every lane
+static inline __m512 largest(const float * x, int64_t n) {
+    __m512 max = _mm512_setzero_ps();
     for (int64_t i = 0; i < n; i += LANES) {
         max = larger(max, _mm512_loadu_ps(x + i));
     }
-    max = _mm512_castsi512_ps(_mm512_set1_epi32(_mm512_reduce_max_epi32(_mm512_castps_si512(max))));
-    const __m512 by = inverse(max);
+    return _mm512_castsi512_ps(_mm512_set1_epi32(_mm512_reduce_max_epi32(_mm512_castps_si512(max))));
+}
+
+// one vector of n numbers, whole vectors of LANES; what brings it back
+static inline float pack_row(const float * x, int64_t n, int32_t * y) {
+    const __m512 max = largest(x, n), by = inverse(max);
+    __m512 squares = _mm512_setzero_ps();
     for (int64_t i = 0; i < n; i += LANES) {
         const __m512 a = _mm512_mul_ps(_mm512_loadu_ps(x + i), by);
         squares = _mm512_fmadd_ps(a, a, squares);
@@ -94,29 +97,24 @@ static inline float pack_row(const float * x, int64_t n, int32_t * y) {
 static constexpr float VALUE_MAX   = 11585;  // of a number of V
 static constexpr float WEIGHTS_MAX = 185000; // of the sum of a query's weights in a tile; rounding adds 32 at most
 
-// n rows of V, whole vectors of LANES: pairs y[n/2, rounded up][size] of the numbers of two rows, and what brings each row back
+// n rows of V, whole vectors of LANES, and a row of 0 behind an odd number of them: pairs y[n/2, rounded up][size] of the numbers of two rows,
+// and what brings each row back
 static inline void pack_values(const float * x, int64_t n, int64_t size, int32_t * y, float * back) {
-    __m512 to[2];
     for (int64_t i = 0; i < n; i += 2) {
-        const float * row[2] = { x + i*size, x + (i + (i + 1 < n))*size };
-        for (int64_t k = 0; k < 2; ++k) {
-            __m512 max = _mm512_setzero_ps();
-            for (int64_t j = 0; j < size; j += LANES) {
-                max = larger(max, _mm512_loadu_ps(row[k] + j));
-            }
-            max   = _mm512_castsi512_ps(_mm512_set1_epi32(_mm512_reduce_max_epi32(_mm512_castps_si512(max))));
-            to[k] = _mm512_mul_ps(inverse(max), _mm512_set1_ps(VALUE_MAX));
-            if (i + k < n) {
-                back[i + k] = _mm512_cvtss_f32(max)/VALUE_MAX;
-            }
-        }
+        const float * low = x + i*size, * high = low + size;
+        const __m512 max_low = largest(low, size), max_high = largest(high, size);
+        const __m512 to_low  = _mm512_mul_ps(inverse(max_low),  _mm512_set1_ps(VALUE_MAX));
+        const __m512 to_high = _mm512_mul_ps(inverse(max_high), _mm512_set1_ps(VALUE_MAX));
+        back[i]     = _mm512_cvtss_f32(max_low)/VALUE_MAX;
+        back[i + 1] = _mm512_cvtss_f32(max_high)/VALUE_MAX;
         for (int64_t j = 0; j < size; j += LANES) {
-            _mm512_storeu_si512((void *) (y + i/2*size + j), pair(_mm512_loadu_ps(row[0] + j), _mm512_loadu_ps(row[1] + j), to[0], to[1]));
+            _mm512_storeu_si512((void *) (y + i/2*size + j), pair(_mm512_loadu_ps(low + j), _mm512_loadu_ps(high + j), to_low, to_high));
         }
     }
 }
 
-// weights w[n][16] with w_row between rows, of n positions for 16 queries, times the scale of each position: see pack_columns
+// weights w[n][16] with w_row between rows, of n positions for 16 queries, times the scale of each position: see pack_columns; behind an odd
+// number of them is a row of which nothing counts, as the scale there is 0
 static inline void pack_weights(const float * w, int64_t w_row, int64_t n, const float * scale, int32_t * y, int64_t y_row, float * back) {
     __m512 max = _mm512_setzero_ps(), sum = _mm512_setzero_ps();
     for (int64_t i = 0; i < n; ++i) {
@@ -128,10 +126,8 @@ static inline void pack_weights(const float * w, int64_t w_row, int64_t n, const
     const __m512 most = _mm512_max_ps(_mm512_mul_ps(sum, _mm512_set1_ps(1/WEIGHTS_MAX)), _mm512_mul_ps(max, _mm512_set1_ps(1/32767.0f)));
     const __m512 to   = inverse(most);
     for (int64_t i = 0; i < n; i += 2) {
-        const int64_t high = i + (i + 1 < n);
-        const __m512  none = _mm512_setzero_ps();
-        _mm512_storeu_si512((void *) (y + i/2*y_row), pair(_mm512_loadu_ps(w + i*w_row), high > i ? _mm512_loadu_ps(w + high*w_row) : none,
-            _mm512_mul_ps(to, _mm512_set1_ps(scale[i])), _mm512_mul_ps(to, _mm512_set1_ps(scale[high]))));
+        _mm512_storeu_si512((void *) (y + i/2*y_row), pair(_mm512_loadu_ps(w + i*w_row), _mm512_loadu_ps(w + (i + 1)*w_row),
+            _mm512_mul_ps(to, _mm512_set1_ps(scale[i])), _mm512_mul_ps(to, _mm512_set1_ps(scale[i + 1]))));
     }
     _mm512_storeu_ps(back, most);
 }

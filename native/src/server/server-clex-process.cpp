@@ -66,7 +66,7 @@ void server_clex_process_start() {
 }
 
 static std::function<void()> on_signal;
-static std::atomic_flag is_stopping = ATOMIC_FLAG_INIT;
+static std::atomic<bool> is_stopping = false;
 
 #if defined(_WIN32)
 
@@ -74,7 +74,7 @@ static BOOL WINAPI handle(DWORD type) { // in a thread of its own
     if (type != CTRL_C_EVENT) {
         return FALSE;
     }
-    if (is_stopping.test_and_set()) {
+    if (is_stopping.exchange(true)) {
         std::_Exit(1);
     }
     on_signal();
@@ -92,7 +92,7 @@ static int signal_pipe[2];
 
 static void handle(int) {
     const int before = errno;
-    if (is_stopping.test_and_set()) {
+    if (is_stopping.exchange(true)) {
         static const char line[] = "a second signal ends the server at once\n";
         (void) !write(STDERR_FILENO, line, sizeof(line) - 1);
         _exit(1);
@@ -126,14 +126,11 @@ void server_clex_process_on_signal(std::function<void()> stop) {
 
 #endif
 
-static std::atomic<bool> has_stopped = false;
-
 bool server_clex_process_is_stopping() {
-    return has_stopped;
+    return is_stopping;
 }
 
 void server_clex_process_stops() {
-    has_stopped = true;
     ggml_backend_reg_t rpc = ggml_backend_reg_by_name("RPC");
     if (rpc == nullptr) {
         return;

@@ -13,6 +13,8 @@ void server_clex_process_start();
 // handler it could wait for a lock that the thread below it holds. The second one ends the process at once.
 void server_clex_process_on_signal(std::function<void()> stop);
 
-// It is about to stop: requests end, and RPC servers that hang are no longer waited for.
-void server_clex_process_stops();
+// whether that signal has come: then requests end
 bool server_clex_process_is_stopping();
+
+// It is about to stop: RPC servers that hang are no longer waited for.
+void server_clex_process_stops();
