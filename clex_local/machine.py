@@ -24,13 +24,20 @@ def available_bytes() -> int:
     return available
 
 
-def maps_weights(size: int, available: int | None = None) -> bool:
-    """Whether weights of so many bytes are mapped from their file, not read into memory that has so many to give.
+def maps_weights(size: int, *, offloaded: bool, available: int | None = None) -> bool:
+    """Whether weights are mapped from their file, not read into memory.
 
     Linux gives large pages to memory, and to mapped files hardly ever: read, weights of 8 bits decode up to 1.4 times
     as fast. Mapped, they are there at once, processes share them, and they may be larger than memory.
+
+    Args:
+        size: bytes that they have.
+        offloaded: there is a GPU or a worker that they may go to.
+        available: bytes of memory there are; None asks the system.
     """
-    return sys.platform != "linux" or size > (available_bytes() if available is None else available) // 2
+    if offloaded or sys.platform != "linux":
+        return True
+    return size > (available_bytes() if available is None else available) // 2
 
 
 def _cgroups() -> list[tuple[Path, str, str, str]]:

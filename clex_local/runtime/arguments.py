@@ -174,7 +174,7 @@ def completed(arguments: dict[str, Any], facts: ModelFacts, clamp: bool, workers
         "n_threads_batch": arguments["n_threads_batch"] or threads,
     }
     if arguments["use_mmap"] is None:
-        arguments["use_mmap"] = workers or has_gpu() or maps_weights(model_bytes(facts.path))
+        arguments["use_mmap"] = maps_weights(model_bytes(facts.path), offloaded=workers or has_gpu())
     chosen = arguments["type_k"] is None and arguments["type_v"] is None
     if arguments["flash_attn"] is None or (arguments["flash_attn"] and chosen):
         plan = _cache_for(arguments, facts, workers)

@@ -107,6 +107,9 @@ def plan_service(path: str | os.PathLike[str], options: ServeOptions, available:
     if available is None:
         available = available_bytes()
     weights = model_bytes(path)
+    mmap = options.mmap
+    if mmap is None:
+        mmap = maps_weights(weights, offloaded=bool(options.rpc) or has_gpu(), available=available)
     checkpoints = 0 if facts.pools or _makes_embeddings(options) else asked_checkpoints(options.server_args)
 
     def plan(parallel: int) -> ContextPlan:
@@ -141,9 +144,7 @@ def plan_service(path: str | os.PathLike[str], options: ServeOptions, available:
         embeddings=facts.pools,
         storable=not facts.pools and not (facts.shape and any(cache.state for cache in facts.shape.caches)),
         extension=facts.extension,
-        mmap=bool(options.rpc) or has_gpu() or maps_weights(weights, available)
-        if options.mmap is None
-        else options.mmap,
+        mmap=mmap,
     )
 
 
