@@ -118,14 +118,12 @@ def train(model: Path, output: Path, length: int, options: Sequence[str]) -> Pat
 
 def save_example(model: Path, output: Path) -> None:
     """Write a trained model with weights in bfloat16, the CLEX layer's excepted: 7 MB."""
-    import torch
     from safetensors.torch import load_file, save_file
 
+    from clex_train.saving import in_bfloat16
+
     output.mkdir(parents=True, exist_ok=True)
-    weights = {
-        name: tensor if "clex_layer" in name else tensor.to(torch.bfloat16)
-        for name, tensor in load_file(model / "model.safetensors").items()
-    }
+    weights = in_bfloat16(load_file(model / "model.safetensors"))
     save_file(weights, output / "model.safetensors", metadata={"format": "pt"})
     for path in model.glob("*.json"):
         (output / path.name).write_bytes(path.read_bytes())

@@ -83,11 +83,15 @@ def save_adapter_in_bfloat16(folder: Path) -> None:
     Where a training computed in bfloat16, these are the values that it multiplied by: nothing is lost.
     """
     path = folder / "adapter_model.safetensors"
-    tensors = {
+    save_file(in_bfloat16(load_file(path)), path, metadata={"format": "pt"})
+
+
+def in_bfloat16(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Weights in bfloat16, those of a CLEX layer as they are."""
+    return {
         name: tensor if "clex_layer" in name.split(".") else tensor.to(torch.bfloat16)
-        for name, tensor in load_file(path).items()
+        for name, tensor in tensors.items()
     }
-    save_file(tensors, path, metadata={"format": "pt"})
 
 
 def _add_layer(path: Path, weights: Mapping[str, torch.Tensor]) -> None:
