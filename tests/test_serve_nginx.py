@@ -6,7 +6,6 @@ import json
 import os
 import re
 import shutil
-import socket
 import subprocess
 import time
 from collections.abc import Iterator
@@ -17,6 +16,7 @@ import httpx
 import pytest
 
 from helpers.random_gguf import random_tokens
+from helpers.workers import free_port
 from test_serve import complete, make, metric, serving
 
 pytestmark = pytest.mark.serve
@@ -45,8 +45,7 @@ def proxied(server: httpx.Client, folder: Path, **changes: str) -> Iterator[http
     for name, value in {"proxy_pass": f"http://{server.base_url.netloc.decode()}", **changes}.items():
         location, count = re.subn(rf"{name} [^;]*;", f"{name} {value};", location)
         assert count == 1
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
+    port = free_port()
     paths = "".join(f"{name}_temp_path {folder}/{name}; " for name in TEMPORARY)
     (folder / "nginx.conf").write_text(
         f"daemon off; master_process off; pid {folder}/pid; error_log {folder}/errors; events {{}}\n"

@@ -17,7 +17,6 @@ object.
 from __future__ import annotations
 
 import os
-import socket
 import subprocess
 import sys
 import tarfile
@@ -29,6 +28,7 @@ import pytest
 from clex_local.server.process import server_program
 from helpers.gguf_maker import gguf_bytes
 from helpers.random_gguf import model_parts
+from helpers.workers import free_port
 
 pytestmark = pytest.mark.serve
 
@@ -144,8 +144,7 @@ def test_server_tests_of_llama_cpp(tmp_path, group):
     model, downloaded = write_models(tmp_path, group)
     presets = tmp_path / "models.ini"
     presets.write_text("".join(f"[ggml-org/{name}]\nmodel = {model}\n" for name in HUB))
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
+    port = free_port()
     environment = {
         **{name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")},
         "LLAMA_SERVER_BIN_PATH": str(server_program()),

@@ -6,9 +6,10 @@ import json
 import multiprocessing
 import os
 import signal
-import socket
 import sys
 from typing import Any
+
+from helpers.workers import free_port
 
 
 def shard_on_cpus() -> None:
@@ -60,9 +61,7 @@ def run(trainings: list[list[str]]) -> int:
 
     context, failed = multiprocessing.get_context("fork"), 0
     for arguments in trainings:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
+        port = free_port()
         group = [context.Process(target=begin, args=(arguments, rank, port)) for rank in range(2)]
         for process in group:
             process.start()
