@@ -218,6 +218,8 @@ def _training_arguments(checkpoints: Path, bf16: bool, options: TrainOptions) ->
     more = {} if path is None else read_config(path)
     if more.get("deepspeed"):
         values["use_cpu"] = False  # accelerate passes DeepSpeed by where it is told of a CPU
+    if isinstance(more.get("fsdp_config"), dict) and "version" in more["fsdp_config"]:
+        os.environ["FSDP_VERSION"] = str(more["fsdp_config"]["version"])  # transformers 4 leaves it to accelerate
     with _wording(path):
         return TrainingArguments(**{**values, **more})
 
@@ -227,7 +229,7 @@ def _wording(path: Path | None) -> Iterator[None]:
     """Words the refusal of transformers to take the arguments of a training."""
     try:
         yield
-    except (TypeError, ValueError, ImportError) as error:
+    except (TypeError, ValueError, ImportError, RuntimeError) as error:
         where = "" if path is None else f"{path}: "
         raise TrainError(f"{where}transformers refuses the training arguments ({one_line(error)})") from None
 
