@@ -16,6 +16,7 @@ from clex_local.chat.answer_view import MarkdownView
 from clex_local.chat.commands import COMMANDS, completions, do, find, help_text, path_in
 from clex_local.chat.conversation import Chat
 from clex_local.chat.terminal import Terminal
+from clex_local.session.exchange import Exchange
 from clex_local.session.transcript import without_thoughts
 from clex_local.templates.builtin import CHATML
 from helpers.chat_command import Pty, needs_terminal, sessions_folder
@@ -321,6 +322,12 @@ def test_thoughts_are_shown_when_asked_and_left_out_as_the_template_says(llm, to
         assert "Hm, seven." in chat.session.messages[-1]["content"]
         prompt, _ = chat.session._prompt(chat.session._with_message("And?"))
         assert prompt.count("Hm, seven.") == left
+        stopped = llm.tokenize(f"{begin}Well, ei".encode(), add_bos=False, special=False)
+        with monkeypatch.context() as patch:
+            patch.setattr(llm, "generate", lambda *_, tokens=stopped, **__: iter_of([*tokens, llm.token_eos()]))
+            chat.turn("And?")
+        prompt, _ = chat.session._prompt(chat.session._with_message("Go on."))
+        assert prompt.count("Well, ei") == left
 
 
 def iter_of(tokens):
@@ -358,6 +365,9 @@ def test_export_is_a_page_that_overwrites_nothing(chat, told, tmp_path):
     with pytest.raises(ClexError, match="not written: No such file"):
         do(chat, f"/export {tmp_path}/none/a.md")
     assert page.read_text() == text
+    chat.keeper.unanswered = Exchange("Are you there?")
+    do(chat, f"/export {tmp_path}/more.md")
+    assert (tmp_path / "more.md").read_text() == f"{text}\n## You\n\nAre you there?\n\n*(not answered)*\n"
 
 
 def test_thoughts_are_no_part_of_a_page():

@@ -69,7 +69,7 @@ def _note(text: Callable[[Chat], str]) -> Callable[[Chat, str], None]:
 def _export(chat: Chat, path: str) -> None:
     if not path:
         raise ClexError("/export needs the name of a file, such as conversation.md")
-    file = export(chat.session, chat.name, path)
+    file = export(chat.session, chat.name, path, chat.keeper.unanswered)
     chat.terminal.note(f"written: {file}")
 
 

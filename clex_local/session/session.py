@@ -16,7 +16,7 @@ from clex_local.runtime.vocabulary import common_prefix
 from clex_local.session.answer import Answer
 from clex_local.session.exchange import Exchange
 from clex_local.session.repetition import is_stuck
-from clex_local.session.thoughts import CLOSE, OPEN
+from clex_local.session.thoughts import CLOSE, OPEN, ended
 from clex_local.templates.builtin import CHATML, PLAIN
 from clex_local.templates.chat_formats import chat_template
 from clex_local.templates.chat_template import ChatTemplate, TemplateError
@@ -226,7 +226,8 @@ class Session:
 
     def _take(self, messages: list[dict[str, str]], prompt: str, tokens: list[int], exchange: Exchange) -> None:
         """Make an answer part of the conversation."""
-        self.messages = [*messages, {"role": "assistant", "content": exchange.answer}]
+        answer = ended(exchange.answer, begun=prompt.rstrip().endswith(OPEN))
+        self.messages = [*messages, {"role": "assistant", "content": answer}]
         self.exchanges = [*self.exchanges, exchange]
         self._text = prompt + self.llm.control_tokens.guard(exchange.answer)
         self._tokens = tokens + exchange.tokens
@@ -317,7 +318,7 @@ class Session:
         messages = self._opening()
         for exchange in exchanges:
             messages.append({"role": "user", "content": exchange.message})
-            messages.append({"role": "assistant", "content": exchange.answer})
+            messages.append({"role": "assistant", "content": ended(exchange.answer, begun=False)})
         at_once = {name: False for name in _THINKING if self.reads_argument(name)}
         prompt, tokens = self._prompt([*messages, {"role": "user", "content": text}], **at_once)
         if len(tokens) + max_tokens > self.capacity:

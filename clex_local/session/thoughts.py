@@ -63,6 +63,18 @@ class Thoughts:
                 return
 
 
+def ended(answer: str, begun: bool) -> str:
+    """An answer as templates are to read it: a thought that was stopped has an end, at which they can leave it out.
+
+    Args:
+        answer: of the model.
+        begun: the prompt had opened a thought.
+    """
+    if CLOSE in answer or not (begun or answer.lstrip().startswith(OPEN)):
+        return answer
+    return f"{OPEN if begun else ''}{answer}{CLOSE}\n\n"
+
+
 def _overlap(text: str, tag: str) -> int:
     """Characters at the end of a text that may become a tag."""
     return next((n for n in range(min(len(text), len(tag) - 1), 0, -1) if text.endswith(tag[:n])), 0)
