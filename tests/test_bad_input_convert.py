@@ -444,7 +444,7 @@ def test_a_full_disk(
 
 def test_missing_packages_are_named(tmp_path: Path, source: Path, out: Path) -> None:
     weights = tmp_path / "w.safetensors"
-    save_file({"ode_up_proj": torch.zeros(4, 8), "ode_down_proj": torch.zeros(8, 4)}, weights)
+    save_file({"ode_up_proj": torch.zeros(4, 8), "ode_down_proj": torch.ones(8, 4)}, weights)
     missing = (
         "import sys\nfor name in ('torch', 'torchdiffeq', 'transformers', 'safetensors'): sys.modules[name] = None"
     )

@@ -47,6 +47,10 @@ class Architecture:
         own_cache: whether the cache is of a kind that no other architecture has, of a size unknown to us.
             Source: llama_model::create_memory.
         expands_keys: whether keys that the model compresses are cached expanded.
+        paired: whether the rows of queries and of keys, which transformers rotates as two halves of a head, are in
+            pairs in GGUF. Source: permute in the conversion scripts.
+        rewritten: parts of names in GGUF, of the tensors that hold something else, or in another order, than those of
+            transformers (beside `paired`). Source: modify_tensors in the conversion scripts.
     """
 
     name: str
@@ -68,11 +72,13 @@ class Architecture:
     layers_with_cache: int = 0
     own_cache: bool = False
     expands_keys: bool = False
+    paired: bool = False
+    rewritten: tuple[str, ...] = ()
 
 
-def _trained(name: str, models: str, *classes: str, factor_tensors: tuple[str, ...] = ()) -> Architecture:
+def _trained(name: str, models: str, *classes: str, **facts: Any) -> Architecture:
     """A row all of whose classes can be trained."""
-    return Architecture(name, models, classes, classes, factor_tensors)
+    return Architecture(name, models, classes, classes, **facts)
 
 
 def _file(name: str, models: str, **facts: Any) -> Architecture:
@@ -94,18 +100,19 @@ _ROWS = (
         "MistralForCausalLM",
         "MixtralForCausalLM",
         factor_tensors=_FREQS,
+        paired=True,
     ),
     # Its folders all ask for YaRN.
     Architecture("mistral3", "Mistral 3", factor_tensors=_FREQS),
     _trained("phi2", "Phi-1, Phi-2", "PhiForCausalLM"),
     _trained("phi3", "Phi-3, Phi-4", "Phi3ForCausalLM", factor_tensors=_LONGROPE),
-    _trained("gptneox", "GPT-NeoX, Pythia", "GPTNeoXForCausalLM"),
+    _trained("gptneox", "GPT-NeoX, Pythia", "GPTNeoXForCausalLM", rewritten=("attn_qkv",)),
     _trained("qwen2", "Qwen2, Qwen2.5", "Qwen2ForCausalLM"),
-    Architecture("qwen2moe", "Qwen2-MoE", ("Qwen2MoeForCausalLM",)),
+    Architecture("qwen2moe", "Qwen2-MoE", ("Qwen2MoeForCausalLM",), rewritten=("ffn_gate_inp_shexp",)),
     _trained("qwen3", "Qwen3", "Qwen3ForCausalLM"),
     _trained("qwen3moe", "Qwen3-MoE", "Qwen3MoeForCausalLM"),
     Architecture("stablelm", "StableLM", ("StableLmForCausalLM",)),
-    Architecture("falcon", "Falcon", ("FalconForCausalLM",)),
+    Architecture("falcon", "Falcon", ("FalconForCausalLM",), rewritten=("attn_qkv",)),
     Architecture(
         "olmo2",
         "OLMo 2, OLMo 3",
@@ -114,20 +121,21 @@ _ROWS = (
         sliding_window="named",
         window_pattern=4,
     ),
-    Architecture("smollm3", "SmolLM3", ("SmolLM3ForCausalLM",)),
-    Architecture("arcee", "Arcee AFM", ("ArceeForCausalLM",), factor_tensors=_FREQS),
+    Architecture("smollm3", "SmolLM3", ("SmolLM3ForCausalLM",), paired=True),
+    Architecture("arcee", "Arcee AFM", ("ArceeForCausalLM",), factor_tensors=_FREQS, paired=True),
     Architecture("apertus", "Apertus", ("ApertusForCausalLM",), factor_tensors=_FREQS),
-    Architecture("granite", "Granite", ("GraniteForCausalLM",), factor_tensors=_FREQS),
+    Architecture("granite", "Granite", ("GraniteForCausalLM",), factor_tensors=_FREQS, paired=True),
     Architecture(
         *("granitemoe", "Granite MoE"),
         ("GraniteMoeForCausalLM", "GraniteMoeSharedForCausalLM"),
         factor_tensors=_FREQS,
+        paired=True,
     ),
     Architecture("chatglm", "GLM-4 of 2024", ("GlmForCausalLM",)),
     Architecture("glm4", "GLM-4-0414", ("Glm4ForCausalLM",)),
     Architecture("glm4moe", "GLM-4.5, GLM-4.6", ("Glm4MoeForCausalLM",)),
     Architecture("dots1", "dots.llm1", ("Dots1ForCausalLM",)),
-    Architecture("gemma", "Gemma", ("GemmaForCausalLM",)),
+    Architecture("gemma", "Gemma", ("GemmaForCausalLM",), rewritten=("norm",)),
     Architecture(
         *("gemma2", "Gemma 2"),
         ("Gemma2ForCausalLM",),
@@ -135,8 +143,15 @@ _ROWS = (
         scales_windows=True,
         window=4096,
         window_pattern=2,
+        rewritten=("norm",),
     ),
-    Architecture("gemma3", "Gemma 3", ("Gemma3ForCausalLM",), sliding_window="named", window_pattern=6),
+    Architecture(
+        *("gemma3", "Gemma 3"),
+        ("Gemma3ForCausalLM",),
+        sliding_window="named",
+        window_pattern=6,
+        rewritten=("norm",),
+    ),
     Architecture("command-r", "Command R, Aya", ("CohereForCausalLM",)),
     Architecture(
         *("cohere2", "Command R7B"),
@@ -146,7 +161,7 @@ _ROWS = (
         window_pattern=4,
         unrotated=True,
     ),
-    Architecture("olmo", "OLMo", ("OlmoForCausalLM",)),
+    Architecture("olmo", "OLMo", ("OlmoForCausalLM",), paired=True),
     Architecture("olmoe", "OLMoE", ("OlmoeForCausalLM",)),
     Architecture(
         "gpt-oss", "gpt-oss", ("GptOssForCausalLM",), sliding_window="named", scales_windows=True, window_pattern=2
@@ -166,10 +181,22 @@ _ROWS = (
     Architecture("ernie4_5-moe", "ERNIE 4.5 MoE", ("Ernie4_5_MoeForCausalLM",)),
     Architecture("starcoder2", "StarCoder2", ("Starcoder2ForCausalLM",)),
     Architecture("seed_oss", "Seed-OSS", ("SeedOssForCausalLM",)),
-    Architecture("nemotron", "Nemotron, Minitron", ("NemotronForCausalLM",)),
-    Architecture("qwen3next", "Qwen3-Next", ("Qwen3NextForCausalLM",), recurrent="between", attention_interval=4),
-    Architecture("falcon-h1", "Falcon-H1", ("FalconH1ForCausalLM",), recurrent="beside"),
-    Architecture("lfm2", "LFM2", ("Lfm2ForCausalLM",), sliding_window="named", recurrent="headless"),
+    Architecture("nemotron", "Nemotron, Minitron", ("NemotronForCausalLM",), rewritten=("norm",)),
+    Architecture(
+        *("qwen3next", "Qwen3-Next"),
+        ("Qwen3NextForCausalLM",),
+        recurrent="between",
+        attention_interval=4,
+        rewritten=("norm", "ssm_", "ffn_gate_inp_shexp"),
+    ),
+    Architecture("falcon-h1", "Falcon-H1", ("FalconH1ForCausalLM",), recurrent="beside", rewritten=("blk.",)),
+    Architecture(
+        *("lfm2", "LFM2"),
+        ("Lfm2ForCausalLM",),
+        sliding_window="named",
+        recurrent="headless",
+        rewritten=("shortconv.conv",),
+    ),
     # GGUF files only: no class of transformers that is compared, or one that computes something else.
     _file("deci", "DeciLM, Nemotron Super", factor_tensors=_FREQS),
     _file("grok", "Grok-1"),

@@ -11,7 +11,7 @@ from clex_convert.errors import ConvertError
 from clex_convert.gguf_parts import first_parts
 from clex_convert.lora import Adapter, Merge
 from clex_convert.model_config import ModelConfig, read_model_config
-from clex_convert.model_files import read_config, read_headers, read_tensor
+from clex_convert.model_files import read_array, read_config, read_headers, read_tensor
 from clex_convert.model_tensors import check_tensors
 from clex_convert.scaling import Scaling, kind_of, read_scaling
 from clex_convert.source_rope import SourceRope
@@ -222,5 +222,5 @@ class Checkpoint:
         names = find_names(list(self.tensors), str(self.path))
         if names is None:
             return None
-        up, down = (read_tensor(self.tensors[name][0], name).float().numpy() for name in names)
+        up, down = (read_array(self.tensors[name][0], name) for name in names)
         return OdeWeights(up, down, str(self.path))

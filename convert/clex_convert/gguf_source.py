@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,11 @@ import numpy as np
 import numpy.typing as npt
 
 from clex_convert.errors import ConvertError
+from clex_convert.gguf_adapter import GGUFAdapter, adapted_rope
 from clex_convert.gguf_parts import open_parts
 from clex_convert.gguf_writer import GGUFWriter, TensorData, tensors_of
 from clex_convert.layout import Layout
+from clex_convert.lora import Adapter
 from clex_convert.rope_metadata import RopeMetadata
 from clex_convert.scaling import FREQUENCY_TENSORS, Scaling, read_gguf_scaling, read_scaling
 from clex_convert.source_rope import SourceRope
@@ -43,22 +46,26 @@ class GGUFSource:
         rope: what the model says of its rotary embedding.
     """
 
-    default_outtype = precision = "copy"
+    default_outtype = "copy"
     layout_types = ("copy",)
 
-    def __init__(self, path: Path, rope_scaling: Mapping[str, Any] | None = None) -> None:
+    def __init__(
+        self, path: Path, rope_scaling: Mapping[str, Any] | None = None, adapter: Adapter | None = None
+    ) -> None:
         """Reads the headers.
 
         Args:
             path: the file, or any part of a split model.
-            rope_scaling: takes the place of what the file's keys name.
+            rope_scaling: takes the place of what the file's keys name, or the adapter.
+            adapter: what is merged into it.
 
         Raises:
             GGUFError: a file is missing, not GGUF, or damaged.
             ConvertError: an architecture that the runtime does not have, a split model whose parts are not all
-                there, a RoPE scaling that is not understood, or keys without which no tables can be made.
+                there, a RoPE scaling that is not understood, keys without which no tables can be made, or an adapter
+                that cannot be merged.
         """
-        self.path = path
+        self.path, self._adapter = path, adapter
         parts = open_parts(path)
         self.file, self.paths = parts[0], [part.path for part in parts]
         self.keys = ModelKeys(self.file)
@@ -69,6 +76,10 @@ class GGUFSource:
             self._check_unbaked()
             self.gguf_architecture = self._check_model()
             self.rope = self._read_rope(rope_scaling)
+            self._merged: GGUFAdapter | None = None
+            if adapter is not None:
+                self.rope = adapted_rope(adapter, path, self.rope, given=rope_scaling is not None)
+                self._merged = GGUFAdapter(adapter, path, self.keys, self.tensors)
         except ClexError:
             self.file.close()
             raise
@@ -78,6 +89,11 @@ class GGUFSource:
 
     def __exit__(self, *exception: object) -> None:
         self.file.close()
+
+    @property
+    def precision(self) -> str:
+        """``copy``; with an adapter f32 for what it changes, so that this is quantized once."""
+        return "copy" if self._merged is None else "f32"
 
     @property
     def quantized(self) -> bool:
@@ -188,12 +204,13 @@ class GGUFSource:
             )
 
     def files(self) -> list[Path]:
-        """The parts of a split model, or the file."""
-        return self.paths
+        """The parts of a split model, or the file; and the adapter's, GGUF files excepted."""
+        folder = [] if self._adapter is None else self._adapter.path.iterdir()
+        return [*self.paths, *(path for path in folder if path.suffix != ".gguf")]
 
     def ode_weights(self) -> OdeWeights | None:
-        """None: a GGUF file has no CLEX layer, only the tables that come of one."""
-        return None
+        """Those of the adapter: a GGUF file has no CLEX layer, only the tables that come of one."""
+        return None if self._adapter is None else self._adapter.ode_weights()
 
     def not_finite(self) -> str | None:
         """Name of the first tensor of floats that holds NaN or infinity; None if none does."""
@@ -220,24 +237,27 @@ class GGUFSource:
 
     @contextmanager
     def layout(self, metadata: RopeMetadata, outtype: str) -> Iterator[Layout]:
-        """The model as one file; the tensor data are copied bit for bit.
+        """The model as one file; the tensor data are copied bit for bit, but for those that an adapter changes.
 
         Args:
             metadata: what takes the place of the tables, if any, that the file has.
-            outtype: ``copy``, which is all there is.
+            outtype: ``copy``, or `precision`.
         """
-        assert outtype in self.layout_types
+        assert outtype in (*self.layout_types, self.precision)
+        unquantized = outtype != "copy"
         removed, keys = self.changed_keys(metadata)
         with GGUFWriter(self.file) as writer:
             for key in [*removed, *(key for key in self.file.keys() if key.startswith("split."))]:  # noqa: SIM118
                 writer.header.remove(key)
             writer.set(keys)
-            for tensor in self.tensors:
+            merged = self._merged
+            for tensor in self.tensors if merged is None else merged.tensors(unquantized=unquantized):
                 if not metadata.replaces(tensor.name):
                     writer.add(tensor)
             for name, values in metadata.tensors.items():
                 writer.add(TensorData.of(name, values))
-            yield writer.layout()
+            layout = writer.layout()
+            yield layout if merged is None else replace(layout, notes=merged.notes(unquantized=unquantized))
 
 
 def _chunks(tensor: TensorData) -> Iterator[npt.NDArray[np.floating[Any]]]:

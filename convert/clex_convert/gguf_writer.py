@@ -29,7 +29,7 @@ class TensorData:
         name: its name.
         shape: elements per dimension, the contiguous one first.
         type: number of its ``ggml_type``.
-        source: the file that holds the data, or the data.
+        source: the file that holds the data, or the data, or what makes them, a part after the other.
         offset: first byte in that file.
         size: bytes.
     """
@@ -37,7 +37,7 @@ class TensorData:
     name: str
     shape: tuple[int, ...]
     type: int
-    source: Path | bytes
+    source: Path | bytes | Callable[[], Iterator[bytes]]
     offset: int
     size: int
 
@@ -84,7 +84,7 @@ class GGUFWriter:
         self.tensors[tensor.name] = tensor
 
     def layout(self) -> Layout:
-        """The file; tensor data will be copied bit for bit, a few megabytes at a time.
+        """The file; tensor data in other files will be copied bit for bit, a few megabytes at a time.
 
         `Layout.write` raises ConvertError where a source became shorter or cannot be read.
         """
@@ -98,7 +98,7 @@ class GGUFWriter:
                 sources: dict[Path, BinaryIO] = {}
                 for tensor in tensors:
                     if isinstance(tensor.source, Path) and tensor.source not in sources:
-                        with _reading(tensor.source):
+                        with reading(tensor.source):
                             sources[tensor.source] = stack.enter_context(tensor.source.open("rb"))
                     for chunk in _chunks(tensor, sources):
                         written(file.write(chunk))
@@ -108,8 +108,14 @@ class GGUFWriter:
         return Layout(header, len(header) + self.header.data_size, write_tensors, "copying")
 
 
+def became_shorter(path: Path) -> ConvertError:
+    """The error for a file that ends before what its header promises."""
+    return ConvertError(f"{path}: became shorter while it was copied; try again")
+
+
 @contextmanager
-def _reading(path: Path) -> Iterator[None]:
+def reading(path: Path) -> Iterator[None]:
+    """Words the system's refusal to read a file."""
     try:
         yield
     except OSError as error:
@@ -120,12 +126,15 @@ def _chunks(tensor: TensorData, sources: dict[Path, BinaryIO]) -> Iterator[bytes
     if isinstance(tensor.source, bytes):
         yield tensor.source
         return
+    if not isinstance(tensor.source, Path):
+        yield from tensor.source()
+        return
     file, left = sources[tensor.source], tensor.size
     file.seek(tensor.offset)
     while left:
-        with _reading(tensor.source):
+        with reading(tensor.source):
             chunk = file.read(min(_CHUNK, left))
         if not chunk:
-            raise ConvertError(f"{tensor.source}: became shorter while it was copied; try again")
+            raise became_shorter(tensor.source)
         yield chunk
         left -= len(chunk)

@@ -12,7 +12,7 @@ import logging
 import os
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
 
@@ -57,6 +57,25 @@ def conversion_scripts() -> Iterator[tuple[ModuleType, ModuleType]]:
                 del os.environ["NO_LOCAL_GGUF"]
             else:
                 os.environ["NO_LOCAL_GGUF"] = variable
+
+
+def tensor_names(architecture: str, layers: int) -> Callable[[str], str | None]:
+    """What the scripts call a tensor in GGUF, by its name in transformers; None for one that they do not rename.
+
+    Their package gguf is not imported, which needs others; two of its modules need none.
+
+    Args:
+        architecture: name in GGUF.
+        layers: of the model.
+    """
+    name = f"{__name__}.gguf"
+    if name not in sys.modules:
+        package = sys.modules[name] = ModuleType(name)
+        package.__path__ = [str(_scripts() / "gguf")]
+    constants, mapping = (importlib.import_module(f"{name}.{module}") for module in ("constants", "tensor_mapping"))
+    number = next(number for number, known in constants.MODEL_ARCH_NAMES.items() if known == architecture)
+    names = mapping.get_tensor_name_map(number, layers)
+    return lambda tensor: names.get_name(tensor, (".weight", ".bias"))
 
 
 @contextlib.contextmanager

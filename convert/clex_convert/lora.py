@@ -9,8 +9,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+import numpy.typing as npt
+
 from clex_convert.errors import ConvertError
-from clex_convert.model_files import read_config, read_headers, read_tensor
+from clex_convert.model_files import read_array, read_config, read_headers
 from clex_convert.weights import NAMES, OdeWeights, find_names
 from clex_local.errors import one_line
 
@@ -38,6 +41,50 @@ _PLAIN_STARTS = (True, False, None, "gaussian", "eva", "orthogonal")
 _PARTS = re.compile(r"(.*)\.(lora_A\.weight|lora_B\.weight|lora_B\.bias|lora_embedding_A|lora_embedding_B)")
 _ROWS = ".token_adapter.trainable_tokens_delta"
 _WRAPPERS = re.compile(r"\.(base_layer|modules_to_save(\.default)?)(?=\.)")
+_CHUNK = 32 << 20  # bytes of rows that are changed at a time
+
+Array = npt.NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class Change:
+    """A `Merge` with its tensors read, in float32.
+
+    Attributes:
+        replacement: the trained tensor in place of the base model's.
+        bias: what is added to a bias.
+        factors: (B, A), whose product is added.
+        scaling: factor of what is added.
+        rows: trained rows, by their numbers.
+    """
+
+    replacement: Array | None
+    bias: Array | None
+    factors: tuple[Array, Array] | None
+    scaling: float
+    rows: Mapping[int, Array]
+
+    def apply(self, values: Array, numbers: npt.NDArray[np.intp]) -> None:
+        """Changes some rows of the tensor in place.
+
+        Args:
+            values: [n, ...], rows of the base model's tensor.
+            numbers: [n], which ones.
+        """
+        step = max(1, _CHUNK // max(4 * values[:1].size, 1))
+        for start in range(0, len(values), step):
+            with np.errstate(over="ignore", invalid="ignore"):  # what is not finite is refused where it is written
+                self._apply(values[start : start + step], numbers[start : start + step])
+
+    def _apply(self, part: Array, which: npt.NDArray[np.intp]) -> None:
+        if self.replacement is not None:
+            part[...] = self.replacement[which]
+        if self.bias is not None:
+            part += self.scaling * self.bias[which]
+        if self.factors is not None:
+            part += self.scaling * (self.factors[0][which] @ self.factors[1])
+        for i in np.flatnonzero(np.isin(which, list(self.rows))):
+            part[i] = self.rows[int(which[i])]
 
 
 @dataclass(frozen=True)
@@ -64,6 +111,11 @@ class Merge:
     scaling: float = 1.0
     rows: tuple[str, tuple[int, ...]] | None = None
 
+    @property
+    def changes(self) -> bool:
+        """Whether anything is done."""
+        return bool(self.replacement or self.added or self.rows)
+
     def apply(self, base: torch.Tensor) -> torch.Tensor:
         """The merged tensor in float32, W + scaling * B @ A.
 
@@ -72,25 +124,34 @@ class Merge:
         """
         import torch
 
-        result = base.to(torch.float32, copy=True) if self.replacement is None else self._read(self.replacement)
+        values = base.to(torch.float32, copy=True).numpy()
+        rows = np.atleast_1d(values)
+        self.read().apply(rows, np.arange(len(rows)))
+        return torch.from_numpy(values)
+
+    def read(self) -> Change:
+        """Reads what the adapter has for the tensor.
+
+        Raises:
+            ConvertError: it holds values that are not finite.
+        """
+        bias, factors = None, None
         if len(self.added) == 1:
-            result.add_(self._read(self.added[0]), alpha=self.scaling)
+            bias = self._read(self.added[0])
         elif self.added:
             left, right = map(self._read, self.added)
-            if self.transposed:
-                left, right = right.T, left.T
-            result.addmm_(left, right, alpha=self.scaling)
+            factors = (right.T, left.T) if self.transposed else (left, right)
+        rows: dict[int, Array] = {}
         if self.rows is not None:
-            result[list(self.rows[1])] = self._read(self.rows[0])
-        return result
+            rows = dict(zip(self.rows[1], self._read(self.rows[0]), strict=True))
+        replacement = None if self.replacement is None else self._read(self.replacement)
+        return Change(replacement, bias, factors, self.scaling, rows)
 
-    def _read(self, name: str) -> torch.Tensor:
-        import torch
-
-        tensor = read_tensor(self.path, name).to(torch.float32, copy=True)
-        if not bool(torch.isfinite(tensor).all()):
+    def _read(self, name: str) -> Array:
+        values = np.atleast_1d(read_array(self.path, name))
+        if not np.isfinite(values).all():
             raise ConvertError(f"{self.path}: {name} holds values that are not finite; the adapter is of no use")
-        return tensor
+        return values
 
 
 class Adapter:
@@ -164,21 +225,15 @@ class Adapter:
         names = find_names(list(self.tensors), str(self.file))
         if names is None:
             return None
-        up, down = (read_tensor(self.file, name).float().numpy() for name in names)
+        up, down = (read_array(self.file, name) for name in names)
         return OdeWeights(up, down, str(self.file))
 
-    def merges(self, base: Mapping[str, tuple[str, tuple[int, ...]]], tied: tuple[str, str] | None) -> dict[str, Merge]:
-        """What becomes of the base model's tensors.
-
-        Args:
-            base: type and shape of each of them.
-            tied: names of the embedding and of the output matrix, where the model has one tensor for both.
+    def targets(self) -> dict[str, dict[str, str]]:
+        """The base model's tensors that are changed, and for each the adapter's tensors by the parts that they play.
 
         Raises:
-            ConvertError: the adapter belongs to another model, or holds what cannot be merged.
+            ConvertError: the adapter holds what cannot be merged.
         """
-        if tied is not None:
-            base = {**base, tied[1]: base[tied[0]]}
         found: dict[str, dict[str, str]] = {}
         for key in self.tensors:
             name = key.removeprefix("base_model.model.")
@@ -192,11 +247,27 @@ class Adapter:
                 raise ConvertError(f"{self.file}: holds {key}, a variant of LoRA that cannot be merged")
             else:
                 target, part = _WRAPPERS.sub("", name), "replacement"
+            found.setdefault(target, {})[part] = key
+        return found
+
+    def merges(self, base: Mapping[str, tuple[str, tuple[int, ...]]], tied: tuple[str, str] | None) -> dict[str, Merge]:
+        """What becomes of the base model's tensors.
+
+        Args:
+            base: type and shape of each of them.
+            tied: names of the embedding and of the output matrix, where the model has one tensor for both.
+
+        Raises:
+            ConvertError: the adapter belongs to another model, or holds what cannot be merged.
+        """
+        if tied is not None:
+            base = {**base, tied[1]: base[tied[0]]}
+        found = self.targets()
+        for target in found:
             if target not in base:
                 raise ConvertError(f"{self.file}: changes {target}, which the base model does not have")
             if base[target][0] not in ("f16", "bf16", "f32", "f64"):
                 raise ConvertError(f"{self.path}: the base model's {target} is quantized; use the original base model")
-            found.setdefault(target, {})[part] = key
         if not found and self.ode_weights() is None:
             raise ConvertError(f"{self.file}: holds nothing that changes the base model")
         merges = {name: self._merge(name, parts, base[name][1]) for name, parts in found.items()}

@@ -87,12 +87,14 @@ def _clex(request: Request) -> ScaledFrequencies:
     param_factor = weights.check(request.dim)
     if (factors[-1] - 1) / time_dt > _MAX_STEPS:
         raise ConvertError(f"{weights.where}: time_dt {time_dt} takes more than {_MAX_STEPS} steps; use a larger one")
+    around = settings.dynamics or DEFAULT_DYNAMICS
+    if not weights.down.any():
+        return _untrained(request, around, {"param_factor": param_factor, "weights_sha256": weights.sha256})
     with extra_packages():
         import torch
 
         from clex_convert.closed_forms import closed_form
         from clex_convert.ode import Dynamics, integrate
-    around = settings.dynamics or DEFAULT_DYNAMICS
     form = closed_form(around, request.dim, request.base, request.context)
     # Copies: numpy may share memory that torch would have to treat as read-only.
     dynamics = Dynamics(torch.tensor(weights.up), torch.tensor(weights.down), act, form)
@@ -114,6 +116,19 @@ def _clex(request: Request) -> ScaledFrequencies:
     if around != DEFAULT_DYNAMICS:
         facts["dynamics"] = around
     return ScaledFrequencies(inv_freq, [form.attention(float(t)) for t in factors], facts)
+
+
+def _untrained(request: Request, around: str, facts: dict[str, Any]) -> ScaledFrequencies:
+    """What a layer gives whose second matrix is zero: the closed form that it goes around, which needs no torch."""
+    plain = frequencies.plain(request.dim, request.base)
+    facts = {**facts, "solver": "closed form"}
+    if around == "ntk":
+        rows = [frequencies.ntk(plain, 2 * t - 1) for t in request.factors]
+        return ScaledFrequencies(np.stack(rows), None, facts)
+    ramp = frequencies.yarn_ramp(request.dim, request.base, request.context)
+    rows = [plain * (1 - ramp) + plain * ramp / t for t in request.factors]
+    attention = [frequencies.yarn_attention(float(t)) for t in request.factors]
+    return ScaledFrequencies(np.stack(rows), attention, {**facts, "dynamics": around})
 
 
 def _extended(request: Request, row: Callable[[frequencies.Array, float], frequencies.Array]) -> ScaledFrequencies:

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import zipfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+import numpy.typing as npt
+
 from clex_convert.errors import ConvertError, extra_packages
+from clex_convert.safetensors_file import DamagedFileError, StoredTensor, read_floats, read_safetensors
 from clex_local.errors import one_line
 
 if TYPE_CHECKING:
@@ -49,32 +54,33 @@ def read_headers(path: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
     Raises:
         ConvertError: the file is damaged or truncated, cannot be read, or holds more than plain weights.
     """
-    with extra_packages():
-        import torch
-        from safetensors import SafetensorError, safe_open
     if path.suffix != ".bin" and any("\udc80" <= letter <= "\udcff" for letter in str(path)):  # bytes of no character
         raise ConvertError(f"{path}: its path is not valid UTF-8, so safetensors cannot open it; rename it")
     try:
         refuse_pointer(path)
         if path.suffix == ".bin":
-            if _is_pickle(path):
-                raise ConvertError(
-                    f"{path}: is in the format of torch before 1.6, which cannot be read a tensor at a time; "
-                    "save it again as safetensors"
-                )
-            tensors = torch.load(path, map_location="meta", mmap=True, weights_only=True)
-            return {name: (_type(str(tensor.dtype)), tuple(tensor.shape)) for name, tensor in tensors.items()}
-        with safe_open(path, "pt") as file:  # checks the whole header, and the length of the file
-            slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
-            return {name: (_type(part.get_dtype()), tuple(part.get_shape())) for name, part in slices.items()}
+            return _read_pickle(path)
+        return {name: (_type(tensor.type), tensor.shape) for name, tensor in read_safetensors(path)[0].items()}
     except ConvertError:
         raise
-    except SafetensorError as error:
+    except DamagedFileError as error:
         raise ConvertError(f"{path}: damaged or truncated ({one_line(error)}); download it again") from None
     except OSError as error:
         raise ConvertError(f"{path}: cannot be read ({one_line(error.strerror or error)})") from None
     except Exception as error:  # torch.load raises what the pickle makes it raise
         raise ConvertError(f"{path}: damaged, truncated or not plain weights ({one_line(error)})") from None
+
+
+def _read_pickle(path: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
+    with extra_packages():
+        import torch
+    if _is_pickle(path):
+        raise ConvertError(
+            f"{path}: is in the format of torch before 1.6, which cannot be read a tensor at a time; "
+            "save it again as safetensors"
+        )
+    tensors = torch.load(path, map_location="meta", mmap=True, weights_only=True)
+    return {name: (_type(str(tensor.dtype)), tuple(tensor.shape)) for name, tensor in tensors.items()}
 
 
 def read_tensor(path: Path, name: str) -> torch.Tensor:
@@ -86,6 +92,27 @@ def read_tensor(path: Path, name: str) -> torch.Tensor:
         return torch.load(path, map_location="cpu", mmap=True, weights_only=True)[name]
     with safe_open(path, "pt") as file:
         return file.get_tensor(name)
+
+
+def read_array(path: Path, name: str) -> npt.NDArray[np.float32]:
+    """One tensor of floats, of a file whose headers were read, as float32; of safetensors without torch.
+
+    Raises:
+        ConvertError: it is not of floats, or the file changed.
+    """
+    if path.suffix == ".bin":
+        return read_tensor(path, name).float().numpy()
+    try:
+        status = path.stat()
+        return read_floats(path, _tensors(path, status.st_mtime_ns, status.st_size)[name])
+    except (OSError, KeyError, DamagedFileError):
+        raise ConvertError(f"{path}: changed while it was read; try again") from None
+
+
+@functools.lru_cache(maxsize=2)
+def _tensors(path: Path, modified: int, size: int) -> dict[str, StoredTensor]:
+    """What `read_safetensors` finds in a file, once for each state that the file is in."""
+    return read_safetensors(path)[0]
 
 
 def _type(name: str) -> str:

@@ -9,6 +9,7 @@ from pathlib import Path
 from clex_convert.errors import ConvertError
 from clex_convert.folder_source import FolderSource
 from clex_convert.gguf_source import GGUFSource
+from clex_convert.lora import Adapter
 from clex_convert.options import ConvertOptions
 from clex_convert.source import Source
 
@@ -31,7 +32,6 @@ def open_source(path: Path, options: ConvertOptions) -> Iterator[Source]:
         return
     if options.pre_tokenizer is not None:
         raise ConvertError("`pre_tokenizer` is for model folders; a GGUF file keeps its own")
-    if options.lora is not None:
-        raise ConvertError(f"{path}: `lora` is for model folders; merge it into the model that this file is of")
-    with GGUFSource(path, options.rope_scaling) as model:
+    adapter = None if options.lora is None else Adapter(Path(options.lora))
+    with GGUFSource(path, options.rope_scaling, adapter) as model:
         yield model

@@ -52,7 +52,8 @@ class ConvertOptions:
     )
     lora: PathLike | None = option(
         None,
-        "LoRA adapter saved by peft, to merge into the folder's weights; a CLEX layer in it is the model's.",
+        "LoRA adapter saved by peft, to merge into the weights of the folder or GGUF file; a CLEX layer in it is the "
+        "model's.",
         metavar="DIR",
     )
     original_context: int | None = option(

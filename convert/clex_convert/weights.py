@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from clex_convert.errors import ConvertError, extra_packages
+from clex_convert.errors import ConvertError
+from clex_convert.safetensors_file import DamagedFileError, read_floats, read_safetensors
 from clex_local.errors import one_line
 
 NAMES = ("ode_up_proj", "ode_down_proj")
@@ -146,18 +147,14 @@ def read_weights(path: Path) -> OdeWeights:
     Raises:
         ConvertError: the file is missing, damaged, or lacks a matrix.
     """
-    with extra_packages():
-        import torch
-        from safetensors import SafetensorError, safe_open
     if not path.is_file():
         raise ConvertError(f"{path}: no such file")
     try:
-        with safe_open(path, "pt") as file:
-            names = find_names(list(file.keys()), str(path))
-            if names is None:
-                raise ConvertError(f"{path}: holds no {NAMES[0]} and {NAMES[1]}; it has no CLEX layer")
-            up, down = (file.get_tensor(name).to(torch.float32).numpy() for name in names)
-            metadata = file.metadata() or {}
-    except (SafetensorError, OSError) as error:
+        tensors, metadata = read_safetensors(path)
+    except (DamagedFileError, OSError) as error:
         raise ConvertError(f"{path}: not a readable safetensors file ({one_line(error)})") from None
+    names = find_names(list(tensors), str(path))
+    if names is None:
+        raise ConvertError(f"{path}: holds no {NAMES[0]} and {NAMES[1]}; it has no CLEX layer")
+    up, down = (read_floats(path, tensors[name]) for name in names)
     return OdeWeights(up, down, str(path), settings_from(metadata, str(path)))
