@@ -88,8 +88,8 @@ def _clex(request: Request) -> ScaledFrequencies:
     if (factors[-1] - 1) / time_dt > _MAX_STEPS:
         raise ConvertError(f"{weights.where}: time_dt {time_dt} takes more than {_MAX_STEPS} steps; use a larger one")
     around = settings.dynamics or DEFAULT_DYNAMICS
-    if not weights.down.any():
-        return _untrained(request, around, {"param_factor": param_factor, "weights_sha256": weights.sha256})
+    if around == "yarn" and not weights.down.any():
+        return _untrained(request, {"param_factor": param_factor, "weights_sha256": weights.sha256})
     with extra_packages():
         import torch
 
@@ -118,17 +118,16 @@ def _clex(request: Request) -> ScaledFrequencies:
     return ScaledFrequencies(inv_freq, [form.attention(float(t)) for t in factors], facts)
 
 
-def _untrained(request: Request, around: str, facts: dict[str, Any]) -> ScaledFrequencies:
-    """What a layer gives whose second matrix is zero: the closed form that it goes around, which needs no torch."""
+def _untrained(request: Request, facts: dict[str, Any]) -> ScaledFrequencies:
+    """What a layer around YaRN gives whose second matrix is zero: its state stays zero, which needs no torch.
+
+    Around ntk the state moves, and the authors' rounding with it; so that is integrated as they do.
+    """
     plain = frequencies.plain(request.dim, request.base)
-    facts = {**facts, "solver": "closed form"}
-    if around == "ntk":
-        rows = [frequencies.ntk(plain, 2 * t - 1) for t in request.factors]
-        return ScaledFrequencies(np.stack(rows), None, facts)
     ramp = frequencies.yarn_ramp(request.dim, request.base, request.context)
     rows = [plain * (1 - ramp) + plain * ramp / t for t in request.factors]
     attention = [frequencies.yarn_attention(float(t)) for t in request.factors]
-    return ScaledFrequencies(np.stack(rows), attention, {**facts, "dynamics": around})
+    return ScaledFrequencies(np.stack(rows), attention, {**facts, "solver": "closed form", "dynamics": "yarn"})
 
 
 def _extended(request: Request, row: Callable[[frequencies.Array, float], frequencies.Array]) -> ScaledFrequencies:
