@@ -249,6 +249,7 @@ def test_another_type_is_made_of_what_is_not_quantized_again(wide, tmp_path: Pat
     made = clex_convert.convert(plain, tmp_path / "made.gguf", lora=adapter, outtype="q4_k_m", check="none")
     wanted = converted(folder, tmp_path / "wanted.gguf", "q4_k_m", lora=adapter)
     assert kinds(made.path) == kinds(wanted)
+    assert [size.size for size in clex_convert.sizes(plain, lora=adapter, outtype="q4_k_m")] == [made.size]
     assert not any("quantized" in note for note in made.notes)
     found, expected = values(made.path), values(wanted)
     for name in expected:
@@ -422,8 +423,9 @@ def test_adapters_and_files_of_no_use(refused, golden_gguf, tmp_path: Path) -> N
     for kept in (0, 5, 100, len(whole) - 1):
         weights.write_bytes(whole[:kept])
         assert "adapter_model.safetensors: damaged or truncated" in refused(llama, adapter)
-    weights.write_bytes(whole + b"x")
-    assert "adapter_model.safetensors: damaged or truncated" in refused(llama, adapter)
+    for damaged in (whole + b"x", whole.replace(b'"F32"', b'"F33"'), whole.replace(b"[2,128]", b"[2,129]")):
+        weights.write_bytes(damaged)
+        assert "adapter_model.safetensors: damaged or truncated" in refused(llama, adapter)
     weights.write_bytes(whole)
     (adapter / "config.json").write_text(json.dumps({"rope_theta": 500000.0}))
     assert "was trained with a rope_theta of 500000.0" in refused(llama, adapter)

@@ -15,8 +15,9 @@ from clex_convert.errors import ConvertError
 from clex_local.errors import one_line
 
 _MAX_HEADER = 100_000_000  # bytes, the format's own limit
-# Bytes of an element; types that are not here are packed, and nothing here reads them.
+# Bytes of an element; 0 for those that share bytes, which nothing here reads.
 _SIZES = {
+    **dict.fromkeys(("F4", "F6_E2M3", "F6_E3M2"), 0),
     **dict.fromkeys(("BOOL", "U8", "I8", "F8_E4M3", "F8_E5M2", "F8_E8M0", "F8_E4M3FNUZ", "F8_E5M2FNUZ"), 1),
     **dict.fromkeys(("U16", "I16", "F16", "BF16"), 2),
     **dict.fromkeys(("U32", "I32", "F32"), 4),
@@ -83,7 +84,9 @@ def _stored(said: Any, start: int) -> StoredTensor:
     kind, shape, (begin, end) = said["dtype"], tuple(said["shape"]), said["data_offsets"]
     if not all(isinstance(number, int) and number >= 0 for number in (*shape, begin, end)) or end < begin:
         raise ValueError("a shape or an offset is no number from 0")
-    if kind in _SIZES and end - begin != _SIZES[kind] * math.prod(shape):
+    if kind not in _SIZES:
+        raise ValueError(f"the type {kind} is unknown")
+    if _SIZES[kind] and end - begin != _SIZES[kind] * math.prod(shape):
         raise ValueError(f"{end - begin} bytes are not {list(shape)} of {kind}")
     return StoredTensor(str(kind), shape, start + begin, end - begin)
 
