@@ -21,7 +21,7 @@
 
 static const int64_t N_QUERIES_MIN = 9;   // fewer are decoding
 static const int64_t TILE          = 64;  // positions, and columns, of a tile of scores
-static const int64_t COLUMNS       = 256; // of a unit, at most
+static const int64_t COLUMNS       = 512; // of a unit, at most
 static const int64_t COLUMN_BYTES  = 256 << 10; // of their queries and results, which stay in the L2 cache
 
 // of the block of results that stays in registers
