@@ -138,6 +138,23 @@ def test_prefill_in_tiles_does_not_depend_on_threads(ggml, tiles, case):
     check_threads(ggml, tiles, case)
 
 
+@pytest.mark.parametrize("kind", ["f16", "q8_0", "f32"])
+def test_prefill_in_pairs_is_in_use(ggml, ours, pairs, kind):
+    """Without it the tests below would see F32. A cache of F32 is computed in F32."""
+    tensors = ggml.make(Case(n_q=20, n_kv=100, type_k=kind, type_v=kind))
+    assert np.array_equal(pairs.attend(tensors), ours.attend(tensors)) == (kind == "f32")
+
+
+def test_prefill_in_pairs_depends_on_nothing_that_is_not_seen(ggml, pairs):
+    tensors = ggml.make(Case(n_q=40, n_kv=100, n_head_kv=2, group=3, mask="causal"))
+    k, v = tensors.k.copy(), tensors.v.copy()
+    for rows in (k, v):
+        rows[:, :, 99] = 0x77  # 30,000 as F16, at a position that the last query alone sees
+    before, after = pairs.attend(tensors), pairs.attend(replace(tensors, k=k, v=v))
+    np.testing.assert_array_equal(after[:, :-1], before[:, :-1])
+    assert (after[:, -1] != before[:, -1]).all()
+
+
 @given(case=cases(st.integers(9, 63)))
 @settings(max_examples=EXAMPLES, deadline=None)
 def test_prefill_in_pairs_is_as_exact_as_stock_with_f16(ggml, pairs, stock, case):

@@ -35,8 +35,21 @@ def tiles_of_processor(library: type[Library]) -> Any:
 
 
 def in_pairs(library: type[Library]) -> Any:
-    """A fixture of a module: ours with attention of prompts in numbers of 16 bits, where the CPU multiplies them."""
-    return _where(library, "avx512_vnni", "AVX512-VNNI", GGML_AMX_DISABLE="1")
+    """A fixture of a module: ours with attention of prompts in numbers of 16 bits, where the library has that."""
+    from clex_local.library.loading import library_path
+
+    @pytest.fixture(scope="module")
+    def opened():
+        import llama_cpp
+
+        features = {part.partition(" = ")[0] for part in llama_cpp.llama_print_system_info().decode().split(" | ")}
+        if "AVX512_VNNI" not in features and ("AVX2" not in features or "AVX512" in features):
+            pytest.skip("this library has neither AVX512-VNNI nor AVX2 alone")
+        opened = library(library_path(), GGML_AMX_DISABLE="1")
+        yield opened
+        opened.close()
+
+    return opened
 
 
 def _where(library: type[Library], flag: str, name: str, **environment: str) -> Any:

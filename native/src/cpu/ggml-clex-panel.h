@@ -204,6 +204,7 @@ static inline ivec dot(ivec sum, ivec w, ivec a) {
     const ivec pairs = _mm256_maddubs_epi16(_mm256_abs_epi8(w), _mm256_sign_epi8(a, w));
     return _mm256_add_epi32(sum, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
 }
+static inline ivec dot_pairs(ivec sum, ivec w, ivec a) { return _mm256_add_epi32(sum, _mm256_madd_epi16(w, a)); }
 
 #endif
 

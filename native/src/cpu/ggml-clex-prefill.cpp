@@ -282,7 +282,7 @@ static bool takes_tiles(const ggml_clex_node &) {
 
 #endif
 
-#if defined(GGML_CLEX_PANEL_PAIRS)
+#if defined(GGML_CLEX_PAIRS)
 
 static bool takes_pairs(const ggml_clex_node & node) {
     return node.dk % clex_pairs::LANES == 0 && wants_sixteen_bits(node);
@@ -318,7 +318,7 @@ struct attn_pair_products {
     static void end() {}
 
     void take_queries(int64_t tile, const float * x) {
-        for (int64_t j = 0; j < TILE; j += clex_pairs::LANES) {
+        for (int64_t j = 0; j < TILE; j += VEC) {
             clex_pairs::pack_columns(x + j, TILE, size_k, q + tile*size_k/2*TILE + j, TILE, q_back + tile*TILE + j);
         }
     }
@@ -333,15 +333,15 @@ struct attn_pair_products {
 
     void scores(float * c, int64_t tile, int64_t n, int64_t n_columns) const {
         const float * back = q_back + tile*TILE;
-        clex_pairs::multiply<VEC_COLUMNS>(k, size_k/2, 1, q + tile*size_k/2*TILE, TILE, size_k/2, GGML_PAD(n, VEC_ROWS), GGML_PAD(n_columns, VEC), 0,
+        clex_pairs::multiply<VEC_ROWS, VEC_COLUMNS>(k, size_k/2, 1, q + tile*size_k/2*TILE, TILE, size_k/2, GGML_PAD(n, VEC_ROWS), GGML_PAD(n_columns, VEC), 0,
             [&](int64_t i, int64_t j, vec x) { vec_store(c + i*TILE + j, vec_mul(x, vec_mul(vec_set(k_back[i]), vec_load(back + j)))); },
             [&] { next.fetch(LINES); });
     }
     void add_values(float * o, const float * weights, int64_t n, int64_t n_columns) {
-        for (int64_t j = 0; j < n_columns; j += clex_pairs::LANES) {
+        for (int64_t j = 0; j < n_columns; j += VEC) {
             clex_pairs::pack_weights(weights + j, TILE, n, v_back, p + j, TILE, p_back + j);
         }
-        clex_pairs::multiply<VEC_COLUMNS>(p, 1, TILE, v, size_v, (n + 1)/2, GGML_PAD(n_columns, VEC_ROWS), size_v, 0,
+        clex_pairs::multiply<VEC_ROWS, VEC_COLUMNS>(p, 1, TILE, v, size_v, (n + 1)/2, GGML_PAD(n_columns, VEC_ROWS), size_v, 0,
             [&](int64_t i, int64_t j, vec x) {
                 float * y = o + i*size_v + j;
                 vec_store(y, vec_fma(x, vec_set(p_back[i]), vec_load(y)));
