@@ -437,9 +437,9 @@ def test_adapters_and_files_of_no_use(refused, golden_gguf, tmp_path: Path) -> N
     assert "the key llama.block_count is missing" in refused(
         rewrite(llama, tmp_path / "odd.gguf", {"llama.block_count": None}), adapter
     )
-    assert "rows, which are not of 3 heads" in refused(
-        rewrite(llama, tmp_path / "heads.gguf", {"llama.attention.head_count": np.uint32(3)}), adapter
-    )
+    for heads, said in ((np.uint32(3), 3), (np.array([], np.uint32), 0), (np.array([7, 4], np.uint32), 7), ("four", 0)):
+        odd = rewrite(llama, tmp_path / "heads.gguf", {"llama.attention.head_count": heads})
+        assert f"rows, which are not of {said} heads" in refused(odd, adapter)
 
 
 def test_a_disk_without_room(wide, tmp_path: Path) -> None:

@@ -102,8 +102,8 @@ class GGUFAdapter:
         if any(f"{stem}.{factor}" in self._tensors for factor in ("scale", "input_scale")):
             raise ConvertError(f"{self._path}: {name} has factors of its own ({stem}.scale); {_IN_FOLDER}")
         source = self._source(name)
-        if len(source.shape) > 2:
-            raise self._refused(target, "is one tensor with others")
+        if len(source.shape) > 2 or 0 in source.shape:
+            raise self._refused(target, "has another number of dimensions, or nothing in it")
         if not ggml_rows.can_change(source.type):
             kind = ggml_rows.type_name(source.type)
             raise ConvertError(f"{self._path}: {name} is of the type {kind}, which cannot be changed; {_IN_FOLDER}")
@@ -146,8 +146,11 @@ class GGUFAdapter:
         return np.arange(rows).reshape(heads, 2, -1).swapaxes(1, 2).reshape(-1)
 
     def _heads(self, key: str, name: str) -> int:
-        heads = self._keys.get(f"attention.{key}")
-        return int(heads[int(name.split(".")[1])] if hasattr(heads, "__len__") else heads or 0)
+        """Heads of the layer of a tensor, 0 where the file does not say."""
+        heads, layer = self._keys.get(f"attention.{key}"), int(name.split(".")[1])
+        if isinstance(heads, np.ndarray):  # of each layer
+            return int(heads[layer]) if layer < len(heads) else 0
+        return self._keys.count(f"attention.{key}") or 0
 
     def notes(self, *, unquantized: bool) -> tuple[str, ...]:
         """What the user should know of the result of `tensors`, a sentence each."""
