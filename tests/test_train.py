@@ -453,6 +453,7 @@ def test_adapter_is_read_by_clex_convert_and_peft(base, text, tmp_path, bf16):
     options |= {"text": [text], "bf16": bf16, "learning_rate": 3e-2}
     adapter = train(base, tmp_path / "adapter", **options).path
     merged = train(base, tmp_path / "merged", **options, merge=True).path
+    assert not (adapter / "README.md").exists()
     tensors = load_file(adapter / "adapter_model.safetensors")
     assert sum("lora_A" in name for name in tensors) == 2 * SIZES["num_hidden_layers"]
     kind = torch.bfloat16 if bf16 else torch.float32

@@ -62,6 +62,7 @@ def save_model(
             tokenizer.save_pretrained(temporary)
             config = temporary / "config.json"
             if isinstance(model, peft.PeftModel):
+                (temporary / "README.md").unlink(missing_ok=True)  # peft's form of a model card, with nothing filled in
                 model.base_model.model.config.save_pretrained(temporary)  # pyright: ignore
                 if bf16:
                     save_adapter_in_bfloat16(temporary)
