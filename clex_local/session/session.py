@@ -16,7 +16,7 @@ from clex_local.runtime.vocabulary import common_prefix
 from clex_local.session.answer import Answer
 from clex_local.session.exchange import Exchange
 from clex_local.session.repetition import is_stuck
-from clex_local.session.thoughts import CLOSE, OPEN, ended
+from clex_local.session.thoughts import CLOSE, OPEN, ended, opens_thought
 from clex_local.templates.builtin import CHATML, PLAIN
 from clex_local.templates.chat_formats import chat_template
 from clex_local.templates.chat_template import ChatTemplate, TemplateError
@@ -226,7 +226,7 @@ class Session:
 
     def _take(self, messages: list[dict[str, str]], prompt: str, tokens: list[int], exchange: Exchange) -> None:
         """Make an answer part of the conversation."""
-        answer = ended(exchange.answer, begun=prompt.rstrip().endswith(OPEN))
+        answer = ended(exchange.answer, begun=opens_thought(prompt))
         self.messages = [*messages, {"role": "assistant", "content": answer}]
         self.exchanges = [*self.exchanges, exchange]
         self._text = prompt + self.llm.control_tokens.guard(exchange.answer)
@@ -328,7 +328,7 @@ class Session:
     def _answer(
         self, prompt: str, tokens: list[int], max_tokens: int | None, take: Callable[[str, list[int], str], None]
     ) -> Generator[str, None, None]:
-        self._opens_thought = prompt.rstrip().endswith(OPEN)
+        self._opens_thought = opens_thought(prompt)
         answer = self.last = Answer(prompt_tokens=len(tokens), prefill_tokens=len(tokens) - self._cached(tokens))
         decoder = codecs.getincrementaldecoder("utf-8")("replace")
         generated: list[int] = []

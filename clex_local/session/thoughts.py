@@ -63,6 +63,11 @@ class Thoughts:
                 return
 
 
+def opens_thought(prompt: str) -> bool:
+    """Whether a prompt ends with the beginning of a thought, as some templates write it."""
+    return prompt.rstrip().endswith(OPEN)
+
+
 def ended(answer: str, begun: bool) -> str:
     """An answer as templates are to read it: a thought that was stopped has an end, at which they can leave it out.
 

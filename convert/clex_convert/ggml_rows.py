@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from clex_convert.file_types import TENSOR_TYPES
-from clex_local.model_file.gguf_api import ggml, tensor_types
+from clex_local.model_file.gguf_api import ggml
 
 _F32 = 0  # ggml_type
 _Convert = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64)
@@ -52,7 +52,7 @@ def _library() -> ctypes.CDLL:
 
 def type_name(number: int) -> str:
     """Name of a ``ggml_type`` in small letters."""
-    return next((name for name, known in tensor_types().items() if known == number), f"type {number}")
+    return ggml().ggml_type_name(number).decode().lower()
 
 
 def can_change(number: int) -> bool:

@@ -89,7 +89,9 @@ def _clex(request: Request) -> ScaledFrequencies:
         raise ConvertError(f"{weights.where}: time_dt {time_dt} takes more than {_MAX_STEPS} steps; use a larger one")
     around = settings.dynamics or DEFAULT_DYNAMICS
     if around == "yarn" and not weights.down.any():
-        return _untrained(request, {"param_factor": param_factor, "weights_sha256": weights.sha256})
+        # Its state stays zero, which needs no torch. Around ntk it moves, and the authors' rounding with it.
+        facts = {"param_factor": param_factor, "weights_sha256": weights.sha256}
+        return replace(_yarn(request), facts={**facts, "solver": "closed form", "dynamics": around})
     with extra_packages():
         import torch
 
@@ -116,18 +118,6 @@ def _clex(request: Request) -> ScaledFrequencies:
     if around != DEFAULT_DYNAMICS:
         facts["dynamics"] = around
     return ScaledFrequencies(inv_freq, [form.attention(float(t)) for t in factors], facts)
-
-
-def _untrained(request: Request, facts: dict[str, Any]) -> ScaledFrequencies:
-    """What a layer around YaRN gives whose second matrix is zero: its state stays zero, which needs no torch.
-
-    Around ntk the state moves, and the authors' rounding with it; so that is integrated as they do.
-    """
-    plain = frequencies.plain(request.dim, request.base)
-    ramp = frequencies.yarn_ramp(request.dim, request.base, request.context)
-    rows = [plain * (1 - ramp) + plain * ramp / t for t in request.factors]
-    attention = [frequencies.yarn_attention(float(t)) for t in request.factors]
-    return ScaledFrequencies(np.stack(rows), attention, {**facts, "solver": "closed form", "dynamics": "yarn"})
 
 
 def _extended(request: Request, row: Callable[[frequencies.Array, float], frequencies.Array]) -> ScaledFrequencies:
