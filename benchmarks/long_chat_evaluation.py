@@ -1,7 +1,8 @@
-"""Measures the chat model that benchmarks/long_chat_model.py trains, and its base model, and writes docs/long-chat.md.
+"""Measures the chat model of examples/smollm2-long, and its base model, and writes docs/long-chat.md.
 
-Every answer is kept as soon as it is there, in build/long-chat-model/results.jsonl. What tells most is measured first;
---method, --length, --task and the like measure a part, and any part makes the page.
+Every answer is kept as soon as it is there, in benchmarks/long_chat_results.jsonl, which is part of the repository: the
+page takes more than one machine and day. What tells most is measured first; --method, --length, --task and the like
+measure a part, and any part makes the page.
 """
 
 from __future__ import annotations
@@ -40,29 +41,22 @@ from benchmarks.text import emma
 if TYPE_CHECKING:
     from clex_eval.models import Model
 
-FILES, RESULTS = FOLDER / "gguf", FOLDER / "results.jsonl"
+FILES, RESULTS = FOLDER / "gguf", Path(__file__).with_name("long_chat_results.jsonl")
+SHIPPED = Path(__file__).parent.parent / "examples" / "smollm2-long"
 SPAN, BLOCK = LENGTHS[-1], 512  # tokens of Emma that a trial scores at every length, and of one observation
 ODE_FILE = "clex_layer.safetensors"  # of a checkpoint; a finished adapter has the layer in its one file
 # An item of a cell, and what measures it.
 Work = tuple[str, "Callable[[Model], dict[str, Any]]"]
 
 
-def file(method: str, weights: str, adapter: Path | None) -> Path:
+def file(method: str, weights: str, adapter: Path) -> Path:
     """The GGUF file of a method; those of the trained model are named by what the adapter holds."""
     if method not in TRAINED:
         return FILES / f"{method}-{weights}.gguf"
-    if adapter is None:
-        raise click.ClickException("needs the adapter that benchmarks.long_chat_model trains, or --adapter FOLDER")
     held = hashlib.sha256((adapter / "adapter_model.safetensors").read_bytes())
     if (layer := adapter / ODE_FILE).exists():
         held.update(layer.read_bytes())
     return FILES / f"{method}-{held.hexdigest()[:8]}-{weights}.gguf"
-
-
-def latest_adapter() -> Path | None:
-    """The adapter that was trained last, if there is one."""
-    found = [path.parent for path in FOLDER.glob("*-*/adapter_model.safetensors")]
-    return max(found, key=lambda folder: folder.stat().st_mtime, default=None)
 
 
 def learned(adapter: Path) -> bool:
@@ -77,7 +71,7 @@ def learned(adapter: Path) -> bool:
     return False
 
 
-def make(method: str, weights: str, adapter: Path | None) -> Path:
+def make(method: str, weights: str, adapter: Path) -> Path:
     """Convert the base model, unless the file is there."""
     from clex_convert import convert
 
@@ -92,7 +86,7 @@ def make(method: str, weights: str, adapter: Path | None) -> Path:
             "lora": {"lora": adapter, "method": "yarn", "max_factor": MAX_FACTOR},
             "clex": {"lora": adapter},
         }[method]
-        if adapter and method == "clex" and (layer := adapter / ODE_FILE).exists():
+        if method == "clex" and (layer := adapter / ODE_FILE).exists():
             settings |= {"clex_weights": layer, "dynamics": "yarn", "act": "tanh", "max_factor": MAX_FACTOR}
         convert(base(), path, outtype=weights, check="none", **settings)
     return path
@@ -231,18 +225,15 @@ def several(name: str, values: Sequence[Any], parse: type = str) -> Callable[[An
     help="Pass keys at each of five depths, questions of each of RULER's tasks, spans of 32,768 tokens of Emma.",
 )  # fmt: skip
 @click.option(
-    "--adapter", type=click.Path(exists=True, file_okay=False, path_type=Path),
-    help="What benchmarks.long_chat_model has trained, or a checkpoint of it.  [default: its latest]",
+    "--adapter", type=click.Path(exists=True, file_okay=False, path_type=Path), default=SHIPPED,
+    help="What benchmarks.long_chat_model has trained, or a checkpoint of it.  [default: examples/smollm2-long]",
 )  # fmt: skip
 @click.option("--threads", type=click.IntRange(min=1), help="[default: all cores]")
 @click.option("--page", is_flag=True, help="Measure nothing, only write the page.")
-def main(trials: int, adapter: Path | None, threads: int | None, page: bool, **options: Sequence[Any]) -> None:
+def main(trials: int, adapter: Path, threads: int | None, page: bool, **options: Sequence[Any]) -> None:
     """Measure what is not measured yet, and write docs/long-chat.md and its pictures: many hours on two cores."""
-    adapter = adapter or latest_adapter()
-    methods = [method for method in METHODS if adapter or method not in TRAINED]
-    if adapter is None:
-        click.echo("no trained adapter: the base model alone is measured")
-    elif not learned(adapter):
+    methods = list(METHODS)
+    if not learned(adapter):
         methods.remove("clex")  # it is what "lora" is
         click.echo(f"{adapter}: its tables are YaRN's, so it is measured as `lora` alone")
     results = Results(RESULTS)
