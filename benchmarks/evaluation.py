@@ -1,4 +1,4 @@
-"""The tables and pictures of docs/evaluation.md, from the models that benchmarks/small_model.py trains.
+"""The tables and pictures of docs/evaluation.md, from what benchmarks/small_model.py trains, and from examples/bytes.
 
 Each measurement is kept as a file in build/small-model/results, so that an interrupted run goes on where it was.
 """
@@ -20,7 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 from benchmarks.markdown import put_table, row
-from benchmarks.pictures import DOCS, draw_dynamics, draw_perplexities
+from benchmarks.pictures import BYTES, DOCS, EVALUATION
 from benchmarks.small_model import CONTEXT, FOLDER, MAX_FACTOR, folder
 from benchmarks.text import emma
 from clex_eval.options import json_settings
@@ -38,7 +38,7 @@ TOKENS = 1 << 17  # bytes of Emma that every length scores
 class Variant:
     """A trained model, how it is converted, and how it is run."""
 
-    model: str  # a method of benchmarks/small_model.py
+    model: str  # a method of benchmarks/small_model.py, or the name of BYTES
     convert: Mapping[str, Any] = field(default_factory=dict)
     outtype: str = "q8_0"
     run: Mapping[str, Any] = field(default_factory=dict)
@@ -46,7 +46,7 @@ class Variant:
 
     def folder(self, seed: int) -> Path:
         """The trained model."""
-        return folder(self.model, seed)
+        return BYTES if self.model == BYTES.name else folder(self.model, seed)
 
     def gguf(self, seed: int) -> Path:
         """The file, whose name says what is in it."""
@@ -107,23 +107,23 @@ LEARNED = {
 # Lengths that no grid but the finest fits.
 BETWEEN = tuple(CONTEXT * t // 4 for t in (5, 10, 14, 22, 36, 50))
 GRIDS = {
-    "1 bucket (t = 16)": Variant("clex", run={"policy": "fixed"}, lengths=BETWEEN),
-    "1, 2, 4, 8, 16": Variant("clex", {"factors": (1, 2, 4, 8, 16)}, lengths=BETWEEN),
-    "1, 2, 3, ... 16": Variant("clex", lengths=BETWEEN),
-    "1, 1.25, 1.5, ... 16": Variant("clex", {"factors": tuple(t / 4 for t in range(4, 65))}, lengths=BETWEEN),
+    "1 bucket (t = 16)": Variant(BYTES.name, run={"policy": "fixed"}, lengths=BETWEEN),
+    "1, 2, 4, 8, 16": Variant(BYTES.name, {"factors": (1, 2, 4, 8, 16)}, lengths=BETWEEN),
+    "1, 2, 3, ... 16": Variant(BYTES.name, lengths=BETWEEN),
+    "1, 1.25, 1.5, ... 16": Variant(BYTES.name, {"factors": tuple(t / 4 for t in range(4, 65))}, lengths=BETWEEN),
 }
 POLICIES = {
-    "by length, one-shot": Variant("clex"),
-    "by length, growing": Variant("clex", run={"prefill": "growing"}),
-    "fixed (t = 16)": Variant("clex", run={"policy": "fixed"}),
+    "by length, one-shot": Variant(BYTES.name),
+    "by length, growing": Variant(BYTES.name, run={"prefill": "growing"}),
+    "fixed (t = 16)": Variant(BYTES.name, run={"policy": "fixed"}),
 }
 TYPES = {
-    "F32, F32": Variant("clex", outtype="f32", run={"kv_type": "f32"}),
-    "F16, F16": Variant("clex", outtype="f16"),
-    "F16, q8_0": Variant("clex", outtype="f16", run={"kv_type": "q8_0"}),
-    "F16, q4_0": Variant("clex", outtype="f16", run={"kv_type": "q4_0"}),
-    "Q8_0, F16": Variant("clex"),
-    "Q4_K_M, F16": Variant("clex", outtype="q4_k_m"),
+    "F32, F32": Variant(BYTES.name, outtype="f32", run={"kv_type": "f32"}),
+    "F16, F16": Variant(BYTES.name, outtype="f16"),
+    "F16, q8_0": Variant(BYTES.name, outtype="f16", run={"kv_type": "q8_0"}),
+    "F16, q4_0": Variant(BYTES.name, outtype="f16", run={"kv_type": "q4_0"}),
+    "Q8_0, F16": Variant(BYTES.name),
+    "Q4_K_M, F16": Variant(BYTES.name, outtype="q4_k_m"),
 }
 
 
@@ -223,7 +223,7 @@ def references() -> str:
     from clex_eval.ppl import perplexity
 
     cached = RESULTS / "reference.json"
-    runtime = Variant("clex", outtype="f32", run={"kv_type": "f32"})
+    runtime = TYPES["F32, F32"]
     if not cached.exists():
         rows = list(
             perplexity(
@@ -239,42 +239,65 @@ def references() -> str:
     return "\n".join(lines)
 
 
+# What each table is made of.
+TABLES = {
+    "methods": METHODS,
+    "controls": METHODS,
+    "grids": GRIDS,
+    "policies": POLICIES,
+    "types": TYPES,
+    "reference": {"runtime": TYPES["F32, F32"]},
+}
+
+
+def _table(name: str, seeds: int) -> str:
+    if name == "reference":
+        return references()
+    if name == "methods":
+        return table("method", METHODS, lambda variant: perplexities(variant, seeds))
+    if name == "types":
+        return table("weights, cache", TYPES, lambda variant: difference(variant, TYPES["F32, F32"], 1))
+    if name != "controls":
+        first = {"grids": "buckets", "policies": "policy, prefill"}[name]
+        return table(first, TABLES[name], lambda variant: perplexities(variant, 1))
+    clex = METHODS["**CLEX**"]
+    controls = {name: METHODS[name] for name in METHODS if METHODS[name].model in CONTROLS}
+    learned = {name: METHODS[name] for name, form in LEARNED.items() if METHODS[form].folder(1).exists()}
+    closed = {METHODS[name].model: METHODS[LEARNED[name]] for name in learned}
+    return (
+        table("against CLEX", controls, lambda variant: difference(variant, clex, seeds))
+        + "\n\n"
+        + table("learned, against its closed form", learned, lambda one: difference(one, closed[one.model], seeds))
+    )
+
+
 @click.command()
 @click.option(
     "--seeds", type=click.IntRange(min=1), default=3, show_default=True, help="Trained models of each method."
 )
 @click.option("--jobs", type=click.IntRange(min=1), default=2, show_default=True, help="Measurements at a time.")
-def main(seeds: int, jobs: int) -> None:
+@click.option("--table", "names", type=click.Choice(list(TABLES)), multiple=True, help="What to write.  [default: all]")
+def main(seeds: int, jobs: int, names: tuple[str, ...]) -> None:
     """Measure what is not measured yet, and write docs/evaluation.md: about an hour on two cores."""
     for place in (RESULTS, FILES):
         place.mkdir(parents=True, exist_ok=True)
-    details = (*GRIDS.values(), *POLICIES.values(), *TYPES.values())
-    wanted = [(variant, seed) for seed in range(1, seeds + 1) for variant in METHODS.values()]
-    wanted += [(variant, 1) for variant in details]
-    wanted = [(variant, seed) for variant, seed in wanted if variant.folder(seed).exists()]
+    names = names or tuple(TABLES)
+    variants = [variant for name in names for variant in TABLES[name].values()]
+    wanted = [
+        (variant, seed)
+        for seed in range(1, seeds + 1)
+        for variant in variants
+        if variant.folder(seed).exists() and (seed == 1 or variant.model != BYTES.name)
+    ]
     with ProcessPoolExecutor(jobs) as pool:
         for work, name in ((make, Variant.gguf), (measure, Variant.result)):
             missing = {path: pair for pair in wanted if not (path := name(*pair)).exists()}
             for run in [pool.submit(work, *pair) for pair in missing.values()]:
                 run.result()
-    clex = METHODS["**CLEX**"]
-    controls = {name: METHODS[name] for name in METHODS if METHODS[name].model in CONTROLS}
-    learned = {name: METHODS[name] for name, form in LEARNED.items() if METHODS[form].folder(1).exists()}
-    closed = {METHODS[name].model: METHODS[LEARNED[name]] for name in learned}
-    tables = {
-        "methods": table("method", METHODS, lambda variant: perplexities(variant, seeds)),
-        "controls": table("against CLEX", controls, lambda variant: difference(variant, clex, seeds))
-        + "\n\n"
-        + table("learned, against its closed form", learned, lambda one: difference(one, closed[one.model], seeds)),
-        "grids": table("buckets", GRIDS, lambda variant: perplexities(variant, 1)),
-        "policies": table("policy, prefill", POLICIES, lambda variant: perplexities(variant, 1)),
-        "types": table("weights, cache", TYPES, lambda variant: difference(variant, TYPES["F32, F32"], 1)),
-        "reference": references(),
-    }
-    for name, content in tables.items():
-        put_table(DOCUMENT, f"{name}: made by benchmarks/evaluation.py", content)
-    draw_perplexities(DOCS / "evaluation.svg")
-    draw_dynamics(DOCS / "dynamics.svg")
+    for name in names:
+        put_table(DOCUMENT, f"{name}: made by benchmarks/evaluation.py", _table(name, seeds))
+    for name, draw in EVALUATION.items():
+        draw(DOCS / name)
 
 
 if __name__ == "__main__":

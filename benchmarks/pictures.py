@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import tempfile
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
@@ -17,12 +18,21 @@ from clex_local.inspection.plot import plot
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
-BYTES, MAX_FACTOR = ROOT / "examples" / "bytes", 16  # the CLEX model of the first seed
+BYTES, MAX_FACTOR = ROOT / "examples" / "bytes", 16  # what benchmarks/small_model.py trained once
 METHODS_TABLE = "methods: made by benchmarks/evaluation.py"
 PASS_KEYS_TABLE = "pass keys: share found, in percent"
 LONG_CHAT_TABLE = "{}: made by benchmarks/long_chat_evaluation.py"
 # Of the methods those that a picture can show together.
 DRAWN = ("plain RoPE", "PI, trained at 8x", "NTK, not trained", "YaRN, not trained", "YaRN, trained at 8x", "**CLEX**")
+TRAINED_ALIKE = (
+    "plain RoPE, trained with skips",
+    "NTK, trained like CLEX",
+    "**CLEX**",
+    "CLEX, fast with decay",
+    "YaRN, trained like CLEX",
+    "CLEX around YaRN",
+    "CLEX around YaRN, fast with decay",
+)
 
 
 def tokens(heading: str) -> int:
@@ -30,22 +40,22 @@ def tokens(heading: str) -> int:
     return int(heading.strip(")").split("(")[-1].replace(",", ""))
 
 
-def draw_perplexities(output: Path) -> None:
-    """Perplexity by context length, out of docs/evaluation.md."""
+def draw_perplexities(output: Path, drawn: Sequence[str] = DRAWN, log_y: bool = True) -> None:
+    """Perplexity by context length of some methods, out of docs/evaluation.md."""
     from clex_eval.report import plot_curves
 
     (_, *headings), *rows = table_in(DOCS / "evaluation.md", METHODS_TABLE)
     lengths = [tokens(heading) for heading in headings]
-    curves = {name: [float(cell.split()[0]) for cell in cells] for name, *cells in rows if name in DRAWN}
+    curves = {name: [float(cell.split()[0]) for cell in cells] for name, *cells in rows if name in drawn}
     plot_curves(
         output,
         "Perplexity of Emma per byte, Q8_0, by context length",
         lengths,
-        {name.strip("*"): curves[name] for name in DRAWN if name in curves},
+        {name.strip("*"): curves[name] for name in drawn if name in curves},
         "context length (bytes)",
         "perplexity",
         marks={f"trained context, {lengths[0]}": lengths[0]},
-        log_y=True,
+        log_y=log_y,
     )
 
 
@@ -120,12 +130,12 @@ LONG_CHAT = {
     ),
     "long-chat-passkey.svg": draw_long_chat_pass_keys,
 }
-DRAW = {
+EVALUATION = {
     "evaluation.svg": draw_perplexities,
-    "passkey.svg": draw_pass_keys,
+    "evaluation-trained.svg": partial(draw_perplexities, drawn=TRAINED_ALIKE, log_y=False),
     "dynamics.svg": draw_dynamics,
-    **LONG_CHAT,
 }
+DRAW = {**EVALUATION, "passkey.svg": draw_pass_keys, **LONG_CHAT}
 
 
 @click.command("pictures", cls=Command, context_settings=SETTINGS)
