@@ -61,6 +61,7 @@ FILES = {
     "examples/fsdp.json": "FSDP for `clex-train --trainer-args`",
     "pyproject.toml": "the package, and the settings of ruff, basedpyright and pytest",
     "benchmarks/emma_questions.jsonl": "questions about *Emma*, their answers and the passages that have them",
+    "benchmarks/long_chat_results.jsonl": "what the chat model answered when it was evaluated, line by line",
     "convert/clex_convert/check.txt": "the text that a full check reads",
     "native/README.md": "how the native side works",
     "native/llama-cpp-python.txt": "the pin of llama.cpp: a source distribution and its hash",
