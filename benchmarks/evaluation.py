@@ -239,36 +239,33 @@ def references() -> str:
     return "\n".join(lines)
 
 
-# What each table is made of.
-TABLES = {
-    "methods": METHODS,
-    "controls": METHODS,
-    "grids": GRIDS,
-    "policies": POLICIES,
-    "types": TYPES,
-    "reference": {"runtime": TYPES["F32, F32"]},
-}
-
-
-def _table(name: str, seeds: int) -> str:
-    if name == "reference":
-        return references()
-    if name == "methods":
-        return table("method", METHODS, lambda variant: perplexities(variant, seeds))
-    if name == "types":
-        return table("weights, cache", TYPES, lambda variant: difference(variant, TYPES["F32, F32"], 1))
-    if name != "controls":
-        first = {"grids": "buckets", "policies": "policy, prefill"}[name]
-        return table(first, TABLES[name], lambda variant: perplexities(variant, 1))
+def controls(seeds: int) -> str:
+    """Two tables: the methods that differ from CLEX in one thing, and learned dynamics beside their closed forms."""
     clex = METHODS["**CLEX**"]
-    controls = {name: METHODS[name] for name in METHODS if METHODS[name].model in CONTROLS}
+    others = {name: METHODS[name] for name in METHODS if METHODS[name].model in CONTROLS}
     learned = {name: METHODS[name] for name, form in LEARNED.items() if METHODS[form].folder(1).exists()}
     closed = {METHODS[name].model: METHODS[LEARNED[name]] for name in learned}
-    return (
-        table("against CLEX", controls, lambda variant: difference(variant, clex, seeds))
-        + "\n\n"
-        + table("learned, against its closed form", learned, lambda one: difference(one, closed[one.model], seeds))
+    return "\n\n".join(
+        (
+            table("against CLEX", others, lambda variant: difference(variant, clex, seeds)),
+            table("learned, against its closed form", learned, lambda one: difference(one, closed[one.model], seeds)),
+        )
     )
+
+
+def _details(first: str, variants: Mapping[str, Variant]) -> str:
+    return table(first, variants, lambda variant: perplexities(variant, 1))
+
+
+# What has to be measured for each table of the document, and what makes it for a number of seeds.
+TABLES: dict[str, tuple[Mapping[str, Variant], Callable[[int], str]]] = {
+    "methods": (METHODS, lambda seeds: table("method", METHODS, lambda variant: perplexities(variant, seeds))),
+    "controls": (METHODS, controls),
+    "grids": (GRIDS, lambda _: _details("buckets", GRIDS)),
+    "policies": (POLICIES, lambda _: _details("policy, prefill", POLICIES)),
+    "types": (TYPES, lambda _: table("weights, cache", TYPES, lambda one: difference(one, TYPES["F32, F32"], 1))),
+    "reference": ({"runtime": TYPES["F32, F32"]}, lambda _: references()),
+}
 
 
 @click.command()
@@ -282,7 +279,7 @@ def main(seeds: int, jobs: int, names: tuple[str, ...]) -> None:
     for place in (RESULTS, FILES):
         place.mkdir(parents=True, exist_ok=True)
     names = names or tuple(TABLES)
-    variants = [variant for name in names for variant in TABLES[name].values()]
+    variants = [variant for name in names for variant in TABLES[name][0].values()]
     wanted = [
         (variant, seed)
         for seed in range(1, seeds + 1)
@@ -295,7 +292,7 @@ def main(seeds: int, jobs: int, names: tuple[str, ...]) -> None:
             for run in [pool.submit(work, *pair) for pair in missing.values()]:
                 run.result()
     for name in names:
-        put_table(DOCUMENT, f"{name}: made by benchmarks/evaluation.py", _table(name, seeds))
+        put_table(DOCUMENT, f"{name}: made by benchmarks/evaluation.py", TABLES[name][1](seeds))
     for name, draw in EVALUATION.items():
         draw(DOCS / name)
 

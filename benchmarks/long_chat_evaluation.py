@@ -36,13 +36,14 @@ from benchmarks.long_chat_results import (
     Measured,
     Results,
 )
+from benchmarks.pictures import ROOT
 from benchmarks.text import emma
 
 if TYPE_CHECKING:
     from clex_eval.models import Model
 
 FILES, RESULTS = FOLDER / "gguf", Path(__file__).with_name("long_chat_results.jsonl")
-SHIPPED = Path(__file__).parent.parent / "examples" / "smollm2-long"
+SHIPPED = ROOT / "examples" / "smollm2-long"
 SPAN, BLOCK = LENGTHS[-1], 512  # tokens of Emma that a trial scores at every length, and of one observation
 ODE_FILE = "clex_layer.safetensors"  # of a checkpoint; a finished adapter has the layer in its one file
 # An item of a cell, and what measures it.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -39,7 +39,13 @@ def tokens(heading: str) -> int:
     return int(heading.strip(")").split("(")[-1].replace(",", ""))
 
 
-def draw_perplexities(output: Path, drawn: Sequence[str] = DRAWN, log_y: bool = True) -> None:
+def _wide(curves: Mapping[str, Sequence[float | None]]) -> bool:
+    """Whether the values of curves are so far apart that a logarithmic axis is needed."""
+    found = [value for curve in curves.values() for value in curve if value is not None]
+    return max(found) > 4 * min(found)
+
+
+def draw_perplexities(output: Path, drawn: Sequence[str] = DRAWN) -> None:
     """Perplexity by context length of some methods, out of docs/evaluation.md."""
     from clex_eval.report import plot_curves
 
@@ -54,7 +60,7 @@ def draw_perplexities(output: Path, drawn: Sequence[str] = DRAWN, log_y: bool = 
         "context length (bytes)",
         "perplexity",
         marks={f"trained context, {lengths[0]}": lengths[0]},
-        log_y=log_y,
+        log_y=_wide(curves),
     )
 
 
@@ -100,10 +106,9 @@ def draw_long_chat(output: Path, table: str, title: str, xlabel: str) -> None:
     (_, *headings), *rows = measured
     x = [tokens(heading) for heading in headings]
     curves = {name.strip("*"): [float(cell) if cell else None for cell in cells] for name, *cells in rows}
-    found = [value for curve in curves.values() for value in curve if value is not None]
     plot_curves(
         output, title, x, curves, xlabel, "perplexity",
-        marks={"trained context, 8,192": 8192}, log_x=table == "perplexity", log_y=max(found) > 4 * min(found),
+        marks={"trained context, 8,192": 8192}, log_x=table == "perplexity", log_y=_wide(curves),
     )  # fmt: skip
 
 
@@ -131,7 +136,7 @@ LONG_CHAT = {
 }
 EVALUATION = {
     "evaluation.svg": draw_perplexities,
-    "evaluation-trained.svg": partial(draw_perplexities, drawn=TRAINED_ALIKE, log_y=False),
+    "evaluation-trained.svg": partial(draw_perplexities, drawn=TRAINED_ALIKE),
     "dynamics.svg": draw_dynamics,
 }
 DRAW = {**EVALUATION, "passkey.svg": draw_pass_keys, **LONG_CHAT}

@@ -144,7 +144,7 @@ def folder(method: str, seed: int) -> Path:
     "--example", type=click.Path(path_type=Path), help="Write the first CLEX model in bfloat16 there as well."
 )
 def main(seeds: int, jobs: int, chosen: tuple[str, ...], example: Path | None) -> None:
-    """Train everything into build/small-model: about three hours on two cores."""
+    """Train everything into build/small-model: about two hours on two cores."""
     FOLDER.mkdir(parents=True, exist_ok=True)
     base = train(shape(FOLDER / "shape"), FOLDER / "base", CONTEXT, BASE)
     with ThreadPoolExecutor(jobs) as pool:
