@@ -375,11 +375,15 @@ def test_gaps_between_positions_are_no_borders_of_documents(base, text, tmp_path
     [
         dict(factors_per_batch=2, gradient_accumulation=2),
         dict(lora_rank=2, gradient_checkpointing=True, bf16=True),
+        dict(lora=Path("first")),
         dict(streaming=True),
     ],
-    ids=["all weights", "LoRA", "stream"],
+    ids=["all weights", "LoRA", "LoRA further", "stream"],
 )
-def test_resumed_training_equals_an_uninterrupted_one(base, text, tmp_path, options):
+def test_resumed_training_equals_an_uninterrupted_one(base, text, tmp_path, monkeypatch, options):
+    monkeypatch.chdir(tmp_path)
+    if "lora" in options:
+        train(base, Path("first"), text=[text], **QUICK, lora_rank=2)
     arguments = dict(text=[text], **{**QUICK, "batch_size": 2}, **options)
     whole = train(base, tmp_path / "whole", **arguments)
 
@@ -392,9 +396,9 @@ def test_resumed_training_equals_an_uninterrupted_one(base, text, tmp_path, opti
     assert not (tmp_path / "parts").exists()
     parts = train(base, tmp_path / "parts", **arguments, resume=True)
     assert (parts.steps, parts.loss) == (whole.steps, whole.loss)
-    name = "adapter_model.safetensors" if "lora_rank" in options else "model.safetensors"
+    name = "adapter_model.safetensors" if (parts.path / "adapter_config.json").exists() else "model.safetensors"
     assert (parts.path / name).read_bytes() == (whole.path / name).read_bytes()
-    assert sorted(os.listdir(tmp_path)) == ["parts", "whole"]
+    assert sorted({*os.listdir(tmp_path)} - {"first"}) == ["parts", "whole"]
 
 
 def test_all_options_belong_to_a_checkpoint_but_those_of_its_course():
@@ -609,7 +613,9 @@ def test_wrong_usage_is_one_line(base, tmp_path, arguments):
 def test_errors_of_the_library_name_its_arguments(base, text, tmp_path):
     for options, message in (
         (dict(), "give `text`, `dataset` or `chat`"),
-        (dict(text=[text], merge=True), "`merge` need `lora_rank`"),
+        (dict(text=[text], merge=True), "`merge` needs `lora_rank` or `lora`"),
+        (dict(text=[text], lora=base, lora_rank=2), "leave out `lora_rank`"),
+        (dict(text=[text], lora=base), "not the folder of a LoRA adapter"),
         (dict(text=[text], length=10**6), "a smaller `length`"),
     ):
         with pytest.raises(TrainError) as error:
@@ -617,6 +623,33 @@ def test_errors_of_the_library_name_its_arguments(base, text, tmp_path):
         assert message in str(error.value)
     with pytest.raises(TypeError, match="unexpected keyword argument 'lenght'"):
         train(base, tmp_path / "out", text=[text], lenght=24)
+
+
+@pytest.mark.parametrize("bf16", [False, True], ids=["float32", "bfloat16"])
+def test_adapter_is_trained_further(base, text, tmp_path, bf16):
+    """It begins where it was left, with its layer, rank and targets, and is one adapter of the base model again."""
+    options = {**QUICK, "text": [text], "learning_rate": 3e-2, "bf16": bf16}
+    new = dict(dynamics="yarn", lora_rank=2, lora_alpha=8.0, lora_target=("q_proj", "down_proj"))
+    first = train(base, tmp_path / "first", **new, **options).path
+    before = load_file(first / "adapter_model.safetensors")
+    still = {**options, "learning_rate": 0.0, "ode_learning_rate": 0.0}
+    same = train(base, tmp_path / "same", lora=first, **still).path
+    torch.testing.assert_close(load_file(same / "adapter_model.safetensors"), before, rtol=0, atol=0)
+    configs = [json.loads((folder / "config.json").read_text()) for folder in (first, same)]
+    assert configs[0]["rope_scaling"] == configs[1]["rope_scaling"]
+    assert configs[0]["max_position_embeddings"] == configs[1]["max_position_embeddings"]
+
+    steps = {**options, "max_steps": 3, "seed": 1}
+    whole = train(base, tmp_path / "whole", lora=first, **steps).path
+    after = load_file(whole / "adapter_model.safetensors")
+    assert before.keys() == after.keys()
+    assert all((before[name] != after[name]).any() for name in before)
+    merged = load_file(train(base, tmp_path / "merged", lora=first, merge=True, **steps).path / "model.safetensors")
+    for name in (UP, DOWN):
+        torch.testing.assert_close(after[f"base_model.model.{name}"], merged[name], rtol=0, atol=0)
+    adapted = peft.PeftModel.from_pretrained(load_model(base), whole).merge_and_unload().state_dict()
+    name = "model.layers.1.mlp.down_proj.weight"
+    torch.testing.assert_close(adapted[name], merged[name], rtol=1e-6, atol=1e-3 if bf16 else 1e-6)
 
 
 def test_models_that_cannot_be_trained(base, text, tmp_path, golden_dir):

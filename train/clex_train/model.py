@@ -19,6 +19,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMa
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from clex_convert.checkpoint import Checkpoint
+from clex_convert.lora import Adapter
 from clex_convert.ode import plain_frequencies
 from clex_convert.transformers_folder import load_config, rope_scaling, rope_theta, set_rope_scaling
 from clex_convert.weights import DEFAULT_ACTIVATION, DEFAULT_DYNAMICS, DEFAULT_TIME_DT, settings_from
@@ -106,6 +107,7 @@ def load_model(
     attention: str = "sdpa",
     scaling: Mapping[str, Any] | None = None,
     from_scratch: bool = False,
+    lora: Path | None = None,
 ) -> PreTrainedModel:
     """A model folder as a model of transformers, with its CLEX layer if it has one.
 
@@ -115,22 +117,26 @@ def load_model(
         attention: ``sdpa`` or ``eager``.
         scaling: of RoPE, takes the place of what the config names.
         from_scratch: random weights in place of the folder's.
+        lora: an adapter, whose CLEX layer the model gets; the rest of the adapter is left alone.
 
     Raises:
         TrainError: transformers cannot load it.
-        ConvertError: its CLEX layer is damaged.
+        ConvertError: its CLEX layer is damaged, or the adapter is of another model.
     """
     settings, weights = None, None
+    adapter = None if lora is None else Adapter(lora)
     try:
         config = load_config(folder)
         if scaling is not None:
             set_rope_scaling(config, scaling)
+        if adapter is not None:
+            _take_rope(config, adapter.rope_config)
         if kind_of_scaling(config) == "clex":
             settings_from(rope_scaling(config), str(folder / "config.json"))  # refuses what is no setting
             settings = _settings(rope_scaling(config), bool(getattr(config, "log_scale", False)))
             set_rope_scaling(config, None)
         if settings is not None and not from_scratch:
-            weights = Checkpoint(folder).ode_weights()
+            weights = Checkpoint(folder, adapter).ode_weights()
         if from_scratch:
             model = AutoModelForCausalLM.from_config(config, attn_implementation=attention, dtype=dtype)
         else:
@@ -149,6 +155,16 @@ def load_model(
                 layer.proj_func.ode_up_proj.copy_(torch.from_numpy(weights.up))
                 layer.proj_func.ode_down_proj.copy_(torch.from_numpy(weights.down))
     return model
+
+
+def _take_rope(config: PretrainedConfig, said: Mapping[str, Any]) -> None:
+    """Makes a base model's config that of the model that an adapter with a CLEX layer was trained in."""
+    scaling = said.get("rope_scaling") or {}
+    if scaling.get("rope_type", scaling.get("type")) == "clex":
+        set_rope_scaling(config, scaling)
+        for key in ("max_position_embeddings", "log_scale"):
+            if key in said:
+                setattr(config, key, said[key])
 
 
 def clex_layer(model: torch.nn.Module) -> ClexLayer | None:

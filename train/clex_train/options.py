@@ -134,7 +134,7 @@ class TrainOptions:
     seed: int = option(0, "Of all that is random.", metavar="N", minimum=0)
     bf16: bool | None = option(
         None,
-        "Compute in bfloat16, the CLEX layer excepted; with `lora_rank` the frozen weights are kept in it.",
+        "Compute in bfloat16, the CLEX layer excepted; the frozen weights under a LoRA adapter are kept in it.",
         default_text="with a GPU or a CPU that has instructions for it",
     )
     attention: str = option(
@@ -143,8 +143,11 @@ class TrainOptions:
         choices=ATTENTIONS,
     )
     gradient_checkpointing: bool = option(False, "Save memory by computing activations twice.")
+    lora: Path | None = option(
+        None, "Train this LoRA adapter of MODEL further, with the CLEX layer that it may have.", metavar="DIR"
+    )
     lora_rank: int | None = option(
-        None, "Train a LoRA adapter of this rank, and the CLEX layer.", metavar="R", minimum=1
+        None, "Train a new LoRA adapter of this rank, and the CLEX layer.", metavar="R", minimum=1
     )
     lora_alpha: float | None = option(None, "Its alpha.", default_text="twice its rank", metavar="A", above=0)
     lora_target: Sequence[str] = option(
@@ -179,14 +182,23 @@ class TrainOptions:
             raise TrainError("conversations are tokenized at once; give `chat` without `streaming`")
         if self.streaming and self.max_steps is None:
             raise TrainError("a stream has no known end; give `max_steps`")
-        if self.lora_rank is None and (self.merge or self.lora_alpha or self.lora_target):
-            raise TrainError("`lora_alpha`, `lora_target` and `merge` need `lora_rank`")
+        if self.lora_rank is None and (self.lora_alpha or self.lora_target):
+            raise TrainError("`lora_alpha` and `lora_target` need `lora_rank`")
+        if self.merge and not self.adapts:
+            raise TrainError("`merge` needs `lora_rank` or `lora`")
+        if self.lora is not None and (self.lora_rank or self.from_scratch):
+            raise TrainError("`lora` is an adapter of MODEL's weights with a rank; leave out `lora_rank` and `from_scratch`")
         if self.no_clex and (self.ode_learning_rate is not None or self.ode_weight_decay):
             raise TrainError(
                 "`ode_learning_rate` and `ode_weight_decay` are of a CLEX layer, which `no_clex` leaves out"
             )
         if self.rope_scaling is not None and not self.no_clex:
             raise TrainError("`rope_scaling` is for training without a CLEX layer; pass `no_clex=True`")
+
+    @property
+    def adapts(self) -> bool:
+        """Whether a LoRA adapter is trained, and the model's weights are frozen."""
+        return self.lora is not None or self.lora_rank is not None
 
     @property
     def clex_settings(self) -> dict[str, Any]:

@@ -73,7 +73,7 @@ def train(model: Path, output: Path, options: TrainOptions) -> TrainResult:
 
     Args:
         model: folder with config.json, weights and tokenizer.
-        output: folder that is made: a plain Hugging Face model, or with `lora_rank` an adapter in peft's format.
+        output: folder that is made: a plain Hugging Face model, or with `lora_rank` or `lora` an adapter in peft's format.
         {options}
 
     Raises:
@@ -116,12 +116,12 @@ class _Training:
         set_seed(options.seed)
         tokenizer = _load_tokenizer(folder)
         # What is frozen need not be cast at every step; random weights are nowhere else.
-        halved = bf16 and options.lora_rank is not None and not options.from_scratch
+        halved = bf16 and options.adapts and not options.from_scratch
         network = _load_network(folder, torch.bfloat16 if halved else torch.float32, options)
         layer = _prepare_layer(network, options)
         sampler = _position_sampler(network, layer, options)
         embeddings: Any = network.get_input_embeddings()
-        trained = network if options.lora_rank is None else _with_adapter(network, layer, options.lora_rank, options)
+        trained = _with_adapter(network, layer, options) if options.adapts else network
         if bf16:
             _spare_casts(trained)
         rows = _load_rows(tokenizer, options.length or sampler.original, options)
@@ -270,6 +270,7 @@ def _load_network(folder: Path, dtype: torch.dtype, options: TrainOptions) -> Pr
         attention=options.attention,
         scaling=options.rope_scaling,
         from_scratch=options.from_scratch,
+        lora=options.lora,
     )
 
 
@@ -328,16 +329,20 @@ def _position_sampler(model: PreTrainedModel, layer: ClexLayer | None, options: 
     return PositionSampler(options.positions, original, largest, options.factors_per_batch, options.seed, options.span)
 
 
-def _with_adapter(model: PreTrainedModel, layer: ClexLayer | None, rank: int, options: TrainOptions) -> peft.PeftModel:
+def _with_adapter(model: PreTrainedModel, layer: ClexLayer | None, options: TrainOptions) -> peft.PeftModel:
     trainable = layer is not None and layer.proj_func.ode_up_proj.requires_grad
-    config = peft.LoraConfig(
-        r=rank,
-        lora_alpha=options.lora_alpha or 2 * rank,  # pyright: ignore[reportArgumentType], fractions are fine
-        target_modules=list(options.lora_target) or "all-linear",
-        task_type=peft.TaskType.CAUSAL_LM,
-    )
     try:
-        adapted = peft.get_peft_model(model, config)
+        if options.lora is not None:
+            adapted = peft.PeftModel.from_pretrained(model, str(options.lora), is_trainable=True)
+        else:
+            rank = options.lora_rank or 0
+            config = peft.LoraConfig(
+                r=rank,
+                lora_alpha=options.lora_alpha or 2 * rank,  # pyright: ignore[reportArgumentType], fractions are fine
+                target_modules=list(options.lora_target) or "all-linear",
+                task_type=peft.TaskType.CAUSAL_LM,
+            )
+            adapted = peft.get_peft_model(model, config)
     except ValueError as error:
         raise TrainError(f"peft cannot add the adapter ({one_line(error)})") from None
     if layer is not None:
