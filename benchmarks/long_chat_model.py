@@ -18,7 +18,7 @@ from benchmarks.text import CACHE, training_texts
 FOLDER = CACHE.parent / "long-chat-model"
 CONTEXT, MAX_FACTOR, RANK = 8192, 4, 16
 _COMMON = (
-    f"--dynamics yarn --max-factor {MAX_FACTOR} --span {CONTEXT} --bf16 --lora-rank {RANK} --learning-rate 2e-4"
+    f"--dynamics yarn --max-factor {MAX_FACTOR} --span {CONTEXT} --learning-rate 2e-4"
     " --ode-weight-decay 0.1 --save-steps 25 --log-steps 5"
 ).split()
 
@@ -66,11 +66,26 @@ def practice(model: Path, tokens: int, count: int) -> Path:
 @click.option("--steps", default=1500, show_default=True, help="Sequences, one a step.")
 @click.option("--ode-learning-rate", default=0.0, show_default=True, help="Of the CLEX layer; 0: it stays YaRN.")
 @click.option("--seed", default=0, show_default=True)
+@click.option(
+    "--lora", type=click.Path(exists=True, file_okay=False, path_type=Path), help="Train this adapter further."
+)
+@click.option("--bf16/--no-bf16", default=True, show_default=True, help="In bfloat16.")
 @click.option("--threads", default=os.cpu_count() or 1, show_default="all cores")
-def main(kind: str, positions: str, length: int, steps: int, ode_learning_rate: float, seed: int, threads: int) -> None:
+def main(
+    kind: str,
+    positions: str,
+    length: int,
+    steps: int,
+    ode_learning_rate: float,
+    seed: int,
+    lora: Path | None,
+    bf16: bool,
+    threads: int,
+) -> None:
     """Train an adapter on novels and essays (text), questions about long contexts (chat) or both, into build/."""
     FOLDER.mkdir(parents=True, exist_ok=True)
-    model, output = base(), FOLDER / f"{kind}-{positions}-{length}-{steps}-ode{ode_learning_rate:g}-{seed}"
+    further = "" if lora is None else f"{lora.resolve().name}-then-"
+    model, output = base(), FOLDER / f"{further}{kind}-{positions}-{length}-{steps}-ode{ode_learning_rate:g}-{seed}"
     if output.exists():
         click.echo(f"{output} is there")
         return
@@ -79,7 +94,8 @@ def main(kind: str, positions: str, length: int, steps: int, ode_learning_rate: 
         source += [part for text in training_texts() for part in ("--text", str(text))]
     command = [sys.executable, "-m", "clex_train.cli", str(model), str(output), *source, *_COMMON]
     command += ["--positions", positions, "--length", str(length), "--max-steps", str(steps), "--seed", str(seed)]
-    command += ["--ode-learning-rate", str(ode_learning_rate)]
+    command += ["--ode-learning-rate", str(ode_learning_rate), "--bf16" if bf16 else "--no-bf16"]
+    command += ["--lora-rank", str(RANK)] if lora is None else ["--lora", str(lora.resolve())]
     if output.with_name(f"{output.name}.checkpoints").exists():
         command.append("--resume")
     sys.exit(subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": str(threads)}).returncode)

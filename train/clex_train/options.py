@@ -187,7 +187,9 @@ class TrainOptions:
         if self.merge and not self.adapts:
             raise TrainError("`merge` needs `lora_rank` or `lora`")
         if self.lora is not None and (self.lora_rank or self.from_scratch):
-            raise TrainError("`lora` is an adapter of MODEL's weights with a rank; leave out `lora_rank` and `from_scratch`")
+            raise TrainError(
+                "`lora` is an adapter of MODEL's weights with a rank; leave out `lora_rank` and `from_scratch`"
+            )
         if self.no_clex and (self.ode_learning_rate is not None or self.ode_weight_decay):
             raise TrainError(
                 "`ode_learning_rate` and `ode_weight_decay` are of a CLEX layer, which `no_clex` leaves out"

@@ -73,7 +73,7 @@ def train(model: Path, output: Path, options: TrainOptions) -> TrainResult:
 
     Args:
         model: folder with config.json, weights and tokenizer.
-        output: folder that is made: a plain Hugging Face model, or with `lora_rank` or `lora` an adapter in peft's format.
+        output: folder that is made: a plain Hugging Face model, with `lora_rank` or `lora` an adapter of peft.
         {options}
 
     Raises:
