@@ -84,7 +84,7 @@ def make(method: str, weights: str, adapter: Path) -> Path:
             "plain": {"method": "ntk", "max_factor": 1},
             "ntk": {"method": "ntk", "max_factor": MAX_FACTOR},
             "yarn": {"method": "yarn", "max_factor": MAX_FACTOR},
-            "lora": {"lora": adapter, "method": "yarn", "max_factor": MAX_FACTOR},
+            "lora": {"lora": adapter, "method": "yarn"},
             "clex": {"lora": adapter},
         }[method]
         if method == "clex" and (layer := adapter / ODE_FILE).exists():
