@@ -243,6 +243,18 @@ def test_an_untrained_layer_around_yarn_is_yarn_at_every_factor(base: float) -> 
     assert json.loads(made.provenance)["dynamics"] == "yarn"
 
 
+def test_yarn_counts_turns_in_the_trained_context() -> None:
+    """Whatever length the tables begin to scale at: they come sooner, and are the same."""
+    common: dict[str, Any] = dict(dim=64, base=1e5, factors=[1, 2, 4, 8])
+    usual = tables("yarn", **common, original_context=8192)
+    sooner = tables("yarn", **common, original_context=4096, trained_context=8192)
+    np.testing.assert_array_equal(sooner.inv_freq, usual.inv_freq)
+    np.testing.assert_array_equal(sooner.attn_scale, usual.attn_scale)
+    assert sooner.max_context_length == 32768
+    other = tables("yarn", **common, original_context=4096)
+    assert (other.inv_freq[1:] != usual.inv_freq[1:]).any()
+
+
 def test_a_learned_layer_around_yarn_follows_its_equation() -> None:
     """d log f / dt is the learned part and YaRN's drift, -r / (t (t (1 - r) + r)), by finite differences."""
     known = np.load(DATA / "table_llama2-128.npz")

@@ -101,6 +101,11 @@ class TableOptions:
     dim: int = field(metadata=about("Rotary dimension d of a head, even, at least 4."))
     base: float = field(metadata=about("RoPE base of the model (rope_theta)."))
     original_context: int = field(metadata=about("L, tokens that scaling factor 1 covers."))
+    trained_context: int | None = option(
+        None,
+        "Tokens of the context that the model was trained on, in which YaRN counts how often a dimension turns.",
+        default_text="`original_context`",
+    )
     factors: Sequence[float] | None = option(
         None, "Scaling factor t of each bucket, ascending from 1; any numbers, not only whole ones."
     )
@@ -199,7 +204,8 @@ def tables(method: str | None, options: TableOptions) -> Tables:
         )
     context = options.original_context
     t = _factors(name, scaling, context, [1] if make is fixed else options.factors, options.max_factor)
-    made = make(Request(options.dim, options.base, context, t, weights, options.ode_settings, scaling))
+    trained = options.trained_context or context
+    made = make(Request(options.dim, options.base, trained, t, weights, options.ode_settings, scaling))
     return _checked(name, made, t, scaling, options)
 
 

@@ -30,7 +30,7 @@ class Request:
     Attributes:
         dim: rotary dimension d of a head, even and at least 4.
         base: RoPE base of the model (rope_theta).
-        context: L, tokens covered at scaling factor 1.
+        trained: tokens of the context in which YaRN counts turns.
         factors: [n] scaling factors t, ascending from 1.
         weights: the CLEX layer, for the method that has one.
         settings: how its dynamics are integrated.
@@ -39,7 +39,7 @@ class Request:
 
     dim: int
     base: float
-    context: int
+    trained: int
     factors: npt.NDArray[np.float64]
     weights: OdeWeights | None
     settings: OdeSettings
@@ -97,7 +97,7 @@ def _clex(request: Request) -> ScaledFrequencies:
 
         from clex_convert.closed_forms import closed_form
         from clex_convert.ode import Dynamics, integrate
-    form = closed_form(around, request.dim, request.base, request.context)
+    form = closed_form(around, request.dim, request.base, request.trained)
     # Copies: numpy may share memory that torch would have to treat as read-only.
     dynamics = Dynamics(torch.tensor(weights.up), torch.tensor(weights.down), act, form)
     inv_freq = integrate(dynamics, request.base, factors, time_dt)
@@ -142,7 +142,7 @@ def _linear(request: Request) -> ScaledFrequencies:
 
 def _yarn(request: Request) -> ScaledFrequencies:
     scaling, factors = request.scaling, request.factors
-    rows = [scaling.yarn(request.dim, request.base, request.context, float(t)) for t in factors]
+    rows = [scaling.yarn(request.dim, request.base, request.trained, float(t)) for t in factors]
     facts = {name: getattr(scaling, name) for name in ("beta_fast", "beta_slow", "truncate")}
     return ScaledFrequencies(np.stack(rows), [scaling.attention(float(t)) for t in factors], facts)
 

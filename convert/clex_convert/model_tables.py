@@ -84,17 +84,13 @@ def _new_tables(method: str | None, weights: OdeWeights | None, model: Source, o
         )
     if weights is not None:
         settings = settings.over(weights.settings).over(rope.settings)
-        if settings.dynamics == "yarn" and context != rope.context:
-            raise ConvertError(
-                f"{model.path}: its CLEX layer goes around YaRN from {rope.context} tokens on; "
-                "leave `original_context` out"
-            )
     try:
         return tables(
             method,
             dim=rope.dim,
             base=rope.base,
             original_context=context,
+            trained_context=usual,
             factors=options.factors,
             max_factor=settings.max_factor if options.factors is None else None,
             scaling=rope.scaling,

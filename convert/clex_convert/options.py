@@ -58,7 +58,7 @@ class ConvertOptions:
     )
     original_context: int | None = option(
         None,
-        "Tokens covered without scaling, at most those of the model.",
+        "Tokens covered without scaling, at most those of the model; fewer make for larger scaling factors beyond.",
         minimum=1,
         metavar="N",
         default_text="the model's context length",
