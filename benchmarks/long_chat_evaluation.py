@@ -21,7 +21,7 @@ import click
 import numpy as np
 
 from benchmarks import questions
-from benchmarks.long_chat_model import FOLDER, MAX_FACTOR, base
+from benchmarks.long_chat_model import CONTEXT, FOLDER, MAX_FACTOR, base
 from benchmarks.long_chat_page import write_page
 from benchmarks.long_chat_results import (
     CACHES,
@@ -84,7 +84,13 @@ def make(method: str, weights: str, adapter: Path) -> Path:
             "plain": {"method": "ntk", "max_factor": 1},
             "ntk": {"method": "ntk", "max_factor": MAX_FACTOR},
             "yarn": {"method": "yarn", "max_factor": MAX_FACTOR},
-            "lora": {"lora": adapter, "method": "yarn"},
+            "lora": {"lora": adapter, "method": "yarn", "max_factor": MAX_FACTOR},
+            "double": {
+                "lora": adapter,
+                "method": "yarn",
+                "original_context": CONTEXT // 2,
+                "max_factor": 2 * MAX_FACTOR,
+            },
             "clex": {"lora": adapter},
         }[method]
         if method == "clex" and (layer := adapter / ODE_FILE).exists():
