@@ -6,6 +6,7 @@ import dataclasses
 import json
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -566,7 +567,10 @@ def test_two_processes(base, text, tmp_path):
         ("--dataset {other}", "other: the dataset has no column 'text', only words"),
         ("--dataset {missing}", "missing: the dataset could not be loaded"),
         ("--text {text} --streaming", "a stream has no known end; give --max-steps"),
-        ("--text {text} --merge", "need --lora-rank"),
+        ("--text {text} --merge", "--merge needs --lora-rank or --lora"),
+        ("--text {text} --lora {missing}", "missing: no such folder"),
+        ("--text {text} --lora {other}", "other: not the folder of a LoRA adapter"),
+        ("--text {text} --lora {adapter}", "changes model.layers"),
         ("--text {text} --lora-rank 2 --lora-target nothing", "peft cannot add the adapter"),
         ("--text {text} --no-clex --ode-learning-rate 1", "which --no-clex leaves out"),
         ("--text {text} --rope-scaling {{}}", "pass --no-clex"),
@@ -586,6 +590,9 @@ def test_two_processes(base, text, tmp_path):
 def test_bad_input_gives_one_line(base, text, tmp_path, options, message):
     places = {name: tmp_path / name for name in ("missing", "binary", "short", "other", "unknown")}
     places["fsdp"] = Path(__file__).parent.parent / "examples" / "fsdp.json"
+    places["adapter"] = tmp_path / "adapter"  # of another model
+    shutil.copytree(Path(__file__).parent.parent / "examples" / "smollm2-long", places["adapter"])
+    (places["adapter"] / "config.json").unlink()
     places["binary"].write_bytes(b"\xff\xfe\x00")
     places["short"].write_text("short")
     places["unknown"].write_text('{"no_such_argument": 1}')
@@ -616,7 +623,6 @@ def test_errors_of_the_library_name_its_arguments(base, text, tmp_path):
         (dict(), "give `text`, `dataset` or `chat`"),
         (dict(text=[text], merge=True), "`merge` needs `lora_rank` or `lora`"),
         (dict(text=[text], lora=base, lora_rank=2), "leave out `lora_rank`"),
-        (dict(text=[text], lora=base), "not the folder of a LoRA adapter"),
         (dict(text=[text], length=10**6), "a smaller `length`"),
     ):
         with pytest.raises(TrainError) as error:

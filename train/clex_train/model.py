@@ -135,7 +135,7 @@ def load_model(
             settings_from(rope_scaling(config), str(folder / "config.json"))  # refuses what is no setting
             settings = _settings(rope_scaling(config), bool(getattr(config, "log_scale", False)))
             set_rope_scaling(config, None)
-        if settings is not None and not from_scratch:
+        if not from_scratch and (settings is not None or adapter is not None):
             weights = Checkpoint(folder, adapter).ode_weights()
         if from_scratch:
             model = AutoModelForCausalLM.from_config(config, attn_implementation=attention, dtype=dtype)
