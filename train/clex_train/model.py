@@ -21,6 +21,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from clex_convert.checkpoint import Checkpoint
 from clex_convert.lora import Adapter
 from clex_convert.ode import plain_frequencies
+from clex_convert.scaling import kind_of
 from clex_convert.transformers_folder import load_config, rope_scaling, rope_theta, set_rope_scaling
 from clex_convert.weights import DEFAULT_ACTIVATION, DEFAULT_DYNAMICS, DEFAULT_TIME_DT, settings_from
 from clex_local.errors import ClexError, one_line
@@ -124,19 +125,19 @@ def load_model(
         ConvertError: its CLEX layer is damaged, or the adapter is of another model.
     """
     settings, weights = None, None
-    adapter = None if lora is None else Adapter(lora)
+    adapted = None if lora is None else Checkpoint(folder, Adapter(lora))
     try:
         config = load_config(folder)
         if scaling is not None:
             set_rope_scaling(config, scaling)
-        if adapter is not None:
-            _take_rope(config, adapter.rope_config)
+        if adapted is not None:
+            _take_rope(config, adapted)
         if kind_of_scaling(config) == "clex":
             settings_from(rope_scaling(config), str(folder / "config.json"))  # refuses what is no setting
             settings = _settings(rope_scaling(config), bool(getattr(config, "log_scale", False)))
             set_rope_scaling(config, None)
-        if not from_scratch and (settings is not None or adapter is not None):
-            weights = Checkpoint(folder, adapter).ode_weights()
+        if settings is not None and not from_scratch:
+            weights = (adapted or Checkpoint(folder)).ode_weights()
         if from_scratch:
             model = AutoModelForCausalLM.from_config(config, attn_implementation=attention, dtype=dtype)
         else:
@@ -157,14 +158,12 @@ def load_model(
     return model
 
 
-def _take_rope(config: PretrainedConfig, said: Mapping[str, Any]) -> None:
+def _take_rope(config: PretrainedConfig, adapted: Checkpoint) -> None:
     """Makes a base model's config that of the model that an adapter with a CLEX layer was trained in."""
-    scaling = said.get("rope_scaling") or {}
-    if scaling.get("rope_type", scaling.get("type")) == "clex":
-        set_rope_scaling(config, scaling)
-        for key in ("max_position_embeddings", "log_scale"):
-            if key in said:
-                setattr(config, key, said[key])
+    if kind_of(adapted.model.scaling) == "clex":
+        set_rope_scaling(config, adapted.model.scaling)
+        config.max_position_embeddings = adapted.rope.context
+        config.log_scale = bool(adapted.rope.settings.log_scale)
 
 
 def clex_layer(model: torch.nn.Module) -> ClexLayer | None:

@@ -335,7 +335,8 @@ def _with_adapter(model: PreTrainedModel, layer: ClexLayer | None, options: Trai
         if options.lora is not None:
             adapted = peft.PeftModel.from_pretrained(model, str(options.lora), is_trainable=True)
         else:
-            rank = options.lora_rank or 0
+            rank = options.lora_rank
+            assert rank is not None  # one of the two is given
             config = peft.LoraConfig(
                 r=rank,
                 lora_alpha=options.lora_alpha or 2 * rank,  # pyright: ignore[reportArgumentType], fractions are fine
