@@ -64,9 +64,10 @@ def add_clex(model: PreTrainedModel, settings: ClexSettings, original_context: i
     config, name = model.config, type(model).__name__
     if name not in trainable_classes():
         raise TrainError(f"a CLEX layer cannot be added to {name}; supported: {', '.join(trainable_classes())}")
-    if kind_of_scaling(config) not in (None, "default"):
+    kind = kind_of(rope_scaling(config))
+    if kind != "default":
         raise TrainError(
-            f"the model's RoPE is scaled already (rope_scaling is {kind_of_scaling(config)}); a CLEX layer needs plain "
+            f"the model's RoPE is scaled already (rope_scaling is {kind}); a CLEX layer needs plain "
             "RoPE: take the entry out of config.json if the weights were not trained with it"
         )
     decoder: Any = model.base_model
@@ -93,12 +94,6 @@ def add_clex(model: PreTrainedModel, settings: ClexSettings, original_context: i
 
 def _head_dim(config: PretrainedConfig) -> int:
     return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-
-
-def kind_of_scaling(config: PretrainedConfig) -> str | None:
-    """What a config calls its RoPE scaling, None where it has none."""
-    scaling = rope_scaling(config)
-    return scaling.get("rope_type", scaling.get("type"))
 
 
 def load_model(
@@ -132,7 +127,7 @@ def load_model(
             set_rope_scaling(config, scaling)
         if adapted is not None:
             _take_rope(config, adapted)
-        if kind_of_scaling(config) == "clex":
+        if kind_of(rope_scaling(config)) == "clex":
             settings_from(rope_scaling(config), str(folder / "config.json"))  # refuses what is no setting
             settings = _settings(rope_scaling(config), bool(getattr(config, "log_scale", False)))
             set_rope_scaling(config, None)
