@@ -8,6 +8,7 @@ measure a part, and any part makes the page.
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import random
 import time
@@ -55,8 +56,9 @@ def file(method: str, weights: str, adapter: Path) -> Path:
     if method not in TRAINED:
         return FILES / f"{method}-{weights}.gguf"
     held = hashlib.sha256((adapter / "adapter_model.safetensors").read_bytes())
-    if (layer := adapter / ODE_FILE).exists():
-        held.update(layer.read_bytes())
+    for other in (adapter / ODE_FILE, adapter / "config.json"):
+        if other.exists():
+            held.update(other.read_bytes())
     return FILES / f"{method}-{held.hexdigest()[:8]}-{weights}.gguf"
 
 
@@ -72,6 +74,14 @@ def learned(adapter: Path) -> bool:
     return False
 
 
+def trained_tables(adapter: Path) -> tuple[int, int]:
+    """The original context in tokens and the largest scaling factor that an adapter was trained with."""
+    if not (adapter / "config.json").exists():  # a checkpoint
+        return CONTEXT, MAX_FACTOR
+    config = json.loads((adapter / "config.json").read_text(encoding="utf-8"))
+    return config["max_position_embeddings"], config["rope_scaling"]["max_factor"]
+
+
 def make(method: str, weights: str, adapter: Path) -> Path:
     """Convert the base model, unless the file is there."""
     from clex_convert import convert
@@ -79,22 +89,18 @@ def make(method: str, weights: str, adapter: Path) -> Path:
     path = file(method, weights, adapter)
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
+        context, factor = trained_tables(adapter)
         # plain: one table, which is that of its own RoPE, run beyond its length
         settings: dict[str, Any] = {
             "plain": {"method": "ntk", "max_factor": 1},
             "ntk": {"method": "ntk", "max_factor": MAX_FACTOR},
             "yarn": {"method": "yarn", "max_factor": MAX_FACTOR},
-            "lora": {"lora": adapter, "method": "yarn", "max_factor": MAX_FACTOR},
-            "double": {
-                "lora": adapter,
-                "method": "yarn",
-                "original_context": CONTEXT // 2,
-                "max_factor": 2 * MAX_FACTOR,
-            },
+            "lora": {"lora": adapter, "method": "yarn", "original_context": context, "max_factor": factor},
+            "double": {"lora": adapter, "method": "yarn", "original_context": context // 2, "max_factor": 2 * factor},
             "clex": {"lora": adapter},
         }[method]
         if method == "clex" and (layer := adapter / ODE_FILE).exists():
-            settings |= {"clex_weights": layer, "dynamics": "yarn", "act": "tanh", "max_factor": MAX_FACTOR}
+            settings |= {"clex_weights": layer, "dynamics": "yarn", "act": "tanh", "max_factor": factor}
         convert(base(), path, outtype=weights, check="none", **settings)
     return path
 

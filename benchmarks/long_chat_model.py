@@ -18,8 +18,7 @@ from benchmarks.text import CACHE, training_texts
 FOLDER = CACHE.parent / "long-chat-model"
 CONTEXT, MAX_FACTOR, RANK = 8192, 4, 16
 _COMMON = (
-    f"--dynamics yarn --max-factor {MAX_FACTOR} --span {CONTEXT} --learning-rate 2e-4"
-    " --ode-weight-decay 0.1 --save-steps 25 --log-steps 5"
+    "--dynamics yarn --learning-rate 2e-4 --ode-weight-decay 0.1 --save-steps 25 --log-steps 5"
 ).split()
 
 
@@ -65,6 +64,9 @@ def practice(model: Path, tokens: int, count: int) -> Path:
 @click.option("--length", default=2048, show_default=True, help="Tokens of a sequence.")
 @click.option("--steps", default=1500, show_default=True, help="Sequences, one a step.")
 @click.option("--ode-learning-rate", default=0.0, show_default=True, help="Of the CLEX layer; 0: it stays YaRN.")
+@click.option("--original-context", default=CONTEXT, show_default=True, help="Tokens covered without scaling.")
+@click.option("--max-factor", default=MAX_FACTOR, show_default=True, help="Largest scaling factor t.")
+@click.option("--span", default=CONTEXT, show_default=True, help="A sequence is spread over so many positions times t.")
 @click.option("--seed", default=0, show_default=True)
 @click.option(
     "--lora", type=click.Path(exists=True, file_okay=False, path_type=Path), help="Train this adapter further."
@@ -77,6 +79,9 @@ def main(
     length: int,
     steps: int,
     ode_learning_rate: float,
+    original_context: int,
+    max_factor: int,
+    span: int,
     seed: int,
     lora: Path | None,
     bf16: bool,
@@ -85,7 +90,9 @@ def main(
     """Train an adapter on novels and essays (text), questions about long contexts (chat) or both, into build/."""
     FOLDER.mkdir(parents=True, exist_ok=True)
     further = "" if lora is None else f"{lora.resolve().name}-then-"
-    model, output = base(), FOLDER / f"{further}{kind}-{positions}-{length}-{steps}-ode{ode_learning_rate:g}-{seed}"
+    tables = f"{original_context}x{max_factor}-{span}"
+    name = f"{further}{kind}-{positions}-{length}-{steps}-{tables}-ode{ode_learning_rate:g}-{seed}"
+    model, output = base(), FOLDER / name
     if output.exists():
         click.echo(f"{output} is there")
         return
@@ -94,6 +101,7 @@ def main(
         source += [part for text in training_texts() for part in ("--text", str(text))]
     command = [sys.executable, "-m", "clex_train.cli", str(model), str(output), *source, *_COMMON]
     command += ["--positions", positions, "--length", str(length), "--max-steps", str(steps), "--seed", str(seed)]
+    command += ["--original-context", str(original_context), "--max-factor", str(max_factor), "--span", str(span)]
     command += ["--ode-learning-rate", str(ode_learning_rate), "--bf16" if bf16 else "--no-bf16"]
     command += ["--lora-rank", str(RANK)] if lora is None else ["--lora", str(lora.resolve())]
     if output.with_name(f"{output.name}.checkpoints").exists():

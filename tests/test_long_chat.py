@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from itertools import pairwise
 
 import numpy as np
@@ -9,7 +10,7 @@ import pytest
 from safetensors.numpy import save_file
 
 from benchmarks import long_chat_page, pictures, questions
-from benchmarks.long_chat_evaluation import ODE_FILE, SHIPPED, chosen, file, learned, measure
+from benchmarks.long_chat_evaluation import ODE_FILE, SHIPPED, chosen, file, learned, measure, trained_tables
 from benchmarks.long_chat_page import Figures, tables, write_page
 from benchmarks.long_chat_results import METHODS, Cell, Measured, Results
 from benchmarks.markdown import row
@@ -213,12 +214,20 @@ def test_the_file_of_the_trained_model_is_another_for_another_adapter(tmp_path):
     names = []
     for name, content in (
         ("adapter_model.safetensors", b"a"), ("adapter_model.safetensors", b"b"), (ODE_FILE, b"a"), (ODE_FILE, b"b"),
+        ("config.json", b"{}"),
     ):  # fmt: skip
         (adapter / name).write_bytes(content)
         names.append(file("clex", "q8_0", adapter).stem)
-    assert len(set(names)) == 4
+    assert len(set(names)) == 5
     assert file("lora", "q8_0", adapter) != file("clex", "q8_0", adapter)
     assert file("yarn", "q8_0", adapter) == file("yarn", "q8_0", SHIPPED)
+
+
+def test_the_tables_are_those_that_the_adapter_was_trained_with(tmp_path):
+    assert trained_tables(tmp_path) == (8192, 4)
+    config = {"max_position_embeddings": 11264, "rope_scaling": {"type": "clex", "max_factor": 3}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert trained_tables(tmp_path) == (11264, 3)
 
 
 @pytest.mark.parametrize("name", ["adapter_model.safetensors", ODE_FILE])

@@ -321,12 +321,13 @@ def test_resumed_training_on_both_equals_an_uninterrupted_one(base, tmp_path, mi
 def test_practice_has_the_answers_in_its_contexts(golden_dir):
     tokenizer = tokenizer_with(golden_dir, CHATML)
     text = "\n\n".join(f"Paragraph {n} is about\nnothing." for n in range(50))
-    made = list(conversations(tokenizer, 12, 1500, text=text, seed=1))
-    assert made == list(conversations(tokenizer, 12, 1500, text=text, seed=1))
-    assert made != list(conversations(tokenizer, 12, 1500, text=text, seed=2))
+    made = list(conversations(tokenizer, 48, 1500, text=text, seed=1))
+    assert made == list(conversations(tokenizer, 48, 1500, text=text, seed=1))
+    assert made != list(conversations(tokenizer, 48, 1500, text=text, seed=2))
     sizes = [len(labelled(one["messages"], tokenizer)["input_ids"]) for one in made]
     assert max(sizes) <= 1500
     assert max(sizes) > 2 * min(sizes)
+    at_the_beginning = {"hidden fact": 0, "key": 0}
     for index, one in enumerate(made):
         asked, answer = (message["content"] for message in one["messages"])
         lines = asked.splitlines()
@@ -334,12 +335,15 @@ def test_practice_has_the_answers_in_its_contexts(golden_dir):
             assert answer in lines
             assert "is about nothing." in asked
             assert sum(line.startswith("The number of the ") for line in lines) == 4
+            at_the_beginning["hidden fact"] += lines[0] == answer
         elif index % 3 == 1:
             key, value = re.fullmatch(r"The value of (\S+) is (\d+)\.", answer).groups()
             assert lines.count(f"{key}: {value}") == 1
+            at_the_beginning["key"] += lines[0] == f"{key}: {value}"
         else:
             count, word = re.fullmatch(r"(\d+) lines are the word (\w+)\.", answer).groups()
             assert lines.count(word) == int(count)
+    assert all(0 < count < 10 for count in at_the_beginning.values()), at_the_beginning
 
 
 def test_practice_is_written_for_training(base, tmp_path):
