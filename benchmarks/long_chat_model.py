@@ -17,9 +17,10 @@ from benchmarks.text import CACHE, training_texts
 
 FOLDER = CACHE.parent / "long-chat-model"
 CONTEXT, MAX_FACTOR, RANK = 8192, 4, 16
-_COMMON = (
-    "--dynamics yarn --learning-rate 2e-4 --ode-weight-decay 0.1 --save-steps 25 --log-steps 5"
-).split()
+_COMMON = [
+    "--dynamics", "yarn", "--learning-rate", "2e-4", "--ode-weight-decay", "0.1",
+    "--save-steps", "25", "--log-steps", "5",
+]  # fmt: skip
 
 
 def base() -> Path:
