@@ -278,6 +278,24 @@ def test_layer_around_yarn(base, text, tmp_path):
     np.testing.assert_allclose(made.attn_scale, yarn.attn_scale, rtol=1e-6)
 
 
+def test_layer_that_is_still_its_closed_form_moves_to_another_context(base, text, tmp_path):
+    options = {**QUICK, "text": [text], "max_steps": 1, "ode_learning_rate": 0.0}
+    near = train(base, tmp_path / "near", dynamics="yarn", lora_rank=2, **options)
+    moved = train(base, tmp_path / "moved", lora=near.path, original_context=96, **{**options, "max_factor": 2})
+    there = train(base, tmp_path / "there", dynamics="yarn", lora_rank=2, original_context=96, **options)
+    assert json.loads((moved.path / "config.json").read_text())["max_position_embeddings"] == 96
+    made, expected = (
+        read_tables(clex_convert.convert(base, tmp_path / f"{one.path.name}.gguf", outtype="f32", lora=one.path).path)
+        for one in (moved, there)
+    )
+    assert (made.original_context_length, list(made.scaling_factors)) == (96, [1, 2])
+    np.testing.assert_allclose(made.inv_freq, expected.inv_freq[:2], rtol=1e-6)
+    options |= {"ode_learning_rate": 1e-3, "max_steps": 4}
+    learned = train(base, tmp_path / "learned", dynamics="yarn", lora_rank=2, **options)
+    with pytest.raises(TrainError, match="was trained for an original context of 64 tokens"):
+        train(base, tmp_path / "no", lora=learned.path, original_context=96, **options)
+
+
 def gradients(base, text, folder, **options) -> dict[str, torch.Tensor]:
     """Of the first step of a LoRA training, in float64, and the types of what is frozen."""
     seen: dict[str, torch.Tensor] = {}

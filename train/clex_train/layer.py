@@ -66,6 +66,20 @@ class ClexLayer(torch.nn.Module):
         self.proj_func = Dynamics(up, torch.zeros(up.shape[1], up.shape[0]), settings.act, form)
         self._cached: tuple[Any, torch.Tensor] | None = None
 
+    def move_to(self, context: int) -> None:
+        """Make a layer that is still its closed form that of another original context.
+
+        Args:
+            context: L in tokens.
+
+        Raises:
+            TrainError: it has learned something, which is of its own context.
+        """
+        if context != self.context and bool(self.proj_func.ode_down_proj.any()):
+            raise TrainError(f"the model's CLEX layer was trained for an original context of {self.context} tokens")
+        self.context, self._cached = context, None
+        self.proj_func.closed_form = closed_form(self.settings.dynamics, self.proj_func.dim, self.base, context)
+
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> ClexLayer:
         def kept(tensor: torch.Tensor) -> torch.Tensor:
             result = fn(tensor)

@@ -314,8 +314,9 @@ def _change_settings(layer: ClexLayer, model: PreTrainedModel, options: TrainOpt
             raise TrainError(
                 f"the model's CLEX layer has {key} = {getattr(layer.settings, key)}, which is not to change"
             )
-    if options.original_context not in (None, layer.context):
-        raise TrainError(f"the model's CLEX layer is for an original context of {layer.context} tokens")
+    if options.original_context is not None:
+        layer.move_to(options.original_context)
+        model.config.max_position_embeddings = options.original_context
     layer.settings = replace(layer.settings, **asked)
     layer.settings.put_into(model.config)
 
