@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -50,11 +51,12 @@ def base() -> Path:
     return temporary.rename(folder)
 
 
-def practice(model: Path, tokens: int, count: int) -> Path:
+def practice(model: Path, tokens: int, count: int, tasks: Sequence[str]) -> Path:
     """Questions about long contexts, made once, with facts hidden in the novels."""
-    path = FOLDER / f"practice-{tokens}-{count}.jsonl"
+    path = FOLDER / f"practice-{'-'.join([*tasks, str(tokens), str(count)])}.jsonl"
     if not path.exists():
         made = [str(path), "--tokens", str(tokens), "--count", str(count), "--text", str(training_texts()[0])]
+        made += [part for task in tasks for part in ("--task", task)]
         subprocess.run([sys.executable, "-m", "clex_train.practice", str(model), *made], check=True)
     return path
 
@@ -62,6 +64,7 @@ def practice(model: Path, tokens: int, count: int) -> Path:
 @click.command()
 @click.argument("kind", type=click.Choice(["text", "chat", "both"]))
 @click.option("--positions", type=click.Choice(["chunked", "random"]), default="chunked", show_default=True)
+@click.option("--task", "tasks", multiple=True, help="Of clex_train.practice. Repeatable.  [default: all]")
 @click.option("--length", default=2048, show_default=True, help="Tokens of a sequence.")
 @click.option("--steps", default=1500, show_default=True, help="Sequences, one a step.")
 @click.option("--ode-learning-rate", default=0.0, show_default=True, help="Of the CLEX layer; 0: it stays YaRN.")
@@ -77,6 +80,7 @@ def practice(model: Path, tokens: int, count: int) -> Path:
 def main(
     kind: str,
     positions: str,
+    tasks: tuple[str, ...],
     length: int,
     steps: int,
     ode_learning_rate: float,
@@ -92,12 +96,14 @@ def main(
     FOLDER.mkdir(parents=True, exist_ok=True)
     further = "" if lora is None else f"{lora.resolve().name}-then-"
     tables = f"{original_context}x{max_factor}-{span}"
-    name = f"{further}{kind}-{positions}-{length}-{steps}-{tables}-ode{ode_learning_rate:g}-{seed}"
+    name = f"{further}{'-'.join([kind, *tasks])}-{positions}-{length}-{steps}-{tables}-ode{ode_learning_rate:g}-{seed}"
     model, output = base(), FOLDER / name
     if output.exists():
         click.echo(f"{output} is there")
         return
-    source = [] if kind == "text" else ["--chat", str(practice(model, length, steps // 2 if kind == "both" else steps))]
+    source = []
+    if kind != "text":
+        source += ["--chat", str(practice(model, length, steps // 2 if kind == "both" else steps, tasks))]
     if kind != "chat":
         source += [part for text in training_texts() for part in ("--text", str(text))]
     command = [sys.executable, "-m", "clex_train.cli", str(model), str(output), *source, *_COMMON]

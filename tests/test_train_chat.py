@@ -328,12 +328,14 @@ def test_practice_has_the_answers_in_its_contexts(golden_dir):
     assert max(sizes) <= 1500
     assert max(sizes) > 2 * min(sizes)
     at_the_beginning = {"hidden fact": 0, "key": 0}
+    fillers = {"is about nothing.": 0, "The rain had stopped": 0}
     for index, one in enumerate(made):
         asked, answer = (message["content"] for message in one["messages"])
         lines = asked.splitlines()
         if index % 3 == 0:
             assert answer in lines
-            assert "is about nothing." in asked
+            (filler,) = (one for one in fillers if one in asked)
+            fillers[filler] += 1
             assert sum(line.startswith("The number of the ") for line in lines) == 4
             at_the_beginning["hidden fact"] += lines[0] == answer
         elif index % 3 == 1:
@@ -344,6 +346,9 @@ def test_practice_has_the_answers_in_its_contexts(golden_dir):
             count, word = re.fullmatch(r"(\d+) lines are the word (\w+)\.", answer).groups()
             assert lines.count(word) == int(count)
     assert all(0 < count < 10 for count in at_the_beginning.values()), at_the_beginning
+    assert 0 < fillers["The rain had stopped"] < fillers["is about nothing."]
+    keys = list(conversations(tokenizer, 4, 1500, tasks=["keys"]))
+    assert all("What is the value of" in one["messages"][0]["content"] for one in keys)
 
 
 def test_practice_is_written_for_training(base, tmp_path):
@@ -360,6 +365,9 @@ def test_practice_is_written_for_training(base, tmp_path):
         replaced = CliRunner().invoke(practice, [*arguments, *more, "--overwrite"])
         assert replaced.exit_code == 0, replaced.output
         assert ((tmp_path / "practice.jsonl").read_bytes() == before) is (more[1] == "0")
+    facts = CliRunner().invoke(practice, [*arguments, "--task", "facts", "--overwrite"])
+    assert facts.exit_code == 0, facts.output
+    assert (tmp_path / "practice.jsonl").read_text().count("What is the number of the") == 4
     nowhere = CliRunner().invoke(practice, [str(base), str(tmp_path / "no" / "x.jsonl")])
     assert (nowhere.exit_code, "does not exist; create it first" in nowhere.output) == (1, True), nowhere.output
     arguments[1] = str(tmp_path / "other.jsonl")

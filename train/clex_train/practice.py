@@ -1,6 +1,7 @@
 """Conversations about long made-up contexts, for practice in finding things: ``python -m clex_train.practice``.
 
-Three tasks in turns: facts hidden in running text, the value of a key in a long list, and how often a word occurs.
+Three tasks in turns: facts hidden in running text or in sentences that repeat, the value of a key in a long list, and
+how often a word occurs.
 """
 
 from __future__ import annotations
@@ -40,8 +41,12 @@ _SENTENCES = (
 )
 # What a context holds at least, in tokens, as a part of the most.
 _SHORTEST = 1 / 8
+# How often facts are hidden in sentences of ours, which repeat, and not in a text.
+_REPEATING = 1 / 3
 # How often what is asked for stands at the very beginning, where models that are stretched lose it first.
 _FIRST = 1 / 4
+
+TASKS = ("facts", "keys", "counting")
 
 Task = tuple[list[str], str, str]
 
@@ -72,8 +77,9 @@ class _Maker:
         things = self.random.sample(_THINGS.split(), 4)
         facts = {thing: self.random.randrange(10_000, 100_000) for thing in things}
         said = [f"The number of the {thing} is {number}." for thing, number in facts.items()]
-        start = self.random.randrange(len(self.filler))
-        text = self.lines(room - 60, lambda index: self.filler[(start + index) % len(self.filler)])
+        filler = _SENTENCES if self.random.random() < _REPEATING else self.filler
+        start = self.random.randrange(len(filler))
+        text = self.lines(room - 60, lambda index: filler[(start + index) % len(filler)])
         for fact in said:
             text.insert(self.place(len(text) + 1), fact)
         asked = self.random.choice(things)
@@ -102,7 +108,13 @@ class _Maker:
 
 
 def conversations(
-    tokenizer: PreTrainedTokenizerBase, count: int, tokens: int, *, text: str = "", seed: int = 0
+    tokenizer: PreTrainedTokenizerBase,
+    count: int,
+    tokens: int,
+    *,
+    text: str = "",
+    seed: int = 0,
+    tasks: Sequence[str] = TASKS,
 ) -> Iterator[dict[str, list[dict[str, str]]]]:
     """Conversations of one question and its answer each, in the format that `clex_train.chat` reads.
 
@@ -113,6 +125,7 @@ def conversations(
             eighth of it on.
         text: that facts are hidden in; sentences of ours where it is empty.
         seed: of all that is random.
+        tasks: which of TASKS, in turns.
 
     Raises:
         TrainError: the tokenizer has no template, or so few tokens are not enough.
@@ -122,7 +135,8 @@ def conversations(
     random = Random(seed)
     filler = [part for paragraph in text.split("\n\n") if (part := " ".join(paragraph.split()))] or _SENTENCES
     maker = _Maker(tokenizer, filler, random)
-    makers = maker.hidden_facts, maker.key_values, maker.counting
+    made = dict(zip(TASKS, (maker.hidden_facts, maker.key_values, maker.counting), strict=True))
+    makers = [made[task] for task in tasks]
     for index in range(count):
         room = math.exp(random.uniform(math.log(tokens * _SHORTEST), math.log(tokens)))
         yield _fitting(makers[index % len(makers)], int(room), tokens, tokenizer)
@@ -152,11 +166,23 @@ def _fitting(
     "--tokens", type=click.IntRange(min=256), default=2048, show_default=True, help="Most that one has in the template."
 )
 @click.option(
+    "--task", "tasks", type=click.Choice(TASKS), multiple=True, help="What is asked for. Repeatable.  [default: all]"
+)
+@click.option(
     "--text", type=click.Path(path_type=Path), help="UTF-8 text to hide facts in.  [default: made-up sentences]"
 )
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of all that is random.")
 @click.option("--overwrite", is_flag=True, help="Replace an existing OUT.jsonl.")
-def main(model: Path, output: Path, count: int, tokens: int, text: Path | None, seed: int, overwrite: bool) -> None:
+def main(
+    model: Path,
+    output: Path,
+    count: int,
+    tokens: int,
+    tasks: tuple[str, ...],
+    text: Path | None,
+    seed: int,
+    overwrite: bool,
+) -> None:
     """Write conversations for `clex-train --chat`, questions about long contexts, for the tokenizer of a model."""
     target = Output(output, overwrite=overwrite)
     try:
@@ -170,7 +196,7 @@ def main(model: Path, output: Path, count: int, tokens: int, text: Path | None, 
     with target:
         temporary = target.temporary()
         with writing(output), temporary.open("w", encoding="utf-8") as file:
-            for made in conversations(tokenizer, count, tokens, text=words, seed=seed):
+            for made in conversations(tokenizer, count, tokens, text=words, seed=seed, tasks=tasks or TASKS):
                 file.write(json.dumps(made, ensure_ascii=False) + "\n")
         target.commit(temporary)
     say(f"{output}: {count} conversations")
