@@ -96,7 +96,12 @@ def make(method: str, weights: str, adapter: Path) -> Path:
             "ntk": {"method": "ntk", "max_factor": MAX_FACTOR},
             "yarn": {"method": "yarn", "max_factor": MAX_FACTOR},
             "lora": {"lora": adapter, "method": "yarn", "original_context": context, "max_factor": factor},
-            "double": {"lora": adapter, "method": "yarn", "original_context": context // 2, "max_factor": 2 * factor},
+            "double": {
+                "lora": adapter,
+                "method": "yarn",
+                "original_context": CONTEXT // 2,
+                "max_factor": 2 * MAX_FACTOR,
+            },
             "clex": {"lora": adapter},
         }[method]
         if method == "clex" and (layer := adapter / ODE_FILE).exists():
