@@ -328,16 +328,22 @@ def test_practice_has_the_answers_in_its_contexts(golden_dir):
     assert max(sizes) <= 1500
     assert max(sizes) > 2 * min(sizes)
     at_the_beginning = {"hidden fact": 0, "key": 0}
+    ways, announced = set(), 0
     fillers = {"is about nothing.": 0, "The rain had stopped": 0}
     for index, one in enumerate(made):
         asked, answer = (message["content"] for message in one["messages"])
         lines = asked.splitlines()
         if index % 3 == 0:
-            assert answer in lines
+            (number,) = re.findall(r"\d{5}", answer)
+            (fact,) = (line for line in lines if number in line)
+            (thing,) = re.findall(r"the (\w+)(?: have)?\?$", asked)
+            assert f"the {thing}" in fact
+            ways.add(fact.split()[0])
             (filler,) = (one for one in fillers if one in asked)
             fillers[filler] += 1
-            assert sum(line.startswith("The number of the ") for line in lines) == 4
-            at_the_beginning["hidden fact"] += lines[0] == answer
+            assert sum(bool(re.search(r"\b\d{5}\b", line)) for line in lines) == 4
+            announced += lines[0] == lines[-1]
+            at_the_beginning["hidden fact"] += fact in lines[:2]
         elif index % 3 == 1:
             key, value = re.fullmatch(r"The value of (\S+) is (\d+)\.", answer).groups()
             assert lines.count(f"{key}: {value}") == 1
@@ -346,6 +352,8 @@ def test_practice_has_the_answers_in_its_contexts(golden_dir):
             count, word = re.fullmatch(r"(\d+) lines are the word (\w+)\.", answer).groups()
             assert lines.count(word) == int(count)
     assert all(0 < count < 10 for count in at_the_beginning.values()), at_the_beginning
+    assert len(ways) >= 4
+    assert 0 < announced < 12
     assert 0 < fillers["The rain had stopped"] < fillers["is about nothing."]
     keys = list(conversations(tokenizer, 4, 1500, tasks=["keys"]))
     assert all("What is the value of" in one["messages"][0]["content"] for one in keys)
@@ -367,7 +375,7 @@ def test_practice_is_written_for_training(base, tmp_path):
         assert ((tmp_path / "practice.jsonl").read_bytes() == before) is (more[1] == "0")
     facts = CliRunner().invoke(practice, [*arguments, "--task", "facts", "--overwrite"])
     assert facts.exit_code == 0, facts.output
-    assert (tmp_path / "practice.jsonl").read_text().count("What is the number of the") == 4
+    assert "What is the value of" not in (tmp_path / "practice.jsonl").read_text()
     nowhere = CliRunner().invoke(practice, [str(base), str(tmp_path / "no" / "x.jsonl")])
     assert (nowhere.exit_code, "does not exist; create it first" in nowhere.output) == (1, True), nowhere.output
     arguments[1] = str(tmp_path / "other.jsonl")

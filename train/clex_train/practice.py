@@ -39,6 +39,16 @@ _SENTENCES = (
     "He counted the steps, as he always did, and forgot the number.",
     "The letter was read twice and put back between the books.",
 )
+# How a fact is told, asked for and answered: in several ways, lest a model learn the words of one.
+_FACTS = (
+    ("The number of the {0} is {1}.", "What is the number of the {0}?", "The number of the {0} is {1}."),
+    ("Remember the code for the {0}: {1}.", "What is the code for the {0}?", "The code for the {0} is {1}."),
+    ("{1} is the key that opens the {0}.", "Which key opens the {0}?", "The key that opens the {0} is {1}."),
+    ("Note that the {0} has the password {1}.", "Which password does the {0} have?", "{1}"),
+    ("They paid {1} crowns for the {0}.", "How many crowns did they pay for the {0}?", "They paid {1} crowns."),
+)
+# How often the question stands in front of the context as well.
+_ANNOUNCED = 1 / 3
 # What a context holds at least, in tokens, as a part of the most.
 _SHORTEST = 1 / 8
 # How often facts are hidden in sentences of ours, which repeat, and not in a text.
@@ -76,14 +86,17 @@ class _Maker:
     def hidden_facts(self, room: int) -> Task:
         things = self.random.sample(_THINGS.split(), 4)
         facts = {thing: self.random.randrange(10_000, 100_000) for thing in things}
-        said = [f"The number of the {thing} is {number}." for thing, number in facts.items()]
+        told, question, answer = self.random.choice(_FACTS)
         filler = _SENTENCES if self.random.random() < _REPEATING else self.filler
         start = self.random.randrange(len(filler))
-        text = self.lines(room - 60, lambda index: filler[(start + index) % len(filler)])
-        for fact in said:
-            text.insert(self.place(len(text) + 1), fact)
-        asked = self.random.choice(things)
-        return text, f"What is the number of the {asked}?", f"The number of the {asked} is {facts[asked]}."
+        text = self.lines(room - 80, lambda index: filler[(start + index) % len(filler)])
+        for fact in facts.items():
+            text.insert(self.place(len(text) + 1), told.format(*fact))
+        thing = self.random.choice(things)
+        asked = question.format(thing)
+        if self.random.random() < _ANNOUNCED:
+            text.insert(0, asked)
+        return text, asked, answer.format(thing, facts[thing])
 
     def key_values(self, room: int) -> Task:
         pairs: dict[str, str] = {}
@@ -135,8 +148,8 @@ def conversations(
     random = Random(seed)
     filler = [part for paragraph in text.split("\n\n") if (part := " ".join(paragraph.split()))] or _SENTENCES
     maker = _Maker(tokenizer, filler, random)
-    made = dict(zip(TASKS, (maker.hidden_facts, maker.key_values, maker.counting), strict=True))
-    makers = [made[task] for task in tasks]
+    made: list[Callable[[int], Task]] = [maker.hidden_facts, maker.key_values, maker.counting]
+    makers = [made[TASKS.index(task)] for task in tasks]
     for index in range(count):
         room = math.exp(random.uniform(math.log(tokens * _SHORTEST), math.log(tokens)))
         yield _fitting(makers[index % len(makers)], int(room), tokens, tokenizer)
