@@ -8,7 +8,6 @@ measure a part, and any part makes the page.
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import random
 import time
@@ -76,10 +75,10 @@ def learned(adapter: Path) -> bool:
 
 def trained_tables(adapter: Path) -> tuple[int, int]:
     """The original context in tokens and the largest scaling factor that an adapter was trained with."""
-    if not (adapter / "config.json").exists():  # a checkpoint
-        return CONTEXT, MAX_FACTOR
-    config = json.loads((adapter / "config.json").read_text(encoding="utf-8"))
-    return config["max_position_embeddings"], config["rope_scaling"]["max_factor"]
+    from clex_convert.lora import Adapter
+
+    config = Adapter(adapter).rope_config  # a checkpoint's is empty
+    return config.get("max_position_embeddings", CONTEXT), config.get("rope_scaling", {}).get("max_factor", MAX_FACTOR)
 
 
 def make(method: str, weights: str, adapter: Path) -> Path:
