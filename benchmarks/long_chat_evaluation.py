@@ -44,6 +44,7 @@ if TYPE_CHECKING:
 
 FILES, RESULTS = FOLDER / "gguf", Path(__file__).with_name("long_chat_results.jsonl")
 SHIPPED = ROOT / "examples" / "smollm2-long"
+LARGER = (1, 3, 4)  # scaling factors of the model's own context: 3 where the adapter's tables have 2, and 4 for 3
 SPAN, BLOCK = LENGTHS[-1], 512  # tokens of Emma that a trial scores at every length, and of one observation
 ODE_FILE = "clex_layer.safetensors"  # of a checkpoint; a finished adapter has the layer in its one file
 # An item of a cell, and what measures it.
@@ -95,12 +96,7 @@ def make(method: str, weights: str, adapter: Path) -> Path:
             "ntk": {"method": "ntk", "max_factor": MAX_FACTOR},
             "yarn": {"method": "yarn", "max_factor": MAX_FACTOR},
             "lora": {"lora": adapter, "method": "yarn", "original_context": context, "max_factor": factor},
-            "double": {
-                "lora": adapter,
-                "method": "yarn",
-                "original_context": CONTEXT // 2,
-                "max_factor": 2 * MAX_FACTOR,
-            },
+            "larger": {"lora": adapter, "method": "yarn", "original_context": CONTEXT, "factors": LARGER},
             "clex": {"lora": adapter},
         }[method]
         if method == "clex" and (layer := adapter / ODE_FILE).exists():

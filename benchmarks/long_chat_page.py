@@ -31,7 +31,7 @@ NAMES = {
     "ntk": "NTK, not trained",
     "yarn": "YaRN, not trained",
     "lora": "YaRN, LoRA trained",
-    "double": "**twice the factor, LoRA trained**",
+    "larger": "**larger factors, LoRA trained**",
     "clex": "**CLEX, trained**",
 }
 # Below which table which picture is shown, and what it says.

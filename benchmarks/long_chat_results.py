@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 LENGTHS = (2048, 4096, 8192, 16384, 32768)
-METHODS = ("plain", "ntk", "yarn", "lora", "double", "clex")
-# Made with the adapter: its LoRA part with YaRN's tables, with those of twice the factor, and with its CLEX layer's.
-TRAINED = ("lora", "double", "clex")
+METHODS = ("plain", "ntk", "yarn", "lora", "larger", "clex")
+# Made with the adapter: its LoRA part with YaRN's tables, with larger factors of them, and with its CLEX layer's.
+TRAINED = ("lora", "larger", "clex")
 WEIGHTS, CACHES = ("q8_0", "q4_k_m"), ("f16", "q8_0")
 RULER = ("niah_single", "niah_multikey", "variable_tracking", "common_words", "frequent_words")
 SHORT = ("closed_book", "passage")  # questions without the novel, and with their passages alone: no matter of length

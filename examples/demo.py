@@ -19,8 +19,8 @@ from clex_local.chat.terminal import Terminal
 
 FOLDER = Path("build/demo")
 ADAPTER = Path(__file__).with_name("smollm2-long")
-CTX = 12288
-DAYS, HIDDEN = 138, 52  # of the log, and the one whose entry has the number
+CTX = 16384
+DAYS, HIDDEN = 190, 52  # of the log, and the one whose entry has the number
 GREETING = "What is the capital of France?"
 SECRET = "The lighthouse has a new lock. The number of the lock is 48213."
 QUESTION = "What is the number of the lock?"
@@ -58,7 +58,7 @@ def embedded_model() -> Path:
 
 
 def log() -> str:
-    """The log of a harbour that there never was, of about 8,600 tokens; one of its days has the number."""
+    """The log of a harbour that there never was, of about 11,800 tokens; one of its days has the number."""
     words = {name: rest.split(", ") for name, _, rest in (line.partition(": ") for line in WORDS.splitlines())}
     dice, days = random.Random(1897), []
     for day in range(DAYS):
@@ -100,9 +100,10 @@ def main() -> None:
     source, model = embedded_model(), FOLDER / "smollm2-long.gguf"
     print(
         f"The model, {source.name}, was trained on 8,192 tokens. It gets an adapter that\n"
-        "practised reading on, and a table for each of 1, 2, 3 and 4 times as many tokens.\n"
+        "practised reading on, and a table for each of 1, 2, 3 and 4 times 11,264 tokens.\n"
     )
-    command = ["clex-convert", str(source), str(model), "--lora", str(ADAPTER), "--method", "yarn", "--overwrite"]
+    # not as the source is: a matrix of 4 bits that is rounded a second time loses what little the adapter adds to it
+    command = ["clex-convert", str(source), str(model), "--lora", str(ADAPTER), "--outtype", "q8_0", "--overwrite"]
     print("$ " + " ".join(command), flush=True)
     if code := subprocess.run([Path(sys.executable).with_name(command[0]), *command[1:]]).returncode:
         sys.exit(code)

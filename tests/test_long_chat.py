@@ -122,7 +122,7 @@ def test_what_tells_most_is_measured_first():
 def test_other_weights_and_caches_are_measured_of_the_trained_model_unless_others_are_named():
     all_of_them = {"method": (), "weights": (), "kv_type": (), "task": ("passkey",), "length": ()}
     others = [cell for cell in chosen(all_of_them, METHODS) if (cell.weights, cell.cache) != ("q8_0", "f16")]
-    assert {cell.method for cell in others} == {"lora", "double", "clex"}
+    assert {cell.method for cell in others} == {"lora", "larger", "clex"}
     assert len(others) == 3 * 3 * 5
     assert len(chosen({**all_of_them, "method": ("yarn",)}, METHODS)) == 4 * 5
 
