@@ -24,6 +24,7 @@ from benchmarks import questions
 from benchmarks.long_chat_model import CONTEXT, FOLDER, MAX_FACTOR, base
 from benchmarks.long_chat_page import write_page
 from benchmarks.long_chat_results import (
+    BLOCK,
     CACHES,
     LENGTHS,
     METHODS,
@@ -44,8 +45,8 @@ if TYPE_CHECKING:
 
 FILES, RESULTS = FOLDER / "gguf", Path(__file__).with_name("long_chat_results.jsonl")
 SHIPPED = ROOT / "examples" / "smollm2-long"
-LARGER = (1, 3, 4)  # scaling factors of the model's own context: 3 where the adapter's tables have 2, and 4 for 3
-SPAN, BLOCK = LENGTHS[-1], 512  # tokens of Emma that a trial scores at every length, and of one observation
+LARGER = (1, 3, 4)  # scaling factors of the model's own context; the adapter's tables have 2 at 16,384 and 3 at 32,768
+SPAN = LENGTHS[-1]  # tokens of Emma that a trial scores at every length
 ODE_FILE = "clex_layer.safetensors"  # of a checkpoint; a finished adapter has the layer in its one file
 # An item of a cell, and what measures it.
 Work = tuple[str, "Callable[[Model], dict[str, Any]]"]

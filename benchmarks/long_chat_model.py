@@ -1,4 +1,4 @@
-"""Trains SmolLM2-135M-Instruct to read four times its 8,192 tokens: a LoRA adapter and a CLEX layer, in hours of CPU.
+"""Trains SmolLM2-135M-Instruct to read four times its 8,192 tokens: a LoRA adapter and, if it may learn, a CLEX layer.
 
 An interrupted run goes on where its last checkpoint is; what is there already is not trained again.
 """

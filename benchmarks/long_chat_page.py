@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from benchmarks.long_chat_results import (
+    BLOCK,
     CACHES,
     LENGTHS,
     METHODS,
@@ -41,7 +42,6 @@ PICTURES = {
     "positions": ("long-chat-positions.svg", "Perplexity by position in a long window"),
 }
 RANGE = 4096  # positions whose perplexity is shown together
-_BLOCK = 512
 _MAIN = WEIGHTS[0], CACHES[0]
 _LENGTHS = [f"{length:,}" for length in LENGTHS]
 
@@ -92,9 +92,10 @@ class Figures:
         error = change.std(ddof=1) / math.sqrt(len(change))
         return f"{100 * math.expm1(change.mean()):+.1f} ± {100 * error:.1f} %"
 
-    def seconds(self, cells: Iterable[Cell], key: str, whole: bool) -> str:
-        """The mean time of an answer: of those whose whole prompt was read, or of all."""
-        found = [one.values[key] for cell in cells for one in self.of(cell) if one.values["whole"] or not whole]
+    def seconds(self, cells: Iterable[Cell], whole: bool) -> str:
+        """The mean CPU time of an answer: of those whose whole prompt was read, or of all."""
+        values = [one.values for cell in cells for one in self.of(cell)]
+        found = [one["cpu_seconds"] for one in values if one["whole"] or not whole]
         return f"{fmean(found):.1f}" if found else ""
 
 
@@ -171,7 +172,7 @@ def _positions(figures: Figures) -> str:
     rows = []
     for method in METHODS:
         losses = figures.losses(Cell(method, *_MAIN, longest, "perplexity"))
-        ranges = losses.reshape(-1, longest // RANGE, RANGE // _BLOCK).mean(axis=(0, 2)) if losses.size else ()
+        ranges = losses.reshape(-1, longest // RANGE, RANGE // BLOCK).mean(axis=(0, 2)) if losses.size else ()
         rows.append(([NAMES[method].strip("*")], [f"{math.exp(mean):.2f}" for mean in ranges]))
     return table(["perplexity of tokens up to"], [f"{end:,}" for end in range(RANGE, longest + 1, RANGE)], rows)
 
@@ -201,7 +202,7 @@ def _time(figures: Figures) -> str:
     for weights, kv_type in product(WEIGHTS, CACHES):
         for task, whole, what in (("passkey", True, "the whole prompt read"), ("questions", False, "questions")):
             alike = zip(*(_cells(one, task, (weights, kv_type)) for one in METHODS), strict=True)
-            seconds = [figures.seconds(cells, "cpu_seconds", whole) for cells in alike]
+            seconds = [figures.seconds(cells, whole) for cells in alike]
             rows.append(([f"{weights}, {kv_type}", what], seconds))
     return table(["weights, cache", "CPU seconds for an answer"], _LENGTHS, rows)
 

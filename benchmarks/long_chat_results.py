@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+BLOCK = 512  # tokens of text whose likelihoods are kept as one mean
 LENGTHS = (2048, 4096, 8192, 16384, 32768)
 METHODS = ("plain", "ntk", "yarn", "lora", "larger", "clex")
 # Made with the adapter: its LoRA part with YaRN's tables, with larger factors of them, and with its CLEX layer's.

@@ -99,8 +99,8 @@ def main() -> None:
     FOLDER.mkdir(parents=True, exist_ok=True)
     source, model = embedded_model(), FOLDER / "smollm2-long.gguf"
     print(
-        f"The model, {source.name}, was trained on 8,192 tokens. It gets an adapter that\n"
-        "practised reading on, and a table for each of 1, 2, 3 and 4 times 11,264 tokens.\n"
+        f"The model, {source.name}, was trained on contexts of 8,192 tokens. It gets an adapter\n"
+        "that was trained to read further, and a table for each of 1, 2, 3 and 4 times 11,264 tokens.\n"
     )
     # not as the source is: a matrix of 4 bits that is rounded a second time loses what little the adapter adds to it
     command = ["clex-convert", str(source), str(model), "--lora", str(ADAPTER), "--outtype", "q8_0", "--overwrite"]
@@ -123,7 +123,7 @@ def main() -> None:
     assert state is not None
     assert state.bucket is not None
     print(
-        f"\nThe text does not fit in the original context of {state.original_context:,} tokens: the model\n"
+        f"\nThe text does not fit in the {state.original_context:,} tokens that are read without scaling: the model\n"
         f"read it with the table of bucket {state.bucket + 1}. {state.rerotated_cells:,} keys of the first question,\n"
         f"cached with that of bucket 1, were re-rotated in {state.rerotation_ms:.1f} ms, not computed again.\n\n"
         "What was read is kept on disk: the conversation goes on in a model that is loaded anew."
