@@ -342,8 +342,9 @@ def test_practice_has_the_answers_in_its_contexts(golden_dir):
             (filler,) = (one for one in fillers if one in asked)
             fillers[filler] += 1
             assert sum(bool(re.search(r"\b\d{5}\b", line)) for line in lines) == 4
-            announced += lines[0] == lines[-1]
-            at_the_beginning["hidden fact"] += fact in lines[:2]
+            asked_before = lines[0] == lines[-1]
+            announced += asked_before
+            at_the_beginning["hidden fact"] += fact == lines[asked_before]
         elif index % 3 == 1:
             key, value = re.fullmatch(r"The value of (\S+) is (\d+)\.", answer).groups()
             assert lines.count(f"{key}: {value}") == 1
@@ -375,7 +376,10 @@ def test_practice_is_written_for_training(base, tmp_path):
         assert ((tmp_path / "practice.jsonl").read_bytes() == before) is (more[1] == "0")
     facts = CliRunner().invoke(practice, [*arguments, "--task", "facts", "--overwrite"])
     assert facts.exit_code == 0, facts.output
-    assert "What is the value of" not in (tmp_path / "practice.jsonl").read_text()
+    lines = (tmp_path / "practice.jsonl").read_text().splitlines()
+    asked = [json.loads(line)["messages"][0]["content"] for line in lines]
+    assert sum(bool(re.search(r" the \w+(?: have)?\?$", one)) for one in asked) == 4
+    assert not any("What is the value of" in one for one in asked)
     nowhere = CliRunner().invoke(practice, [str(base), str(tmp_path / "no" / "x.jsonl")])
     assert (nowhere.exit_code, "does not exist; create it first" in nowhere.output) == (1, True), nowhere.output
     arguments[1] = str(tmp_path / "other.jsonl")
